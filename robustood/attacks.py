@@ -1,0 +1,359 @@
+r"""Find the worst case: maximise an objective over a perturbation set.
+
+$$\max_{z \in Z}\; J(\mathrm{apply}(x, z))$$
+
+There is one loop, :func:`maximise`. What differs between attacks is data: the objective, the
+set, the number of steps and the rule that proposes the next point. FGSM (Goodfellow et al.
+2015) is one step of length eps from the clean image; PGD (Madry et al. 2018, section 2.1) is
+several from a random start.
+
+An attack needs per-sample values and the gradient with respect to the input, nothing else:
+parameters, their ``.grad``, buffers, train/eval mode and the global random state stay as they
+are. Losses are summed over the batch, never averaged, so that one sample's step does not depend
+on its companions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_images,
+    check_labels,
+    check_number,
+    check_values,
+)
+from robustood.metrics import Estimate, proportion
+from robustood.perturbations import Batch, PerturbationSet, per_sample
+
+Values = Float[Tensor, " batch"]
+Logits = Float[Tensor, "batch classes"]
+Labels = Int[Tensor, " batch"]
+Model = Callable[[Tensor], Tensor]
+Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Rule(Protocol):
+    """How an attack moves: ``begin`` gives (z, value, grad) -> next z for one restart."""
+
+    def begin(
+        self, x: Tensor, within: PerturbationSet, steps: int, step_size: float
+    ) -> Propose: ...
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Projected steepest ascent with a constant step: the rule of PGD."""
+
+    def begin(self, x: Tensor, within: PerturbationSet, steps: int, step_size: float) -> Propose:
+        return lambda z, value, grad: within.ascend(x, z, grad, step_size)
+
+
+@contextmanager
+def frozen(model: object, mode: Literal["eval", "train", "keep"] = "eval") -> Generator[None]:
+    """Set the model's mode and freeze its parameters; restore both on leaving, also after an error.
+
+    In eval mode batch statistics do not leak between the samples of an attacked batch and
+    running statistics do not move. Frozen parameters let autograd drop what only weight
+    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+
+    Args:
+        model: the network under attack.
+        mode: ``"eval"``, ``"train"`` (running statistics move) or ``"keep"``.
+    """
+    check_choice(mode, "mode", ("eval", "train", "keep"))
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        if mode != "keep":
+            model.train(mode == "train")
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+
+
+def maximise(
+    objective: Objective | Sequence[Objective],
+    x: Batch,
+    within: PerturbationSet,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    rule: Rule | None = None,
+    keep: Literal["best", "last"] = "best",
+    generator: torch.Generator | None = None,
+    checked: bool = False,
+) -> Batch:
+    """Search ``within`` for the perturbed input with the highest objective, for each sample.
+
+    ``keep="last"`` returns the last iterate of the last restart and costs exactly ``steps``
+    forwards and input-only backwards a restart. ``keep="best"`` returns the best of all
+    iterates, start and end included, and costs one forward more a restart. A set that is not
+    ascendable is searched through its members.
+
+    Args:
+        objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
+            gradient of the first, keep the best by the second. A sequence of objectives is
+            climbed one after the other, from starts of its own each, and judged together.
+        x: clean inputs (batch, ...).
+        within: the perturbation set.
+        steps: number of steps; 0 judges the starts alone.
+        step_size: in the unit of ``within.radius``; default 2.5 radius / steps.
+        restarts: random starts; 0 starts from x itself.
+        rule: proposes the next point; default :class:`Ascent`.
+        generator: source of the random starts, on the device of x; default: a fresh one with
+            seed 0.
+        checked: the caller vouches for the values of x (a training loop, which must not wait
+            for the device).
+
+    Returns:
+        Perturbed inputs, same shape, dtype and device as x, detached.
+
+    Raises:
+        ValueError: for empty input, NaN, values outside the set's box, negative steps, restarts
+            or step size.
+    """
+    check_count(steps, "steps")
+    check_count(restarts, "restarts")
+    check_choice(keep, "keep", ("best", "last"))
+    if step_size is not None:
+        check_number(step_size, "step_size", 0)
+    if not checked:
+        check_values(x, getattr(within, "box", (0, 1)))
+    steps = steps if within.ascendable else 0
+    step_size = 2.5 * within.radius / max(steps, 1) if step_size is None else step_size
+    rule = rule or Ascent()
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x.detach()
+        best = Best(x)
+        for climbed in objective if isinstance(objective, Sequence) else [objective]:
+            for z in within.starts(x, restarts, generator):
+                propose = rule.begin(x, within, steps, step_size)
+                for _ in range(steps):
+                    z = z.detach().requires_grad_()
+                    moved = within.apply(x, z)
+                    climb, judge = pair(climbed(moved))
+                    (grad,) = torch.autograd.grad(climb.sum(), z)
+                    if keep == "best":
+                        best.update(moved, judge)
+                    z = propose(z.detach(), climb.detach(), grad)
+                moved = within.apply(x, z.detach())
+                if keep == "last":
+                    best.inputs = moved
+                else:
+                    with torch.no_grad():
+                        best.update(moved, pair(climbed(moved))[1])
+    return best.inputs.detach()
+
+
+def pair(values: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What to climb and what to judge by; one tensor serves as both."""
+    return values if isinstance(values, tuple) else (values, values)
+
+
+class Best:
+    """The best input so far, per sample. NaN never wins; no host synchronisation."""
+
+    def __init__(self, x: Tensor):
+        self.inputs = x
+        self.values: Tensor | None = None
+
+    def update(self, inputs: Tensor, values: Tensor) -> None:
+        inputs, values = inputs.detach(), values.detach()
+        if self.values is None:
+            self.inputs, self.values = inputs, values.masked_fill(values.isnan(), -torch.inf)
+            return
+        better = values > self.values
+        self.inputs = torch.where(per_sample(better, inputs), inputs, self.inputs)
+        self.values = torch.where(better, values, self.values)
+
+
+def cross_entropy(logits: Logits, y: Labels) -> Values:
+    r"""$-\log \mathrm{softmax}(z)_y$. Its gradient underflows once the network is sure."""
+    return nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Logits, y: Labels) -> Values:
+    r"""$\max_{j \ne y} z_j - z_y$ (Carlini and Wagner 2017).
+
+    Positive exactly where the sample is misclassified.
+    """
+    own = nn.functional.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(1) - logits.masked_fill(~own, 0).sum(1)
+
+
+def dlr(logits: Logits, y: Labels) -> Values:
+    r"""Difference of logits ratio: the margin over $z_{\pi_1} - z_{\pi_3}$, logits sorted downwards.
+
+    Invariant to shifting and positively rescaling the logits; needs at least 3 classes (Croce
+    and Hein 2020, section 4).
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f'"dlr" needs at least 3 classes, got {logits.shape[1]}; use "margin"')
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet) -> Batch:
+    """Fast gradient sign method: one full step from the clean input (Goodfellow et al. 2015).
+
+    Args and errors as in :func:`pgd`. For ``Linf`` the step is eps times the sign of the
+    gradient, for ``L2`` eps times the unit gradient.
+    """
+    return pgd(model, x, y, within, steps=1, step_size=within.radius, restarts=0, keep="last")
+
+
+def pgd(
+    model: Model,
+    x: Batch,
+    y: Labels,
+    within: PerturbationSet,
+    *,
+    steps: int = 10,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: Literal["ce", "margin", "dlr", "targets"] = "ce",
+    keep: Literal["best", "last"] = "best",
+    rule: Rule | None = None,
+    generator: torch.Generator | None = None,
+) -> Batch:
+    """Projected gradient descent against a classifier, untargeted (Madry et al. 2018, section 2.1).
+
+    With ``keep="best"`` the iterate with the largest margin is returned, whatever loss was
+    climbed: a sample that was misclassified at any iterate comes back misclassified.
+
+    Args:
+        model: inputs to logits (batch, classes).
+        x: clean inputs; images (batch, channel, height, width) in [0, 1] unless the set has no box.
+        y: labels (batch,).
+        within: the perturbation set, such as ``Linf(8/255)``.
+        steps, step_size, restarts, rule, keep, generator: as in :func:`maximise`.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"targets"``: the margin towards each wrong
+            class in turn (the nine likeliest where there are more), which is exact for a linear
+            model and costs as many times more.
+
+    Returns:
+        Perturbed inputs, shaped like x.
+
+    Raises:
+        ValueError: for inputs outside the box, NaN, a wrong rank, an empty batch, labels out of
+            range, an unknown loss, or a loss that needs more classes.
+    """
+    check_choice(loss, "loss", (*LOSSES, "targets"))
+    if getattr(within, "box", (0, 1)) is not None:
+        check_images(x)
+    else:
+        check_values(x, None)
+    check_labels(y, x)
+    with frozen(model):
+        logits = covering(model, int(y.max()))
+        if loss == "targets":
+            objective = towards_each(logits, x, y)
+        elif keep == "best":
+            objective = away(logits, y, loss)
+        else:
+            objective = lambda moved: LOSSES[loss](logits(moved), y)  # noqa: E731
+        return maximise(
+            objective, x, within, steps=steps, step_size=step_size, restarts=restarts,
+            rule=rule, keep=keep, generator=generator, checked=True,
+        )  # fmt: skip
+
+
+def covering(model: Model, highest: int) -> Model:
+    """The model, with a check that its outputs cover the highest label; no forward of its own."""
+
+    def forward(x: Tensor) -> Tensor:
+        logits = model(x)
+        if logits.ndim != 2 or logits.shape[1] <= highest:
+            raise ValueError(
+                f"y holds label {highest} but the model's output has shape {tuple(logits.shape)}; "
+                "it must be (batch, classes) with more classes than that"
+            )
+        return logits
+
+    return forward
+
+
+def away(model: Model, y: Labels, loss: str) -> Objective:
+    """Climb a loss, judge by the margin; both from one forward."""
+
+    def objective(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return LOSSES[loss](logits, y), margin(logits, y)
+
+    return objective
+
+
+def towards_each(model: Model, x: Batch, y: Labels, most: int = 9) -> list[Objective]:
+    """One objective for each wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
+    with torch.no_grad():
+        logits = model(x)
+    own = nn.functional.one_hot(y, logits.shape[1]).bool()
+    order = logits.masked_fill(own, -torch.inf).argsort(1, descending=True)
+
+    def objective(target: Tensor) -> Objective:
+        def towards(x: Tensor) -> tuple[Tensor, Tensor]:
+            z = model(x)
+            return (z.gather(1, target) - z.gather(1, y[:, None]))[:, 0], margin(z, y)
+
+        return towards
+
+    return [objective(order[:, [j]]) for j in range(min(logits.shape[1] - 1, most))]
+
+
+def robust_accuracy(
+    model: Model,
+    x: Batch,
+    y: Labels,
+    attack: Callable[[Model, Tensor, Tensor], Tensor] | None = None,
+    *,
+    batch_size: int = 512,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Share of samples that are right and stay right under an attack, with an exact interval.
+
+    All samples count, not only those that were right before the attack. An attack is an upper
+    bound on the true robust accuracy, the interval is about sampling alone.
+
+    Args:
+        model: inputs to logits.
+        x, y: inputs (samples, ...) and labels (samples,).
+        attack: ``attack(model, x, y)`` returns perturbed inputs, such as ``partial(pgd,
+            within=Linf(0.1))``; ``None`` measures clean accuracy.
+
+    Raises:
+        ValueError: for an empty or invalid x, or labels that do not fit it.
+    """
+    check_values(x, None)
+    check_labels(y, x)
+    right = 0
+    for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        with frozen(model), torch.no_grad():
+            correct = model(batch).argmax(1) == labels
+            if attack is not None:
+                correct &= model(attack(model, batch, labels)).argmax(1) == labels
+        right += int(correct.sum())
+    return proportion(right, len(x), confidence)

@@ -1,0 +1,235 @@
+"""Data that every reader has: handwritten digits and things that are no digits.
+
+The in-distribution set is scikit-learn's copy of the UCI handwritten digits (Alpaydin and
+Kaynak 1998): 1,797 images of 8x8 pixels with 17 grey levels, made by counting ink in 4x4 blocks
+of a 32x32 bitmap. Everything that is no digit is made the same way, down to the grey levels, so
+that a detector cannot tell it by its making:
+
+==============  ==============================  ===============================
+set             auxiliary outliers (training)   test outliers
+==============  ==============================  ===============================
+letters (near)  C F J M P T U W X in DejaVu     A E H K N R V Y in DejaVu
+                Sans and Sans Mono              Serif, STIX and Computer Modern
+photo patches   ``china.jpg``                   ``flower.jpg``
+noise           none                            uniform grey levels
+==============  ==============================  ===============================
+
+The letters B D G I L O Q S Z look like digits (a network rightly reads S as 5). They are in
+neither set; with ``glyphs("lookalike", ...)`` they serve as a contaminated pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Self
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_digits, load_sample_image
+from torch import Tensor
+
+from robustood.inputs import check_choice, check_count
+
+LETTERS = {"auxiliary": "CFJMPTUWX", "test": "AEHKNRVY", "lookalike": "BDGILOQSZ"}
+FONTS = {
+    "auxiliary": "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold",
+    "test": "DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol "
+    "cmr10 cmss10 cmtt10",
+}
+FONTS["lookalike"] = FONTS["auxiliary"]
+PHOTOS = {"auxiliary": "china.jpg", "test": "flower.jpg"}
+FLAT = 0.05  # standard deviation of a patch below which two photos can give the same image
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs (samples, ...) with one label each."""
+
+    x: Tensor
+    y: Int[Tensor, " samples"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        return replace(self, x=self.x[index], y=self.y[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a run needs.
+
+    Attributes:
+        train, val, test: in-distribution images with labels.
+        outliers: auxiliary outliers for training (samples, ...); may be empty.
+        ood: test outliers by name, never seen in training.
+    """
+
+    train: Split
+    val: Split
+    test: Split
+    outliers: Tensor
+    ood: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ood"}
+        return replace(
+            self,
+            **{name: value.to(device) for name, value in moved.items()},
+            ood={name: x.to(device) for name, x in self.ood.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees at one step.
+
+    Attributes:
+        x, y: inputs and labels; y may be an image.
+        outliers: auxiliary outliers, or None.
+        generator: the run's source of randomness, on the device of x.
+        progress: share of the training that is done, in [0, 1].
+    """
+
+    x: Tensor
+    y: Tensor
+    outliers: Tensor | None = None
+    generator: torch.Generator | None = None
+    progress: float = 1.0
+
+
+def digits(train: int = 1097, seed: int = 0) -> Data:
+    """The digits with everything that is no digit, split once and for all.
+
+    500 test digits and 200 validation digits are the same for every ``train``; a smaller
+    ``train`` keeps the first of the training digits, so that sample sizes are nested.
+
+    Args:
+        train: number of training digits, at most 1,097.
+        seed: of the split and of the drawn outliers; 0 is the book's.
+
+    Returns:
+        Data with float32 images (samples, 1, 8, 8) in [0, 1]; ``outliers`` holds 1,000 letters
+        and 1,000 photo patches, ``ood`` 500 each of ``letters``, ``patches`` and ``noise``.
+
+    Raises:
+        ValueError: if train is not in 1 .. 1,097.
+    """
+    check_count(train, "train", low=1)
+    if train > 1097:
+        raise ValueError(
+            f"train must be at most 1097, got {train}; 700 digits are kept for val and test"
+        )
+    raw = load_digits()
+    order = np.random.default_rng(seed).permutation(len(raw.target))
+    x = torch.tensor(raw.images[order, None] / 16, dtype=torch.float32)
+    y = torch.tensor(raw.target[order], dtype=torch.int64)
+    everything = Split(x, y)
+    return Data(
+        train=everything[700 : 700 + train],
+        val=everything[500:700],
+        test=everything[:500],
+        outliers=torch.cat(
+            [glyphs("auxiliary", 1000, seed + 1), patches("auxiliary", 1000, seed + 2)]
+        ),
+        ood={
+            "letters": glyphs("test", 500, seed + 3),
+            "patches": patches("test", 500, seed + 4),
+            "noise": noise(500, seed + 5),
+        },
+    )
+
+
+def glyphs(
+    which: Literal["auxiliary", "test", "lookalike"], n: int, seed: int
+) -> Float[Tensor, "n 1 8 8"]:
+    """Capital letters in the fonts that Matplotlib ships, drawn as the digits were scanned.
+
+    A letter fills a 32x32 bitmap up to a small random shear, rotation, size and offset; each
+    pixel is the share of ink in a 4x4 block, in sixteenths.
+
+    Args:
+        which: ``"auxiliary"``, ``"test"`` or ``"lookalike"``; letters and fonts in the module's
+            table.
+        n: number of images; letters and fonts are drawn at random.
+        seed: of the draw.
+    """
+    check_choice(which, "which", tuple(LETTERS))
+    check_count(n, "n", low=1)
+    rng = np.random.default_rng(seed)
+    letters, fonts = [*LETTERS[which]], FONTS[which].split()
+    return _images(
+        [_glyph(str(rng.choice(letters)), str(rng.choice(fonts)), rng) for _ in range(n)]
+    )
+
+
+def _glyph(letter: str, font: str, rng: np.random.Generator) -> np.ndarray:
+    face = _font(font)
+    left, top, right, bottom = face.getbbox(letter)
+    canvas = Image.new("L", (96, 96), 0)
+    corner = (48 - (left + right) / 2, 48 - (top + bottom) / 2)
+    ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=face)
+    # The digits' boxes are filled top to bottom and are about two thirds as wide as high.
+    wide = rng.uniform(0.75, 1.05) * (right - left) / 24
+    high = rng.uniform(0.95, 1.15) * (bottom - top) / 32
+    angle, shear = np.radians(rng.uniform(-10, 10)), rng.uniform(-0.15, 0.15)
+    back = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    back = np.diag([wide, high]) @ np.array([[1, shear], [0, 1]]) @ back
+    offset = np.array([48, 48]) - back @ (np.array([16, 16]) + rng.uniform(-1, 1, 2))
+    coefficients = (back[0, 0], back[0, 1], offset[0], back[1, 0], back[1, 1], offset[1])
+    bitmap = canvas.transform(
+        (32, 32), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+    )
+    return (np.asarray(bitmap) > 127).reshape(8, 4, 8, 4).mean(axis=(1, 3))
+
+
+@lru_cache
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), 48)
+
+
+def patches(which: Literal["auxiliary", "test"], n: int, seed: int) -> Float[Tensor, "n 1 8 8"]:
+    """Grey patches of one photograph that ships with scikit-learn.
+
+    A square of 16 to 96 pixels is averaged down to 8x8 and rounded to sixteenths. Flat patches
+    are drawn again: a patch of sky is the same image in any photograph.
+
+    Args:
+        which: ``"auxiliary"`` cuts from ``china.jpg``, ``"test"`` from ``flower.jpg``.
+        n: number of images.
+        seed: of the draw.
+    """
+    check_choice(which, "which", tuple(PHOTOS))
+    check_count(n, "n", low=1)
+    rng = np.random.default_rng(seed)
+    photo = Image.fromarray(load_sample_image(PHOTOS[which])).convert("L")
+    cut: list[np.ndarray] = []
+    while len(cut) < n:
+        side = int(rng.integers(16, 97))
+        left = int(rng.integers(photo.width - side + 1))
+        top = int(rng.integers(photo.height - side + 1))
+        box = (left, top, left + side, top + side)
+        square = np.asarray(photo.resize((8, 8), Image.Resampling.BOX, box)) / 255
+        if square.std() >= FLAT:
+            cut.append(square)
+    return _images(cut)
+
+
+def noise(n: int, seed: int) -> Float[Tensor, "n 1 8 8"]:
+    """Independent pixels, uniform over the 17 grey levels of the digits."""
+    check_count(n, "n", low=1)
+    levels = np.random.default_rng(seed).integers(0, 17, (n, 8, 8))
+    return _images(list(levels / 16))
+
+
+def _images(cut: list[np.ndarray]) -> Float[Tensor, "n 1 8 8"]:
+    """Stack to float32 (n, 1, 8, 8) with the digits' 17 grey levels."""
+    return torch.tensor(np.round(np.stack(cut)[:, None] * 16) / 16, dtype=torch.float32)

@@ -1,0 +1,114 @@
+"""Figures that look alike and can be read by everyone.
+
+Colours are those of Okabe and Ito (2008), which stay apart for every common form of colour
+blindness; line styles and markers differ too, so that a figure survives a grey print. The
+background is white in light and in dark pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from robustood.metrics import Estimate
+
+COLOURS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "red": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+    "black": "#000000",
+    "grey": "#777777",
+}
+
+STYLE: dict[str, Any] = {
+    "axes.prop_cycle": plt.cycler(
+        color=[COLOURS[c] for c in ("blue", "red", "green", "orange", "purple", "sky")]
+    ),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "figure.figsize": (6.4, 3.6),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "image.cmap": "gray_r",
+}
+
+
+def use_style() -> None:
+    """Set the book's Matplotlib style for the session."""
+    plt.rcParams.update(STYLE)  # ty: ignore[no-matching-overload]
+
+
+def image_grid(
+    images: Float[Tensor, "n channels height width"],
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    scale: float = 1.0,
+) -> Figure:
+    """Show images in rows, each with an optional title.
+
+    Args:
+        images: grey (1 channel) or RGB (3 channels), in [0, 1].
+        titles: one text an image.
+        columns: images a row.
+        scale: width of one image in inches.
+
+    Returns:
+        The figure, not yet shown.
+    """
+    rows = -(-len(images) // columns)
+    head = 0.28 if titles is not None else 0.04
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * scale, rows * (scale + head)), squeeze=False
+    )
+    for place, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if place < len(images):
+            picture = images[place].detach().cpu().permute(1, 2, 0).squeeze(-1).numpy()
+            axis.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
+            if titles is not None:
+                axis.set_title(titles[place], fontsize=9)
+    return figure
+
+
+def band(
+    axis: Axes,
+    x: Sequence[float],
+    estimates: Sequence[Estimate],
+    label: str | None = None,
+    colour: str = "blue",
+    **line: Any,
+) -> None:
+    """Draw a line through estimates and shade their intervals.
+
+    Args:
+        axis: where to draw.
+        x: positions, one an estimate.
+        estimates: values with intervals.
+        label: legend entry.
+        colour: a name from ``COLOURS``.
+        line: passed to ``Axes.plot``; a marker is drawn unless told otherwise.
+    """
+    low, value, high = np.array([[e.low, e.value, e.high] for e in estimates]).T
+    line.setdefault("marker", "o")
+    axis.plot(x, value, color=COLOURS[colour], label=label, **line)
+    axis.fill_between(x, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)

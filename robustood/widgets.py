@@ -1,0 +1,187 @@
+"""Figures that move, and exercises that answer.
+
+:func:`explore` renders every frame in advance and needs no kernel: it works in the static page,
+offline. :func:`live` draws on demand and needs a running one. Both take the same drawing
+function.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+
+from robustood.inputs import check_count
+
+Draw = Callable[..., Figure]
+MOST_FRAMES = 240
+
+PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222;padding:8px;border-radius:6px">
+<img alt="{alt}" style="width:100%" src="{first}">
+{sliders}
+<script>
+(function () {{
+  const root = document.getElementById("{name}"), frames = {frames}, labels = {labels};
+  const inputs = Array.from(root.querySelectorAll("input")), picture = root.querySelector("img");
+  function show() {{
+    let index = 0;
+    inputs.forEach((input, i) => {{
+      index = index * labels[i].length + Number(input.value);
+      input.nextElementSibling.textContent = labels[i][Number(input.value)];
+      input.setAttribute("aria-valuetext", labels[i][Number(input.value)]);
+    }});
+    picture.src = "data:image/png;base64," + frames[index];
+  }}
+  inputs.forEach(input => input.addEventListener("input", show));
+}})();
+</script></div>"""
+
+SLIDER = """<label style="display:flex;align-items:center;gap:10px;margin:2px 0">
+<span style="min-width:9em">{name}</span> <input type="range" min="0" max="{last}"
+value="{start}" step="1" style="flex:1" aria-label="{name}" aria-valuetext="{text}">
+<output style="min-width:4em">{text}</output></label>"""
+
+
+class Page:
+    """Self-contained HTML that a notebook shows and stores."""
+
+    def __init__(self, html: str):
+        self.html = html
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return "interactive figure"
+
+
+def explore(
+    draw: Draw,
+    *,
+    alt: str,
+    labels: dict[str, str] | None = None,
+    start: dict[str, Any] | None = None,
+    dpi: int = 80,
+    **values: Sequence[Any],
+) -> Page:
+    """A figure with one slider a parameter that works without a kernel: every combination is drawn in advance.
+
+    Args:
+        draw: ``draw(name=value, ...)`` returns a figure.
+        alt: what the figure shows, for readers who do not see it.
+        labels: text beside a slider, by parameter; default its name.
+        start: first value shown, by parameter; default the middle of its list.
+        dpi: resolution of the frames.
+        values: a list of values a parameter, at most 240 combinations in all.
+
+    Returns:
+        An object that Jupyter shows as HTML.
+
+    Raises:
+        ValueError: for an empty list, too many combinations, or a start that is not in its list.
+    """
+    sizes = [len(options) for options in values.values()]
+    frames = 1
+    for name, size in zip(values, sizes, strict=True):
+        check_count(size, f"number of values for {name}", low=1)
+        frames *= size
+    if frames > MOST_FRAMES:
+        raise ValueError(
+            f"{frames} frames are too many for a page, at most {MOST_FRAMES}; thin the lists"
+        )
+    firsts = []
+    for name, options in values.items():
+        value = (start or {}).get(name, options[len(options) // 2])
+        if value not in options:
+            raise ValueError(f"start[{name!r}] must be one of {list(options)}, got {value!r}")
+        firsts.append(list(options).index(value))
+    pictures = [
+        _png(draw(**dict(zip(values, chosen, strict=True))), dpi)
+        for chosen in itertools.product(*values.values())
+    ]
+    first = 0
+    for index, size in zip(firsts, sizes, strict=True):
+        first = first * size + index
+    texts = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o] for o in values.values()]
+    sliders = [
+        SLIDER.format(
+            name=(labels or {}).get(name, name), last=size - 1, start=index, text=text[index]
+        )
+        for name, size, index, text in zip(values, sizes, firsts, texts, strict=True)
+    ]
+    encoded = [base64.b64encode(picture).decode() for picture, _ in pictures]
+    return Page(
+        PAGE.format(
+            name=f"explore-{zlib.crc32(''.join(encoded).encode()):08x}",
+            width=max(width for _, width in pictures) + 16,
+            alt=alt,
+            first=f"data:image/png;base64,{encoded[first]}",
+            sliders="\n".join(sliders),
+            frames=json.dumps(encoded),
+            labels=json.dumps(texts),
+        )
+    )
+
+
+def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
+    """A figure as a small palette PNG, and its width in pixels; closes the figure."""
+    raw, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=dpi)
+    plt.close(figure)
+    picture = Image.open(raw).convert("RGB")
+    picture.quantize(48, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue(), picture.width
+
+
+def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Sequence[Any]) -> None:
+    """The same figure drawn on demand by a running kernel, with ipywidgets.
+
+    Args:
+        draw: ``draw(name=value, ...)`` returns a figure.
+        labels: text beside a slider, by parameter.
+        values: a list of values a parameter.
+    """
+    import ipywidgets
+    from IPython.display import display
+
+    sliders = {
+        name: ipywidgets.SelectionSlider(
+            options=list(options),
+            value=options[len(options) // 2],
+            description=(labels or {}).get(name, name),
+            continuous_update=False,
+        )
+        for name, options in values.items()
+    }
+
+    def show(**chosen: Any) -> None:
+        figure = draw(**chosen)
+        display(figure)
+        plt.close(figure)
+
+    display(ipywidgets.interactive(show, **sliders))
+
+
+def attempt(check: Callable[[Any], None], answer: Callable[..., Any]) -> None:
+    """Hold an exercise's answer against its check, and say in one line how it went.
+
+    Args:
+        check: raises ``AssertionError`` with a helpful message where the answer is wrong.
+        answer: the reader's function; one that raises ``NotImplementedError`` is not solved yet.
+    """
+    try:
+        check(answer)
+    except NotImplementedError:
+        print("not solved yet")
+    except AssertionError as wrong:
+        print(f"not right yet: {wrong}")
+    else:
+        print("solved")

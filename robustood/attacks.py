@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,7 @@ Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How an attack moves: ``begin`` gives (z, value, grad) -> next z for one restart."""
 

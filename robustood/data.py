@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -56,10 +56,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: slice | Tensor) -> Self:
+    def __getitem__(self, index: slice | Tensor) -> Split:
         return replace(self, x=self.x[index], y=self.y[index])
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Split:
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
@@ -79,7 +79,7 @@ class Data:
     outliers: Tensor
     ood: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Data:
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ood"}
         return replace(
             self,
@@ -104,6 +104,10 @@ class Batch:
     outliers: Tensor | None = None
     generator: torch.Generator | None = None
     progress: float = 1.0
+
+    def at(self, progress: float) -> Batch:
+        """The same batch at another time of the training."""
+        return replace(self, progress=progress)
 
 
 def digits(train: int = 1097, seed: int = 0) -> Data:

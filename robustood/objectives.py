@@ -12,7 +12,7 @@ $$\min_\theta\; \mathbb E \max_{z \in Z} \ell(f_\theta(\mathrm{apply}(x, z)), y)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from robustood.perturbations import Ball, Linf, PerturbationSet
 Scalar = Float[Tensor, ""]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A training rule: model and batch in, scalar loss out."""
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from robustood.inputs import TOLERANCE, check_number
@@ -69,7 +69,7 @@ def norms(z: Batch) -> Float[Tensor, " batch"]:
     return z.flatten(1).norm(dim=1)
 
 
-def per_sample(values: Float[Tensor, " batch"], like: Batch) -> Tensor:
+def per_sample(values: Shaped[Tensor, " batch"], like: Batch) -> Tensor:
     """Reshape one number per sample so that it broadcasts over ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
@@ -99,7 +99,7 @@ class Ball(ABC):
     def radius(self) -> float:
         return self.eps
 
-    def scaled(self, factor: float) -> Self:
+    def scaled(self, factor: float) -> Ball:
         """The same set with ``factor`` times the radius."""
         return replace(self, eps=factor * self.eps)
 

@@ -1,25 +1,33 @@
 """One training loop for every method of the book.
 
-What differs between methods is the objective (:mod:`robustood.objectives`). The loop draws
-batches, takes steps and keeps the books. A run is a function of its arguments: the data order
-and all randomness of an epoch come from the seed and the epoch's number, and the learning rate
-from the step's.
+What differs between methods is the objective (:mod:`robustood.objectives`). The loop draws batches,
+takes steps and keeps the books. A run is a function of its arguments: the data order and all
+randomness of an epoch come from the seed and the epoch's number, and the learning rate from the
+step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had not.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from robustood.checkpoints import read_state, write_state, write_whole
 from robustood.data import Batch, Data
 from robustood.inputs import check_count, check_labels, check_number, check_values
 from robustood.objectives import Objective
+
+Monitor = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -27,8 +35,8 @@ class History:
     """What a run recorded.
 
     Attributes:
-        rows: one dict an epoch: ``epoch``, ``loss`` (mean over its steps), ``lr``, ``seconds``,
-            and what the monitor adds.
+        rows: one dict an epoch: ``epoch``, ``loss`` (mean over its steps), ``lr`` (at its end),
+            ``seconds`` (of the run so far), and what the monitor adds.
         finished: False where the run stopped early on its time budget.
     """
 
@@ -60,9 +68,12 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.15,
     optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    average: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    monitor: Callable[[nn.Module], dict[str, float]] | None = None,
+    monitor: Monitor | None = None,
+    run_dir: str | Path | None = None,
+    minutes: float = math.inf,
 ) -> History:
     """Train a model in place and leave it in eval mode.
 
@@ -70,95 +81,290 @@ def fit(
         model: the network; it stays on ``device``.
         objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``.
         data: ``data.train`` and ``data.outliers`` are used.
-        epochs: passes over the training set; a last batch that is not full is left out, in
-            fresh order each epoch.
+        epochs: passes over the training set; each leaves out the samples of a last batch that is
+            not full, other ones each time.
         batch_size: samples a step, at most the size of the training set.
         outlier_batch_size: auxiliary outliers a step, where the data have any.
-        lr: peak learning rate.
+        lr: peak learning rate, reached after the warm-up and left on a half cosine.
         weight_decay: passed to the optimiser.
         warmup: share of the run with a rising learning rate.
         optimiser: ``optimiser(parameters, lr=..., weight_decay=...)``.
+        average: decay of an exponential moving average of the weights, such as 0.999; the model
+            ends with the average, and the monitor sees it.
         seed: of the data order and of every random start.
         device: default the model's.
         monitor: called after each epoch in eval mode; its numbers join the history.
+        run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
+            on from it, with the same result bit for bit on one machine's CPU.
+        minutes: stop in time to keep this budget; the state is written first.
 
     Returns:
         The history. The same arguments give the same weights bit for bit on one machine's CPU.
 
     Raises:
-        ValueError: for invalid images, labels or settings, before the first step.
-        FloatingPointError: when the loss is not finite; the message names the step, the model
+        ValueError: for invalid data or settings, or a ``run_dir`` of another run, before any step.
+        FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
     check_count(epochs, "epochs", low=1)
     check_count(batch_size, "batch_size", low=1)
+    check_count(outlier_batch_size, "outlier_batch_size", low=1)
     check_number(lr, "lr", 0)
     check_number(warmup, "warmup", 0, 1)
+    check_number(minutes, "minutes", 0)
+    if average is not None:
+        check_number(average, "average", 0, 1)
     check_values(data.train.x, None, "data.train.x")
     if not data.train.y.is_floating_point():
-        check_labels(data.train.y, data.train.x, getattr(model, "classes", None), "data.train.y")
+        classes = getattr(model, "classes", None)
+        check_labels(data.train.y, data.train.x, classes, "data.train.y")
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
-    steps = len(data.train) // min(batch_size, len(data.train))
-    total = epochs * steps
-    adapt = optimiser(model.parameters(), lr=lr, weight_decay=weight_decay)
-    history, started = History(), time.monotonic()
-    bar = tqdm(total=total, disable=None, unit="step", leave=False)
-    for epoch in range(epochs):
-        good = {name: value.clone() for name, value in model.state_dict().items()}
-        losses, rate = [], lr
-        batches = draw(data, batch_size, outlier_batch_size, generator_for(seed, epoch, device))
-        model.train()
-        for index, (batch_x, batch_y, outliers, generator) in enumerate(batches):
-            step = epoch * steps + index
-            rate = learning_rate(step, total, lr, warmup)
-            for group in adapt.param_groups:
-                group["lr"] = rate
-            batch = Batch(batch_x, batch_y, outliers, generator, step / total)
-            loss = objective(model, batch)
-            adapt.zero_grad(set_to_none=True)
+    batch_size = min(batch_size, len(data.train))
+    run = Run(
+        model=model,
+        adapt=optimiser(model.parameters(), lr=lr, weight_decay=weight_decay),
+        mean=None if average is None else Average(model, average),
+        steps=len(data.train) // batch_size,
+        epochs=epochs,
+        folder=None if run_dir is None else Path(run_dir),
+        deadline=time.monotonic() + 60 * minutes,
+    )
+    settings = {
+        "objective": repr(objective), "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "outlier_batch_size": outlier_batch_size, "weight_decay": weight_decay, "seed": seed,
+        "warmup": warmup, "average": average, "optimiser": type(run.adapt).__name__,
+        "data": fingerprint(data),
+    }  # fmt: skip
+    run.resume(settings)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=None) as bar:
+        bar.update(run.epoch * run.steps + run.step)
+        while run.epoch < epochs:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + run.epoch)
+            torch.manual_seed(seed * 1_000_003 + run.epoch)
+            batches = draw(data, batch_size, outlier_batch_size, generator)
+            rate = lambda step: learning_rate(step, run.steps * epochs, lr, warmup)  # noqa: E731
+            if not run.one_epoch(objective, batches, generator, rate, bar):
+                return run.close()
+            run.record(monitor)
+    return run.close()
+
+
+@dataclass
+class Run:
+    """The moving parts of a training run, and how they are kept."""
+
+    model: nn.Module
+    adapt: torch.optim.Optimizer
+    mean: Average | None
+    steps: int
+    epochs: int
+    folder: Path | None
+    deadline: float
+    epoch: int = 0
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    earlier: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def one_epoch(
+        self,
+        objective: Objective,
+        batches: Iterator[Batch],
+        generator: torch.Generator,
+        rate: Callable[[int], float],
+        bar: tqdm,
+    ) -> bool:
+        """Take the epoch's remaining steps; False when time is up first, with the state kept."""
+        good = {name: value.clone() for name, value in self.model.state_dict().items()}
+        for _ in range(self.step):  # the order is drawn anew, what was done is skipped
+            next(batches)
+        if self.noise:
+            generator.set_state(self.noise["own"])
+            torch.set_rng_state(self.noise["global"])
+            self.noise = {}
+        self.model.train()
+        slowest = 0.0
+        for batch in batches:
+            start = time.monotonic()
+            if start + 2 * slowest > self.deadline:
+                self.noise = {"own": generator.get_state(), "global": torch.get_rng_state()}
+                self.keep()
+                return False
+            done = self.epoch * self.steps + self.step
+            for group in self.adapt.param_groups:
+                group["lr"] = rate(done)
+            loss = objective(self.model, batch.at(done / (self.epochs * self.steps)))
+            self.adapt.zero_grad(set_to_none=True)
             loss.backward()
-            adapt.step()
-            losses.append(loss.detach())
+            self.adapt.step()
+            if self.mean:
+                self.mean.update(self.model)
+            self.losses.append(loss.detach())
+            self.step += 1
             bar.update()
-        values = torch.stack(losses).cpu()
-        if not values.isfinite().all():
-            model.load_state_dict(good)
-            step = epoch * steps + int((~values.isfinite()).nonzero()[0])
+            slowest = max(slowest, time.monotonic() - start)
+        self.check_finite(good)
+        return True
+
+    def check_finite(self, good: dict[str, Tensor]) -> None:
+        """One look a epoch, so that a GPU is not waited for at every step."""
+        bad = ~torch.stack(self.losses).isfinite()
+        if bad.any():
+            self.model.load_state_dict(good)
+            self.model.eval()
+            first = int(bad.nonzero()[0])
             raise FloatingPointError(
-                f"the loss is {values[step - epoch * steps]:g} at step {step} (epoch {epoch}); the model holds the "
-                "weights of the last good epoch. Lower lr, or lengthen warmup"
+                f"the loss is {float(self.losses[first])} at step "
+                f"{self.epoch * self.steps + first} (epoch {self.epoch}); the model holds the "
+                "weights of the last good epoch. Lower lr or lengthen warmup"
             )
-        row = {"epoch": epoch, "loss": float(values.mean()), "lr": rate}
-        model.eval()
-        row |= monitor(model) if monitor else {}
-        history.rows.append(row | {"seconds": time.monotonic() - started})
-    bar.close()
-    history.finished = True
-    return history
+
+    def record(self, monitor: Monitor | None) -> None:
+        """Close an epoch: a row of history, the log and the state."""
+        row: dict[str, float] = {
+            "epoch": self.epoch,
+            "loss": float(torch.stack(self.losses).mean()),
+            "lr": self.adapt.param_groups[0]["lr"],
+        }
+        self.model.eval()
+        if monitor:
+            with Averaged(self.model, self.mean):
+                row |= monitor(self.model)
+        row["seconds"] = self.earlier + time.monotonic() - self.began
+        self.history.rows.append(row)
+        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        self.keep()
+
+    def keep(self) -> None:
+        """Write log and state, if the run has a folder."""
+        if self.folder is None:
+            return
+        if self.history.rows:
+            text = io.StringIO()
+            table = csv.DictWriter(text, list(self.history.rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.history.rows)
+            write_whole(self.folder / "log.csv", text.getvalue().encode())
+        write_state(
+            self.folder / "state.pt",
+            {
+                "settings": self.settings,
+                "model": self.model.state_dict(),
+                "optimiser": self.adapt.state_dict(),
+                "mean": self.mean.tensors if self.mean else {},
+                "epoch": self.epoch,
+                "step": self.step,
+                "losses": self.losses,
+                "rows": self.history.rows,
+                "noise": self.noise,
+                "seconds": self.earlier + time.monotonic() - self.began,
+            },
+        )
+
+    def resume(self, settings: dict[str, Any]) -> None:
+        """Go on from the folder's state, if it has one that belongs to these settings."""
+        self.settings = settings
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = read_state(self.folder / "state.pt")
+        if state is None:
+            return
+        for name, value in settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"run_dir {self.folder.name!r} holds a run with {name} = "
+                    f"{state['settings'].get(name)!r}, not {value!r}; choose another folder or "
+                    "delete this one"
+                )
+        self.model.load_state_dict(state["model"])
+        self.adapt.load_state_dict(state["optimiser"])
+        if self.mean:
+            self.mean.tensors = state["mean"]
+        self.epoch, self.step, self.losses = state["epoch"], state["step"], state["losses"]
+        self.history.rows, self.noise = state["rows"], state["noise"]
+        self.earlier = state["seconds"]
+
+    def close(self) -> History:
+        """Leave the model ready for use."""
+        self.history.finished = self.epoch == self.epochs
+        if self.mean and self.history.finished:
+            self.mean.exchange(self.model)
+        self.model.eval()
+        return self.history
 
 
-def generator_for(seed: int, epoch: int, device: torch.device) -> torch.Generator:
-    """The source of all randomness of one epoch."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+class Average:
+    """Exponential moving average of everything that is a float in a model's state."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.tensors = {
+            name: value.clone()
+            for name, value in model.state_dict().items()
+            if value.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model by 1 - decay."""
+        state = model.state_dict()
+        for name, mean in self.tensors.items():
+            mean.lerp_(state[name], 1 - self.decay)
+
+    @torch.no_grad()
+    def exchange(self, model: nn.Module) -> None:
+        """Swap the model's floats with the average's; twice is the identity."""
+        state = model.state_dict()
+        for name, mean in self.tensors.items():
+            kept = state[name].clone()
+            state[name].copy_(mean)
+            mean.copy_(kept)
+
+
+class Averaged:
+    """Context in which a model wears its average, if there is one."""
+
+    def __init__(self, model: nn.Module, mean: Average | None):
+        self.model, self.mean = model, mean
+
+    def __enter__(self) -> None:
+        if self.mean:
+            self.mean.exchange(self.model)
+
+    def __exit__(self, *_: object) -> None:
+        self.__enter__()
+
+
+def fingerprint(data: Data) -> str:
+    """Short sha256 of what training sees."""
+    digest = hashlib.sha256()
+    for tensor in (data.train.x, data.train.y, data.outliers):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def draw(
     data: Data, batch_size: int, outlier_batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, torch.Generator]]:
-    """One epoch of batches in random order; outliers are drawn alongside, as often as needed."""
-    n, device = len(data.train), data.train.x.device
-    size = min(batch_size, n)
+) -> Iterator[Batch]:
+    """One epoch of full batches in random order; outliers come along, each as often as needed."""
+    n, pool, device = len(data.train), len(data.outliers), data.train.x.device
+    steps = n // batch_size
     order = torch.randperm(n, generator=generator, device=device)
-    pool = len(data.outliers)
-    if pool:
-        wanted = n // size * outlier_batch_size
-        rounds = [
-            torch.randperm(pool, generator=generator, device=device)
-            for _ in range(-(-wanted // pool))
-        ]
-        others = torch.cat(rounds).split(outlier_batch_size)
-    for index in range(n // size):
-        chosen = order[index * size : (index + 1) * size]
-        outliers = data.outliers[others[index]] if pool else None
-        yield data.train.x[chosen], data.train.y[chosen], outliers, generator
+    rounds = math.ceil(steps * outlier_batch_size / pool) if pool else 0
+    shuffled = [torch.randperm(pool, generator=generator, device=device) for _ in range(rounds)]
+    others = torch.cat(shuffled) if pool else order[:0]
+    for step in range(steps):
+        chosen = order[step * batch_size :][:batch_size]
+        beside = others[step * outlier_batch_size :][:outlier_batch_size]
+        yield Batch(
+            data.train.x[chosen],
+            data.train.y[chosen],
+            data.outliers[beside] if pool else None,
+            generator,
+        )

@@ -1,0 +1,174 @@
+"""Weights that load or say why not, and run states that survive a crash.
+
+Weights are safetensors with a JSON card beside them: recipe, seed, data, versions, metrics and the
+sha256 of the file. A run's state, which holds an optimiser too, is written whole or not at all, and
+read without executing anything (``weights_only``). The last state but one stays beside the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+DIGEST = hashlib.sha256().digest_size
+
+
+def save_weights(path: str | Path, model: nn.Module, **card: Any) -> Path:
+    """Write a model's weights and their card.
+
+    Args:
+        path: ends in ``.safetensors``; the card goes beside it with the ending ``.json``.
+        model: all parameters and persistent buffers are kept.
+        card: what a reader should know: recipe, seed, data, metrics. Must fit into JSON.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        ValueError: for another ending, or a card that JSON cannot hold.
+    """
+    path = _weights_path(path)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(model).items()}
+    content = save(tensors)
+    card |= {
+        "architecture": _architecture(model),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    try:
+        text = json.dumps(card, indent=1, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise ValueError(
+            f"card must fit into JSON: {error}; pass numbers, strings and lists"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+    write_whole(path.with_suffix(".json"), text.encode())
+    return path
+
+
+def load_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Read weights into a model of the same architecture; the model is changed only if all is well.
+
+    Args:
+        path: file written by :func:`save_weights`.
+        model: receives the weights, on its own device.
+
+    Returns:
+        The card.
+
+    Raises:
+        FileNotFoundError: if the weights or their card are missing.
+        ValueError: for a pickle, a damaged file, or weights of another architecture.
+    """
+    path = _weights_path(path)
+    card = json.loads(path.with_suffix(".json").read_text())
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != card["sha256"]:
+        raise ValueError(
+            f"{path.name} has sha256 {found[:12]}…, its card says {card['sha256'][:12]}…; "
+            "the file is damaged or not the one described: fetch it again"
+        )
+    wanted, offered = _architecture(model), card["architecture"]
+    if wanted != offered:
+        different = sorted(
+            name for name in wanted | offered if wanted.get(name) != offered.get(name)
+        )
+        name = different[0]
+        raise ValueError(
+            f"{path.name} belongs to another architecture: {len(different)} tensors differ, first "
+            f"{name}: shape {offered.get(name)} in the file, {wanted.get(name)} in the model"
+        )
+    with torch.no_grad():
+        tensors = load(content)
+        for name, value in _tensors(model).items():
+            value.copy_(tensors[name])
+    return card
+
+
+def _weights_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"path must end in .safetensors, got {path.name!r}; pickled weights can run code when "
+            "they are opened, so convert them first"
+        )
+    return path
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _architecture(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in _tensors(model).items()}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file by ``content`` or leave it as it was, also through a crash or a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a run's state; the one before it stays beside it as ``NAME.previous``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    newest = path.with_name(path.name + ".newest")
+    write_whole(newest, hashlib.sha256(payload).digest() + payload)
+    if path.exists():
+        os.replace(path, _previous(path))
+    os.replace(newest, path)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The last whole state, or None where there is none yet.
+
+    A damaged file is reported with a warning and the one before it is used.
+
+    Raises:
+        ValueError: if states exist and none is whole.
+    """
+    damaged = []
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
+        content = candidate.read_bytes()
+        payload = content[DIGEST:]
+        if hashlib.sha256(payload).digest() == content[:DIGEST]:
+            return torch.load(io.BytesIO(payload), weights_only=True)
+        damaged.append(candidate.name)
+        warnings.warn(
+            f"{candidate} is damaged ({len(content)} bytes, wrong sha256) and was left aside",
+            stacklevel=2,
+        )
+    if damaged:
+        raise ValueError(
+            f"no whole checkpoint in {path.parent}: {', '.join(damaged)} are damaged; "
+            "delete them to start the run again"
+        )
+    return None
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")

@@ -1,0 +1,451 @@
+"""The attack loop against closed forms, invariants and counted work."""
+
+import itertools
+from functools import partial
+
+import hypothesis.strategies as st
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robustood import attacks
+from robustood.attacks import fgsm, frozen, margin, maximise, pgd, robust_accuracy
+from robustood.metrics import proportion
+from robustood.models import small_cnn
+from robustood.perturbations import L2, Linf
+
+SETS = [Linf(0.1), L2(0.7)]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(24, 1, 8, 8, generator=generator)
+    return x, torch.randint(0, 10, (24,), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A network with batch normalisation and dropout: whatever an attack may disturb."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+        nn.Flatten(), nn.Linear(8 * 64, 10),
+    )  # fmt: skip
+    model(torch.rand(64, 1, 8, 8))  # moves the running statistics
+    return model
+
+
+class Linear(nn.Module):
+    """Logits W x + b on flattened inputs."""
+
+    def __init__(self, classes: int, inputs: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(torch.randn(classes, inputs, generator=generator))
+        self.b = nn.Parameter(torch.randn(classes, generator=generator))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w.T + self.b
+
+
+# --- what comes back, and what stays as it was --------------------------------------------------
+
+
+@pytest.mark.parametrize("within", SETS, ids=str)
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "targets"])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_feasible_and_shaped_like_x(net, batch, within, loss, keep):
+    x, y = batch
+    moved = pgd(net, x, y, within, steps=4, restarts=2, loss=loss, keep=keep)
+    assert moved.shape == x.shape and moved.dtype == x.dtype and not moved.requires_grad
+    assert moved.min() >= 0 and moved.max() <= 1
+    assert within.norm(moved - x).max() <= within.eps + 1e-6
+    assert within.norm(moved - x).max() > 0.5 * within.eps
+
+
+@pytest.mark.parametrize("loss", ["ce", "targets"])
+def test_nothing_else_moves(net, batch, loss):
+    x, y = batch
+    net.train()
+    net[0].eval()  # a mixed mode has to come back as it was
+    net[0].weight.requires_grad_(False)
+    net.zero_grad()
+    net[-1].weight.grad = torch.full_like(net[-1].weight, 7.0)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    rng, before = torch.get_rng_state(), x.clone()
+    pgd(net, x, y, Linf(0.1), steps=3, loss=loss)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()] == [False] + [True] * 5
+    assert net[-1].weight.grad.eq(7).all() and net[0].bias.grad is None
+    assert torch.equal(torch.get_rng_state(), rng) and torch.equal(x, before)
+    net[0].weight.requires_grad_(True)
+    net[-1].weight.grad = None
+
+
+def test_frozen_restores_after_an_error(net):
+    net.train()
+    with pytest.raises(RuntimeError, match="inside"), frozen(net):  # noqa: PT012
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+        raise RuntimeError("inside")
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    with frozen(net, "train"):
+        assert net[1].training
+    with frozen(net, "keep"), frozen(len):
+        assert net[1].training
+
+
+def test_works_where_gradients_are_off(batch):
+    x, y = batch
+    model = small_cnn()
+    expected = pgd(model, x, y, Linf(0.1), steps=3)
+    with torch.no_grad():
+        assert torch.equal(pgd(model, x, y, Linf(0.1), steps=3), expected)
+    with torch.inference_mode():
+        inner = x.clone()  # an inference tensor, which autograd refuses
+        assert torch.equal(pgd(model, inner, y, Linf(0.1), steps=3), expected)
+
+
+# --- counted work -------------------------------------------------------------------------------
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_costs_exactly_its_forwards_and_input_backwards(batch, steps, restarts):
+    x, y = batch
+    model = small_cnn()
+
+    def forward():
+        with torch.no_grad():
+            model(x)
+
+    def forward_and_backward():  # the input's gradient alone, to a non-leaf
+        moved = x.clone().requires_grad_() + 0
+        with frozen(model):
+            torch.autograd.grad(attacks.cross_entropy(model(moved), y).sum(), moved)
+
+    one, both = flops(forward), flops(forward_and_backward)
+    assert both == 2 * one  # an input backward costs a forward
+    run = partial(pgd, model, x, y, Linf(0.1), steps=steps, restarts=restarts)
+    assert flops(partial(run, keep="last")) == restarts * steps * both
+    assert flops(partial(run, keep="best")) == restarts * (steps * both + one)
+
+
+def test_unfrozen_parameters_cost_nothing_more(batch):
+    x, y = batch
+    model = small_cnn()
+    objective = lambda x: attacks.cross_entropy(model(x), y)  # noqa: E731
+    run = partial(maximise, objective, x, Linf(0.1), steps=2, keep="last")
+    with frozen(model):
+        expected = flops(run)
+    assert flops(run) == expected
+
+
+# --- reductions and orders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ball", [Linf, L2])
+@pytest.mark.parametrize("loss", ["ce", "targets"])
+def test_radius_zero_is_the_identity(net, batch, ball, loss):
+    x, y = batch
+    assert torch.equal(pgd(net, x, y, ball(0), steps=3, loss=loss), x)
+    clean = robust_accuracy(net, x, y)
+    assert robust_accuracy(net, x, y, partial(pgd, within=ball(0.0), steps=3)) == clean
+
+
+def test_no_steps_and_no_restarts_is_the_identity(net, batch):
+    x, y = batch
+    assert torch.equal(pgd(net, x, y, Linf(0.1), steps=0, restarts=0), x)
+
+
+@pytest.mark.parametrize("within", SETS, ids=str)
+def test_more_search_never_lowers_the_kept_value(batch, within):
+    """Shared starts and best-so-far: more steps (same step size) and more restarts only add."""
+    x, y = batch
+    model = small_cnn()
+    kept = lambda moved: margin(model(moved), y)  # noqa: E731
+    size = within.eps / 3
+    by_steps = [maximise(kept, x, within, steps=k, step_size=size) for k in (0, 1, 3, 9)]
+    by_restarts = [maximise(kept, x, within, steps=3, restarts=r) for r in (1, 2, 5)]
+    for ladder in (by_steps, by_restarts):
+        for less, more in itertools.pairwise(ladder):
+            assert (kept(more) >= kept(less)).all()
+    assert (kept(by_steps[-1]) > kept(by_steps[0])).all()
+
+
+def test_larger_ball_never_helps_the_defender(batch):
+    x, y = batch
+    model = small_cnn()
+    smaller = pgd(model, x, y, Linf(0.05), steps=5)
+    larger = Started(0.1, z=smaller - x)
+    kept = lambda moved: margin(model(moved), y)  # noqa: E731
+    assert (kept(maximise(kept, x, larger, steps=5)) >= kept(smaller)).all()
+
+
+class Started(Linf):
+    """The cube with one given start."""
+
+    def __init__(self, eps, z):
+        super().__init__(eps)
+        object.__setattr__(self, "z", z)
+
+    def starts(self, x, restarts, generator=None):
+        yield self.z[: len(x)].clone()
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_sample_does_not_depend_on_its_companions(net, batch, steps):
+    x, y = batch
+    start = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) * 0.2 - 0.1
+    start = Linf(0.1).project(x, start)
+    net.double()
+    try:
+        x, start = x.double(), start.double()
+        whole = pgd(net, x, y, Started(0.1, start), steps=steps)
+        for i in (0, 7, 23):
+            part = slice(i, i + 1)
+            alone = pgd(net, x[part], y[part], Started(0.1, start[part]), steps=steps)
+            assert torch.allclose(alone, whole[part], atol=1e-12)
+    finally:
+        net.float()
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.3, 1e4])
+@pytest.mark.parametrize("within", SETS, ids=str)
+def test_scaling_the_loss_changes_nothing(batch, within, factor):
+    x, y = batch
+    model = small_cnn().double()
+    x = x.double()
+    plain = maximise(lambda m: attacks.cross_entropy(model(m), y), x, within, steps=5)
+    scaled = maximise(lambda m: factor * attacks.cross_entropy(model(m), y), x, within, steps=5)
+    assert torch.allclose(plain, scaled, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "targets"])
+def test_shifting_the_logits_changes_nothing(batch, loss):
+    x, y = batch
+    model = small_cnn().double()
+    x = x.double()
+    shifted = lambda x: model(x) + 40.0 * x.flatten(1).sum(1, keepdim=True)  # noqa: E731
+    one = pgd(model, x, y, Linf(0.1), steps=5, loss=loss)
+    assert torch.allclose(one, pgd(shifted, x, y, Linf(0.1), steps=5, loss=loss), atol=1e-9)
+
+
+@given(scale=st.floats(1e-2, 1e3), shift=st.floats(-50, 50), seed=st.integers(0, 99))
+def test_dlr_is_affine_invariant(scale, shift, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (6,), generator=generator)
+    assert torch.allclose(attacks.dlr(scale * z + shift, y), attacks.dlr(z, y), atol=1e-6)
+
+
+def test_losses_by_hand():
+    z, y = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0])
+    wrong = torch.tensor([2])
+    assert margin(z, y).item() == -2 and margin(z, wrong).item() == 3
+    assert attacks.dlr(z, y).item() == pytest.approx(-2 / 3)
+    assert attacks.dlr(z, wrong).item() == pytest.approx(1.0)
+    assert attacks.cross_entropy(z, y).item() == pytest.approx(-np.log(0.8437947), abs=1e-6)
+
+
+# --- closed forms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("within", "dual"), [(Linf(0.3, None), 1), (L2(0.3, None), 2)])
+def test_linear_binary_margin_falls_by_the_dual_norm(within, dual):
+    model = Linear(2, 20).double()
+    x = torch.randn(9, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    y = torch.arange(9) % 2
+    w = model.w[1] - model.w[0]
+    # Steps much longer than the radius slide along the ball: the angle shrinks tenfold each.
+    for moved in (fgsm(model, x, y, within), pgd(model, x, y, within, steps=20, step_size=3.0)):
+        risen = margin(model(moved), y) - margin(model(x), y)
+        assert torch.allclose(risen, within.eps * w.norm(dual).expand(9), atol=1e-9)
+
+
+def test_linear_binary_in_the_box_coordinate_by_coordinate():
+    model = Linear(2, 30)
+    x = torch.rand(8, 1, 5, 6, generator=torch.Generator().manual_seed(4))
+    y, eps = torch.arange(8) % 2, 0.4
+    w = (model.w[1] - model.w[0]) * (1 - 2 * y[:, None])  # uphill for the attacker
+    flat = x.flatten(1)
+    best = torch.where(w > 0, (flat + eps).clamp(max=1), (flat - eps).clamp(min=0))
+    assert torch.allclose(fgsm(model, x, y, Linf(eps)).flatten(1), best, atol=1e-6)
+
+
+@pytest.mark.parametrize("box", [None, (0, 1)])
+def test_multiclass_linear_targets_are_exact_and_cross_entropy_is_not(box):
+    """min over classes of the worst margin; the cross-entropy mixes the classes' directions."""
+    model = Linear(10, 64, seed=1).double()
+    x = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    y = model(x).argmax(1)
+    eps = 0.03
+    low = torch.full_like(x, -eps) if box is None else (-x).clamp(min=-eps)
+    high = torch.full_like(x, eps) if box is None else (1 - x).clamp(max=eps)
+    w = model.w[None] - model.w[y][:, None]  # (samples, classes, pixels), uphill
+    rise = torch.where(w > 0, w * high.flatten(1)[:, None], w * low.flatten(1)[:, None]).sum(2)
+    worst = model(x) - model(x).gather(1, y[:, None]) + rise
+    worst = worst.scatter(1, y[:, None], -torch.inf).amax(1)
+    within = Linf(eps, box)
+    found = margin(model(pgd(model, x, y, within, steps=10, loss="targets")), y)
+    assert torch.allclose(found, worst, atol=1e-9)
+    by_ce = margin(model(pgd(model, x, y, within, steps=40, restarts=2)), y)
+    assert (by_ce <= worst + 1e-9).all() and (by_ce < worst - 1e-3).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("eps", [0.3, 2.0])
+def test_quadratic_bowl(eps):
+    """-|x - c|^2 over the l2 ball: c itself if inside, else the boundary point towards it."""
+    c = torch.tensor([[0.6, -0.8, 0.0]], dtype=torch.float64)
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    bowl = lambda moved: -(moved - c).square().sum(1)  # noqa: E731
+    found = maximise(bowl, x, L2(eps, None), steps=400, step_size=0.01)
+    assert torch.allclose(found, c * min(1.0, eps), atol=1e-2)
+    assert bowl(found).item() == pytest.approx(-(max(0.0, 1 - eps) ** 2), abs=1e-3)
+
+
+def test_kept_probability_of_a_target_never_falls(batch):
+    x, _ = batch
+    model, target = small_cnn(), torch.full((24,), 3)
+    towards = lambda m: -attacks.cross_entropy(model(m), target)  # noqa: E731
+    kept = [towards(maximise(towards, x, Linf(0.1), steps=k, step_size=0.02)) for k in range(6)]
+    assert all((b >= a).all() for a, b in itertools.pairwise(kept))
+    assert (kept[-1] > towards(x)).all()
+
+
+def test_several_objectives_are_judged_together():
+    """Two hills of which only the judge knows the higher one."""
+    x = torch.zeros(5, 2)
+    judge = lambda m: m[:, 1] - m[:, 0]  # noqa: E731
+    hills = [lambda m, k=k: (m[:, k], judge(m)) for k in (0, 1)]
+    run = partial(maximise, x=x, within=Linf(1.0, None), steps=8, restarts=0)
+    assert torch.equal(run(hills), torch.tensor([[0.0, 1.0]]).expand(5, 2))
+    assert torch.equal(run(hills[0]), x) and torch.equal(run(hills[::-1]), run(hills))
+
+
+def test_success_is_kept_although_another_iterate_has_more_loss():
+    """Judged by the margin: the cross-entropy peaks elsewhere than where the label flips."""
+
+    # Class 0 is right. Along x the loss of class 0 rises; only near x = 0.5 does class 1 win.
+    def model(x):
+        v = x.flatten(1)
+        spread = torch.cat([0 * v, 1 - 8 * (v - 0.5) ** 2, *[3 * v - 3.2] * 9], 1)
+        return torch.cat([spread[:, :1], spread[:, 1:]], 1)
+
+    x, y = torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
+    last = pgd(model, x, y, Linf(0.7), steps=20, step_size=0.1, keep="last", restarts=0)
+    best = pgd(model, x, y, Linf(0.7), steps=20, step_size=0.1, keep="best", restarts=0)
+    assert attacks.cross_entropy(model(last), y) > attacks.cross_entropy(model(best), y)
+    assert margin(model(last), y) < 0 < margin(model(best), y)
+
+
+def test_nan_never_wins():
+    x = torch.full((3, 1), 0.5)
+    broken = lambda m: torch.where(m[:, 0] > 0.55, torch.nan, m[:, 0])  # noqa: E731
+    found = maximise(broken, x, Linf(0.1), steps=4, step_size=0.02, restarts=0)
+    assert found.isfinite().all() and (found[:, 0] <= 0.55).all() and (found[:, 0] > 0.53).all()
+
+
+# --- robust accuracy ----------------------------------------------------------------------------
+
+
+def test_robust_accuracy_counts_all_samples_and_gives_the_exact_interval():
+    model = Linear(2, 4)
+    x = torch.rand(50, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(50) % 2
+    right = model(x).argmax(1) == y
+    # An "attack" that repairs every mistake and spoils sample 0 or 1, whichever was right.
+    fixed = {0: x[model(x).argmax(1) == 0][:1], 1: x[model(x).argmax(1) == 1][:1]}
+    healing = lambda model, x, y: torch.cat([fixed[int(label)] for label in y])  # noqa: E731
+    assert robust_accuracy(model, x, y, batch_size=7) == proportion(int(right.sum()), 50)
+    assert robust_accuracy(model, x, y, healing, batch_size=7) == proportion(int(right.sum()), 50)
+    spoiling = lambda model, x, y: healing(model, x, 1 - y)  # noqa: E731
+    assert robust_accuracy(model, x, y, spoiling).value == 0
+
+
+def test_a_wide_ball_breaks_everything(batch):
+    x, y = batch
+    assert robust_accuracy(small_cnn(), x, y, partial(pgd, within=Linf(1.0), steps=20)).value == 0
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _plain_types():
+    """Look at our own messages, not at the runtime type checks of the test suite."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+GOOD = torch.full((2, 1, 8, 8), 0.5)
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.usefixtures("_plain_types")
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (GOOD + 0.6, LABELS, ["x", "1.1", "[0, 1]", "normalisation inside the model"]),
+        (GOOD - 0.6, LABELS, ["x", "-0.1", "[0, 1]"]),
+        (GOOD[0], LABELS, ["x", "4 axes", "(1, 8, 8)", "x[None]"]),
+        (GOOD * torch.nan, LABELS, ["x", "NaN"]),
+        (GOOD * torch.inf, LABELS, ["x", "infinity"]),
+        (GOOD[:0], LABELS[:0], ["x", "empty"]),
+        ((GOOD * 255).byte(), LABELS, ["x", "uint8", "255"]),
+        (GOOD, torch.tensor([0, 10]), ["y", "10", "(2, 10)"]),
+        (GOOD, torch.tensor([0, -1]), ["y", "-1"]),
+        (GOOD, torch.tensor([0, 1, 2]), ["y", "(2,)", "(3,)"]),
+        (GOOD, torch.tensor([0.0, 1.0]), ["y", "float32", "y.long()"]),
+    ],
+)
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_bad_batches_are_refused_with_the_fix(attack, x, y, words):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        attack(small_cnn(), x, y, Linf(0.1))
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.usefixtures("_plain_types")
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"steps": -1}, ["steps", "-1", "at least 0"]),
+        ({"steps": 2.5}, ["steps", "2.5"]),
+        ({"restarts": -2}, ["restarts", "-2"]),
+        ({"step_size": -0.1}, ["step_size", "-0.1"]),
+        ({"keep": "worst"}, ["keep", "'worst'", "'best'", "'last'"]),
+        ({"loss": "hinge"}, ["loss", "'hinge'", "'margin'"]),
+    ],
+)
+def test_bad_settings_are_refused_with_the_fix(changed, words):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        pgd(small_cnn(), GOOD, LABELS, Linf(0.1), **changed)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.usefixtures("_plain_types")
+def test_other_doors_are_watched():
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        pgd(small_cnn(classes=2), GOOD, LABELS, Linf(0.1), loss="dlr")
+    with pytest.raises(ValueError, match="must be one of 'eval'"), frozen(None, "evil"):
+        pass
+    with pytest.raises(ValueError, match="x is empty"):
+        robust_accuracy(small_cnn(), GOOD[:0], LABELS[:0])
+    with pytest.raises(ValueError, match="y must have shape"):
+        robust_accuracy(small_cnn(), GOOD, LABELS[:1])
+    with pytest.raises(ValueError, match="outside"):
+        maximise(lambda x: x.sum((1, 2, 3)), GOOD + 1, Linf(0.1), steps=1)

@@ -140,7 +140,8 @@ def maximise(
         check_number(step_size, "step_size", 0)
     if not checked:
         check_values(x, getattr(within, "box", (0, 1)))
-    steps = steps if within.ascendable else 0
+    if not within.ascendable:
+        steps, keep = 0, "best"
     step_size = 2.5 * within.radius / max(steps, 1) if step_size is None else step_size
     rule = rule or Ascent()
     generator = generator or torch.Generator(x.device).manual_seed(0)

@@ -1,0 +1,66 @@
+# Two commands matter: "make book" and "make test". Both need Python >= 3.11, git and make, no more.
+# Another Python: make test PYTHON=python3.12
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/pytest.log
+FIRST_PAGE := _build/html/index.html
+
+# One thread for each process: small tensors on two busy threads are slower than on one.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+export MKL_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv book test lint types pytest check notebooks format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP) ## Make .venv and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "robustood needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,test]"
+	@touch $@
+
+book: $(STAMP) ## Build the book as web pages
+	$(BIN)/jupyter-book build -W -n --keep-going .
+	@test -f $(FIRST_PAGE)
+	@echo "The first page: $(FIRST_PAGE)"
+
+test: lint types pytest ## Lint, types, unit tests and every notebook
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: $(STAMP)
+	$(BIN)/ty check
+
+pytest: $(STAMP)
+	@set -o pipefail; $(BIN)/pytest --nbval -n 2 --dist loadfile | tee $(LOG)
+
+check: $(STAMP) ## The slow suites and the comparisons with other libraries
+	$(BIN)/python -m pip install -q --no-deps torchattacks
+	$(BIN)/pytest tests -m "slow or oracle"
+
+notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
+	$(BIN)/python book/_tools/refresh.py --stale
+
+format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed
+	$(BIN)/ruff check --fix --exclude '*.ipynb' .
+	$(BIN)/ruff format --exclude '*.ipynb' .
+
+clean: ## Remove what was built (not .venv)
+	rm -rf _build book/api .pytest_cache .ruff_cache .hypothesis dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,280 @@
+"""Bring the notebooks up to date with their text twins and with the library.
+
+    python book/_tools/refresh.py               all of them
+    python book/_tools/refresh.py toy attacks   these
+    python book/_tools/refresh.py --stale       those whose code or modules changed
+    python book/_tools/refresh.py --tables      only the chapter tables of README.md and book/intro.md
+
+The text twin ``book/NN_slug.md`` is the source. Its cells are copied into ``book/NN_slug.ipynb``, which is
+executed on one thread; outputs stay in the notebook. Code cells are formatted on the way. The metadata keep
+a hash of the code cells and of the library modules they import, so that a test can tell stale outputs
+without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Before anything imports NumPy or torch: kernels inherit these.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+os.environ.update(ONE_THREAD)
+
+import jupytext  # noqa: E402
+import nbformat  # noqa: E402
+import yaml  # noqa: E402
+from jupytext.combine import combine_inputs_with_outputs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+PACKAGE = ROOT / "robustood"
+CELL_LIMIT_S = 600
+TABLE = re.compile(r"(<!-- chapters -->\n).*?(<!-- end of chapters -->)", re.DOTALL)
+
+
+def twins() -> list[Path]:
+    """The text twins of all notebooks, in the book's order."""
+    return sorted(p for p in BOOK.glob("*.md") if "jupytext:" in p.read_text("utf-8")[:400])
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def imported(source: str) -> set[str]:
+    """Modules of the package that a piece of Python imports by name.
+
+    Lines that only IPython understands (``%pip``) are left out first.
+    """
+    plain = re.sub(
+        r"^\s*[%!].*$",
+        lambda line: line[0][: -len(line[0].lstrip())] + "pass",
+        source,
+        flags=re.MULTILINE,
+    )
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(plain)):
+        if isinstance(node, ast.ImportFrom) and node.module == "robustood":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("robustood."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            found |= {part[1] for part in parts if part[0] == "robustood" and len(part) > 1}
+    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+
+
+def closure(modules: set[str]) -> set[str]:
+    """These modules and all that they import inside the package."""
+    known: set[str] = set()
+    todo = set(modules)
+    while todo:
+        name = todo.pop()
+        known.add(name)
+        todo |= imported((PACKAGE / f"{name}.py").read_text("utf-8")) - known
+    return known
+
+
+def fingerprint(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of what the outputs depend on: code cells, their tags, and the library's source."""
+    cells = code_cells(notebook)
+    modules = closure(set().union(*[imported(cell.source) for cell in cells]) if cells else set())
+    digest = hashlib.sha256()
+    for cell in cells:
+        digest.update(f"{sorted(tags(cell))}\n{cell.source.strip()}\n".encode())
+    for name in sorted(modules):
+        digest.update(f"# {name}\n{(PACKAGE / f'{name}.py').read_text('utf-8')}".encode())
+    return digest.hexdigest()
+
+
+def stored_hash(notebook: nbformat.NotebookNode) -> str | None:
+    return notebook.metadata.get("robustood", {}).get("hash")
+
+
+def merged(twin: Path) -> nbformat.NotebookNode:
+    """The twin's cells with the outputs that the notebook holds for equal cells."""
+    source = jupytext.read(twin, fmt="md:myst")
+    path = twin.with_suffix(".ipynb")
+    if path.exists():
+        old = nbformat.read(path, as_version=4)
+        hash_ = stored_hash(old)
+        source = combine_inputs_with_outputs(source, old, fmt="md:myst")
+        if hash_:
+            source.metadata["robustood"] = {"hash": hash_}
+    return source
+
+
+def execute(notebook: nbformat.NotebookNode) -> None:
+    """Run all cells but the live ones, whose widgets mean nothing without a kernel."""
+    from nbclient import NotebookClient
+
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_LIMIT_S,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        skip_cells_with_tag="live",
+        resources={"metadata": {"path": str(BOOK)}},
+        extra_arguments=["--log-level=ERROR"],
+    )
+    client.execute()
+
+
+def normalise(notebook: nbformat.NotebookNode) -> None:
+    """Keep nothing that differs from run to run or from machine to machine."""
+    seen: dict[str, int] = {}
+    for cell in notebook.cells:
+        seen[cell.source] = seen.get(cell.source, 0) + 1
+        cell["id"] = hashlib.sha256(f"{cell.source}{seen[cell.source]}".encode()).hexdigest()[:8]
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code" and "live" in tags(cell):
+            cell.outputs, cell.execution_count = [], None
+        for output in cell.get("outputs", []):
+            if "data" in output:
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    meta = notebook.metadata
+    meta.pop("widgets", None)
+    meta["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    meta["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    meta["jupytext"] = {"formats": "ipynb,md:myst"}
+    meta["robustood"] = {"hash": fingerprint(notebook)}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+
+
+def tidy(twin: Path) -> None:
+    """Format the code cells of a text twin in place; cells with IPython's own commands stay."""
+    text = twin.read_text("utf-8")
+    for cell in code_cells(jupytext.reads(text, fmt="md:myst")):
+        if re.search(r"^\s*[%!]", cell.source, re.MULTILINE):
+            continue
+        command = [sys.executable, "-m", "ruff", "format", "-q", "--stdin-filename", "cell.py", "-"]
+        done = subprocess.run(command, input=cell.source, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{twin.name}: cannot format a cell: {done.stderr}\n{cell.source}")
+        text = text.replace(cell.source, done.stdout.rstrip("\n"), 1)
+    if text != twin.read_text("utf-8"):
+        twin.write_text(text, encoding="utf-8")
+
+
+def refresh(twin: Path, *, only_stale: bool = False) -> bool:
+    """Update one notebook; True if it was executed. A change in the prose alone keeps the outputs."""
+    tidy(twin)
+    notebook = merged(twin)
+    path = twin.with_suffix(".ipynb")
+    run = not only_stale or stored_hash(notebook) != fingerprint(notebook)
+    if run:
+        began = time.perf_counter()
+        execute(notebook)
+        print(f"{twin.stem}: executed in {time.perf_counter() - began:.1f} s", flush=True)
+    normalise(notebook)
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook) + "\n"
+    if str(ROOT) in text or str(Path.home()) + "/" in text:
+        raise ValueError(f"{path.name}: an output holds a path of this machine; do not print paths")
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return run
+
+
+def address() -> str:
+    """The repository's address, from ``_config.yml``."""
+    return yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]["url"]
+
+
+def badge(stem: str) -> str:
+    """A Colab badge for one notebook."""
+    path = address().removeprefix("https://github.com/")
+    link = f"https://colab.research.google.com/github/{path}/blob/main/book/{stem}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def facts(twin: Path) -> dict[str, str]:
+    """Number, title, question, module and CPU time of a chapter, read from its text."""
+    text = twin.read_text("utf-8")
+    number, slug = twin.stem.split("_", 1)
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    question = re.search(r"\{admonition\} The question\n(?::\w+:.*\n)*\s*([^?]+\?)", text)
+    seconds = re.search(r"\*\*Time:\*\* about (\d+) s", text)
+    missing = [
+        name
+        for name, match in [("title", title), ("question", question), ("time", seconds)]
+        if match is None
+    ]
+    if missing or not (title and question and seconds):
+        raise ValueError(f"{twin.name}: no {', '.join(missing)} found")
+    return {
+        "number": str(int(number)),
+        "slug": slug,
+        "title": title[1].strip(),
+        "question": " ".join(question[1].split()),
+        "seconds": seconds[1],
+    }
+
+
+def chapter_tables() -> dict[Path, str]:
+    """README.md and book/intro.md with their chapter tables as they should be."""
+    rows = [(twin, facts(twin)) for twin in twins() if twin.stem[:2].isdigit()]
+    readme = ["| chapter | question | module | CPU time | |", "|---|---|---|---|---|"]
+    intro = ["| chapter | question | module |", "|---|---|---|"]
+    for twin, fact in rows:
+        slug, stem = fact["slug"], twin.stem
+        name = f"{fact['number']}. {fact['title']}"
+        readme.append(
+            f"| [{name}](book/{stem}.ipynb) | {fact['question']} "
+            f"| [`{slug}`](robustood/{slug}.py) | {fact['seconds']} s | {badge(stem)} |"
+        )
+        intro.append(f"| {{doc}}`{name} <{stem}>` | {fact['question']} | {{doc}}`api/{slug}` |")
+    pages = {ROOT / "README.md": readme, BOOK / "intro.md": intro}
+    return {
+        page: TABLE.sub(lambda m, t=table: m[1] + "\n".join(t) + "\n" + m[2], page.read_text("utf-8"))
+        for page, table in pages.items()
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", help="slugs such as toy; none means all")
+    parser.add_argument("--stale", action="store_true", help="execute only what changed")
+    parser.add_argument("--tables", action="store_true", help="only rewrite the chapter tables")
+    args = parser.parse_args()
+    chosen = twins()
+    if args.names:
+        wanted = {Path(name).stem.split("_", 1)[-1] for name in args.names}
+        known = {twin.stem.split("_", 1)[-1]: twin for twin in chosen}
+        unknown = wanted - known.keys()
+        if unknown:
+            parser.error(
+                f"no notebook called {', '.join(sorted(unknown))}; known: {', '.join(known)}"
+            )
+        chosen = [known[name] for name in sorted(wanted, key=list(known).index)]
+    if not args.tables:
+        for twin in chosen:
+            if not refresh(twin, only_stale=args.stale):
+                print(f"{twin.stem}: outputs are current")
+    for page, text in chapter_tables().items():
+        page.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

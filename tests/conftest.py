@@ -1,0 +1,37 @@
+"""What every test starts from: one thread, fixed seeds, and strict property tests."""
+
+import os
+
+# Before torch is imported; the notebooks' kernels inherit these. On busy machines two threads spin.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
+    PYDEVD_DISABLE_FILE_VALIDATION="1",
+)
+
+import hypothesis
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+matplotlib.use("agg")  # here, not in the environment: kernels choose their own
+hypothesis.settings.register_profile(
+    "robustood",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("robustood")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """A test that forgets a seed still gives the same result each time."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002

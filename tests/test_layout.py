@@ -1,0 +1,205 @@
+"""The contract of the repository: what lies where, who may import whom, what must not be there."""
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import refresh
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(p for p in (ROOT / "robustood").glob("*.py") if not p.stem.startswith("_"))
+CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+CHAPTER_OF = {
+    "toy": 1,
+    "perturbations": 2,
+    "attacks": 3,
+    "training": 4,
+    "detectors": 5,
+    "metrics": 6,
+    "evaluate": 7,
+    "objectives": 8,
+    "mining": 9,
+    "generative": 10,
+    "smoothing": 11,
+    "sanity": 12,
+    "results": 13,
+}
+# A module imports only from lower floors. The support modules on floor 0 may use one another.
+FLOORS = {
+    0: {"inputs", "data", "models", "checkpoints", "corruptions", "widgets"},
+    1: {"toy", "perturbations", "detectors", "metrics"},
+    2: {"attacks", "mining", "generative", "plotting"},
+    3: {"evaluate", "objectives", "smoothing"},
+    4: {"training", "sanity", "results"},
+    5: {"cli"},
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+MAX_LINES = 450
+MAX_BYTES = 5 * 2**20
+TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".cfg", ".cff", ".txt", ".css", ".json", ".bib", ""}
+
+
+def files() -> list[Path]:
+    """Everything that is tracked, or would be by ``git add``."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [p for name in listed.split("\0") if name and (p := ROOT / name).is_file()]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_each_module_has_a_floor_a_test_file_and_a_bounded_length(module):
+    assert module.stem in FLOOR, f"{name(module)} stands on no floor: add it to FLOORS"
+    test = ROOT / "tests" / f"test_{module.stem}.py"
+    assert test.exists(), f"{name(module)} has no test file {name(test)}"
+    lines = len(module.read_text("utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{name(module)} has {lines} lines, at most {MAX_LINES}: split it"
+    docstring = ast.get_docstring(ast.parse(module.read_text("utf-8")))
+    assert docstring, f"{name(module)} has no docstring"
+
+
+def test_each_test_file_belongs_to_a_module():
+    own = {"test_layout", "test_book", "conftest", "typecheck"}
+    strays = [
+        name(path)
+        for path in (ROOT / "tests").glob("*.py")
+        if path.stem not in own
+        and not (ROOT / "robustood" / f"{path.stem.removeprefix('test_')}.py").exists()
+    ]
+    assert not strays, f"test files without a module: {strays}"
+
+
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda p: p.stem)
+def test_each_chapter_has_its_home_module(notebook):
+    number, slug = notebook.stem.split("_", 1)
+    assert CHAPTER_OF.get(slug) == int(number), f"{name(notebook)}: no such chapter in CHAPTER_OF"
+    assert (ROOT / "robustood" / f"{slug}.py").exists(), f"{name(notebook)}: no robustood/{slug}.py"
+    assert (ROOT / "tests" / f"test_{slug}.py").exists(), f"{name(notebook)}: no test_{slug}.py"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_a_module_imports_only_from_lower_floors(module):
+    for other in refresh.imported(module.read_text("utf-8")):
+        allowed = FLOOR[other] < FLOOR[module.stem] or (FLOOR[other] == FLOOR[module.stem] == 0)
+        assert allowed, (
+            f"robustood.{module.stem} (floor {FLOOR[module.stem]}) imports {other} ({FLOOR[other]})"
+        )
+
+
+def test_no_module_imports_itself_in_a_circle():
+    imports = {m.stem: refresh.imported(m.read_text("utf-8")) for m in MODULES}
+    for start in imports:
+        reached: set[str] = set()
+        todo = set(imports[start])
+        while todo:
+            step = todo.pop()
+            reached.add(step)
+            todo |= imports[step] - reached
+        assert start not in reached, f"robustood.{start} imports itself in a circle"
+
+
+def test_no_file_is_large_or_a_pickle():
+    found = files()
+    large = [f"{name(p)}: {p.stat().st_size} bytes" for p in found if p.stat().st_size > MAX_BYTES]
+    assert not large, f"files over 5 MB: {large}"
+    pickles = [name(p) for p in found if p.suffix in {".pkl", ".pickle", ".pt", ".pth", ".joblib"}]
+    assert not pickles, f"weights are safetensors, data are npz or json: {pickles}"
+
+
+def test_no_file_names_a_machine_or_a_package_index():
+    home = re.compile(r"(?<![\w./~-])/(?:home|Users|root|work|tmp|mnt)/[A-Za-z0-9_.]+")
+    index = re.compile("|".join(["extra-" + "index", "index" + "-url", "find" + "-links"]))
+    bad = []
+    for path in files():
+        if path.suffix not in TEXT | {".ipynb"}:
+            continue
+        text = path.read_text("utf-8")
+        found = [match[0] for rule in (home, index) for match in rule.finditer(text)]
+        bad += [f"{name(path)}: {hit}" for hit in found[:3]]
+    assert not bad, f"paths of a machine or package index options: {bad}"
+
+
+def test_nothing_is_unfinished():
+    mark = re.compile(
+        r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "TB" + "D"]) + r")\b"
+    )
+    bad = [
+        f"{name(path)}: {hit[0]}"
+        for path in files()
+        if path.suffix in TEXT
+        for hit in mark.finditer(path.read_text("utf-8"))
+    ]
+    assert not bad, f"unfinished: {bad}"
+
+
+def requirement(line: str) -> tuple[str, frozenset[str]]:
+    """Name and bounds of a requirement, in any order: ``a>=1,<2``."""
+    match = re.match(r"([A-Za-z0-9_.-]+)\s*(.*)", line.strip())
+    assert match, f"no requirement: {line!r}"
+    return match[1].lower(), frozenset(b.strip() for b in match[2].split(",") if b.strip())
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def test_environment_yml_has_the_bounds_of_pyproject():
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
+    by_pip = [line for part in lines if isinstance(part, dict) for line in part["pip"]]
+    plain = [line for line in lines if isinstance(line, str) and line != "pip"]
+    conda = dict(requirement(line) for line in plain + by_pip)
+    assert conda.pop("python") == {project()["requires-python"]}
+    conda["torch"] = conda.pop("pytorch")  # conda's name for it
+    wanted = project()["dependencies"] + project()["optional-dependencies"]["book"]
+    assert conda == dict(requirement(line) for line in wanted)
+
+
+def test_constraints_pin_each_requirement_inside_its_bounds():
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        assert re.fullmatch(r"[\w.-]+==[\w.!+]+", line), f"constraints.txt: not a pin: {line!r}"
+        package, version = line.split("==")
+        pins[re.sub(r"[-_.]+", "-", package).lower()] = version
+    extras = project()["optional-dependencies"]
+    for line in [*project()["dependencies"], *extras["book"], *extras["test"]]:
+        assert requirement(line)[0] in pins, f"constraints.txt does not pin {line!r}"
+
+
+def test_the_repository_has_one_address():
+    address = refresh.address()
+    assert project()["urls"]["Repository"] == address
+    assert project()["urls"]["Issues"].startswith(address + "/")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["repository-code"] == address
+    assert citation["version"] == project()["version"]
+    host = address.removeprefix("https://github.com/").split("/")[1]
+    for path in files():
+        if path.suffix not in {".md", ".ipynb", ".py", ".yml", ".toml", ".cff"}:
+            continue
+        for found in re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)", path.read_text("utf-8")):
+            repo = found.removesuffix(".git").rstrip(".")
+            if repo.split("/")[1] == host:
+                assert address.endswith("/" + repo), f"{name(path)}: {repo} is not {address}"
+
+
+def test_the_version_is_said_once_more_and_alike():
+    text = (ROOT / "robustood" / "__init__.py").read_text("utf-8")
+    assert f'__version__ = "{project()["version"]}"' in text
+    assert f"## {project()['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_kept_results_are_readable_and_small():
+    kept = [p for p in files() if name(p).startswith(("data/results/", "data/scores/"))]
+    for path in kept:
+        if path.suffix == ".json":
+            json.loads(path.read_text("utf-8"))
+    total = sum(p.stat().st_size for p in kept)
+    assert total <= 15 * 2**20, f"data/results and data/scores hold {total} bytes, at most 15 MB"

@@ -20,10 +20,11 @@ neither set; with ``glyphs("lookalike", ...)`` they serve as a contaminated pool
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -108,6 +109,26 @@ class Batch:
     def at(self, progress: float) -> Batch:
         """The same batch at another time of the training."""
         return replace(self, progress=progress)
+
+
+def kept(name: str) -> dict[str, Any]:
+    """A result that ships with the project: what one run of it measured.
+
+    Looked for in ``data/results`` of a checkout, then in the installed package.
+
+    Args:
+        name: file name without ``.json``.
+
+    Raises:
+        ValueError: if there is no such result; the message says which there are.
+    """
+    here = Path(__file__).parent
+    folders = [here.parent / "data" / "results", here / "kept" / "results"]
+    for folder in folders:
+        if (file := folder / f"{name}.json").is_file():
+            return json.loads(file.read_text("utf-8"))
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
+    raise ValueError(f"no kept result {name!r}; there are: {', '.join(known) or 'none'}")
 
 
 def digits(train: int = 1097, seed: int = 0) -> Data:

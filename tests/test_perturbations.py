@@ -4,20 +4,52 @@ import hypothesis.strategies as st
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from scipy.stats import kstest
 
-from robustood.perturbations import L2, Linf, PerturbationSet, norms
+from robustood.attacks import maximise
+from robustood.data import digits
+from robustood.perturbations import (
+    L2,
+    Corruption,
+    Linf,
+    Members,
+    PerturbationSet,
+    Spatial,
+    Then,
+    norms,
+)
 
 
-def images(seed: int, n: int = 3, size: int = 6) -> torch.Tensor:
+def images(seed: int, n: int = 3, size: int = 8) -> torch.Tensor:
     """Random images, some pixels at the ends of the box."""
     x = torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(seed))
     return (x * 1.4 - 0.2).clamp(0, 1)
 
 
 BALLS = [Linf(0.0), Linf(8 / 255), Linf(0.4), Linf(0.4, None), L2(0.0), L2(1.0), L2(1.0, None)]
-EVERY_SET = pytest.mark.parametrize("within", BALLS, ids=str)
+TURNS = [Spatial(30, 1, 0.2), Spatial(rotation=45, fill="border"), Spatial(0, 0, 0)]
+FINITE = [
+    Spatial(30, 1).grid(3),
+    Corruption(),
+    Corruption(("fog", "pixelate"), (1, 5)),
+]
+PAIRS = [
+    Then(Spatial(30, 1), Linf(0.1)),
+    Then(Corruption(("contrast", "shot_noise"), (3,)), Linf(8 / 255)),
+    Then(L2(0.5), Spatial(20)),
+    Then(Corruption(("brightness",), (2,)), Spatial(10).grid(3)),
+]
+IDENTITY = {Linf: 0.0, L2: 0.0, Corruption: 0.0}  # exact; others resample
+
+
+def tolerance(within) -> float:
+    return IDENTITY.get(type(within), 1e-5)
+
+
+EVERY_SET = pytest.mark.parametrize("within", BALLS + TURNS + FINITE + PAIRS, ids=repr)
+PROJECTED = pytest.mark.parametrize("within", BALLS + TURNS, ids=repr)
+EVERY_BALL = pytest.mark.parametrize("within", BALLS, ids=repr)
 
 
 @EVERY_SET
@@ -26,6 +58,7 @@ def test_keeps_the_protocol(within):
 
 
 @EVERY_SET
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), size=st.floats(0, 3))
 def test_starts_and_steps_stay_in_the_set(within, seed, size):
     x = images(seed)
@@ -35,20 +68,52 @@ def test_starts_and_steps_stay_in_the_set(within, seed, size):
         moved = within.apply(x, z)
         assert moved.shape == x.shape and moved.isfinite().all()
         if getattr(within, "box", (0, 1)) is not None:
-            assert moved.min() >= 0 and moved.max() <= 1
+            assert moved.min() >= -1e-6 and moved.max() <= 1 + 1e-6
         grad = torch.randn(z.shape, generator=generator)
         grad[0] = 0  # a dead gradient moves nothing, and makes no NaN
         stepped = within.ascend(x, z.clone(), grad, size * within.radius)
         assert within.contains(x, stepped).all() and torch.allclose(stepped[0], z[0], atol=1e-6)
+        if not within.ascendable:
+            assert torch.equal(stepped, z)
 
 
 @EVERY_SET
 def test_the_null_parameter_is_the_identity(within):
-    x = images(0)
-    assert torch.equal(within.apply(x, within.null(x)), x)
-    assert within.contains(x, within.null(x)).all()
-    (only,) = within.starts(x, 0, None)
-    assert torch.equal(only, within.null(x))
+    x, zero = images(0), within.null(images(0))
+    assert (within.apply(x, zero) - x).abs().max() <= tolerance(within)
+    assert within.contains(x, zero).all()
+    assert torch.equal(next(iter(within.starts(x, 0, torch.Generator()))), zero)
+
+
+@EVERY_SET
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_sample_does_not_depend_on_its_companions(within, steps):
+    """For given starts: applied and stepped alone or in the batch, a sample fares the same."""
+    x = images(3, n=4).double()
+    start = list(within.starts(x, 2, torch.Generator().manual_seed(1)))[-1]
+    grads = torch.randn(steps, *start.shape, generator=torch.Generator().manual_seed(2)).double()
+
+    def walk(part):
+        z = start[part].clone()
+        for grad in grads:
+            z = within.ascend(x[part], z, grad[part].clone(), 0.3 * within.radius)
+        return within.apply(x[part], z)
+
+    whole = walk(slice(None))
+    for i in range(4):
+        assert torch.allclose(walk(slice(i, i + 1)), whole[i : i + 1], atol=1e-6)
+
+
+@EVERY_SET
+def test_the_one_loop_takes_it_unchanged(within):
+    """The kept value is never under that of any start, and the input is left alone."""
+    x = images(5)
+    before = x.clone()
+    bright = lambda moved: moved.flatten(1).mean(1)  # noqa: E731
+    found = maximise(bright, x, within, steps=3, restarts=2, checked=True)
+    starts = list(within.starts(x, 2, torch.Generator().manual_seed(0)))
+    best = torch.stack([bright(within.apply(x, z)) for z in starts]).amax(0)
+    assert (bright(found) >= best - 1e-6).all() and torch.equal(x, before)
 
 
 @EVERY_SET
@@ -58,21 +123,23 @@ def test_starts_come_from_the_generator_alone(within):
         torch.cat(list(within.starts(x, 3, torch.Generator().manual_seed(s)))) for s in (7, 7, 8)
     ]
     assert torch.equal(draws[0], draws[1])
-    assert within.radius == 0 or not torch.equal(draws[0], draws[2])
+    still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(0, 0, 0)
+    assert torch.equal(draws[0], draws[2]) == still
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@EVERY_SET
+@PROJECTED
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 5))
 def test_projection_is_idempotent_and_lands_in_the_set(within, seed, scale):
     x = images(seed)
-    z = scale * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    shape = within.null(x).shape
+    z = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
     once = within.project(x, z.clone())
     assert within.contains(x, once).all()
     assert torch.allclose(within.project(x, once.clone()), once, atol=2e-7)
 
 
-@EVERY_SET
+@EVERY_BALL
 def test_contains_refuses_what_is_outside(within):
     x = images(0)
     z = torch.zeros_like(x)
@@ -138,3 +205,127 @@ def test_bad_radius_is_refused(ball, eps):
             ball(0.1, (1, 0))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# --- spatial, corruption, composition -----------------------------------------------------------
+
+
+def smooth(n: int = 2, size: int = 9, width: int = 11) -> torch.Tensor:
+    """Images without kinks at the scale of a pixel, and not square."""
+    v, u = torch.meshgrid(torch.arange(size) / size, torch.arange(width) / width, indexing="ij")
+    waves = [0.5 + 0.3 * torch.sin(3 * u + k) * torch.cos(2 * v - k) for k in range(n)]
+    return torch.stack(waves)[:, None].double()
+
+
+@pytest.mark.parametrize("coordinate", range(4))
+@pytest.mark.parametrize("at", [0.137, -0.61])
+def test_spatial_gradient_by_finite_differences(coordinate, at):
+    """Central differences; bilinear interpolation has kinks, which these points avoid."""
+    x, within = smooth(), Spatial(25, 1.5, 0.2, fill="border")
+    weights = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    z = torch.tensor([0.2313, -0.3719, 0.1127, 0.4391]).double().repeat(2, 1)
+    z[:, coordinate] = at
+    z.requires_grad_()
+    value = lambda z: (weights * within.apply(x, z)).sum((1, 2, 3))  # noqa: E731
+    (grad,) = torch.autograd.grad(value(z).sum(), z)
+    h = torch.zeros_like(z)
+    h[:, coordinate] = 1e-6
+    slope = (value(z + h) - value(z - h)) / 2e-6
+    assert torch.allclose(grad[:, coordinate], slope.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_spatial_moves_are_what_they_say():
+    x = torch.zeros(1, 1, 9, 9)
+    x[0, 0, 4, 6] = 1.0  # two pixels to the right of the middle
+    at = lambda image: divmod(int(image[0, 0].argmax()), 9)  # noqa: E731
+    move = lambda within, *z: within.apply(x, torch.tensor([z]).float())  # noqa: E731
+    assert at(move(Spatial(90), 1, 0, 0, 0)) == (2, 4)  # counter-clockwise: up
+    assert at(move(Spatial(90), -1, 0, 0, 0)) == (6, 4)
+    assert at(move(Spatial(translation=2), 0, 1, 0, 0)) == (4, 8)  # right
+    assert at(move(Spatial(translation=2), 0, 0, 1, 0)) == (6, 6)  # down
+    assert at(move(Spatial(scale=0.5), 0, 0, 0, 1)) == (4, 7)  # larger
+    assert at(move(Spatial(scale=0.5), 0, 0, 0, -1)) == (4, 5)  # smaller
+    assert move(Spatial(translation=2), 0, 1, 0, 0).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_half_turn_is_a_flip_and_turns_compose_on_smooth_images():
+    x = smooth(size=9, width=9)
+    half = Spatial(180).apply(x, torch.tensor([[1.0, 0, 0, 0]] * 2).double())
+    assert torch.allclose(half, x.flip(-1, -2), atol=1e-6)
+    quarter = Spatial(90).apply(x, torch.tensor([[1.0, 0, 0, 0]] * 2).double())
+    assert torch.allclose(quarter, x.rot90(1, (-2, -1)), atol=1e-6)
+
+
+def test_a_grid_holds_its_points_and_the_finer_grid_finds_more():
+    within = Spatial(30, 2)
+    coarse, fine = within.grid(3), within.grid([5, 5, 5, 9])
+    assert len(coarse.points) == 27 and len(fine.points) == 125  # no scale: one point there
+    x = digits(train=1).test.x[:40]
+    value = lambda moved: moved[:, 0, :, :3].mean((1, 2)) - moved[:, 0, :, 5:].mean((1, 2))  # noqa: E731
+    by_grid = [value(maximise(value, x, s, steps=0)) for s in (coarse, fine)]
+    assert (by_grid[1] >= by_grid[0] - 1e-6).all()
+    by_ascent = value(maximise(value, x, within, steps=20, restarts=4))
+    assert by_ascent.mean() >= by_grid[1].mean() - 0.005
+    assert coarse.contains(x, coarse.points[5].expand(40, 4)).all()
+    assert not coarse.contains(x, 0.9 * coarse.points[0].expand(40, 4)).any()
+
+
+def test_corruption_lists_the_clean_image_and_every_member():
+    within = Corruption(("fog", "jpeg_compression"), (1, 3, 5))
+    x = images(0)
+    members = list(within.starts(x, 7, torch.Generator().manual_seed(0)))
+    assert [tuple(z[0, :2].tolist()) for z in members] == [
+        (0, 0), (1, 1), (1, 3), (1, 5), (2, 1), (2, 3), (2, 5)
+    ]  # fmt: skip
+    mixed = torch.stack([members[i][i % 3] for i in (0, 4, 2)])
+    alone = [within.apply(x[[i]], mixed[[i]]) for i in range(3)]
+    assert torch.equal(within.apply(x, mixed), torch.cat(alone))
+    assert len(list(Corruption().starts(x, 1, None))) == 19 * 5 + 1
+    outside = torch.tensor([[3.0, 1, 0], [1, 2, 0], [0.5, 1, 0]])
+    assert not within.contains(x, outside).any()
+
+
+def test_worst_corruption_is_the_worst_of_all_renderings():
+    within = Corruption(("gaussian_noise", "contrast", "fog"), (2, 5))
+    x = images(1, n=5)
+    dark = lambda moved: -moved.flatten(1).mean(1)  # noqa: E731
+    found = maximise(dark, x, within, steps=9)
+    renderings = [within.apply(x, z) for z in within.starts(x, 1, torch.Generator().manual_seed(0))]
+    assert torch.equal(dark(found), torch.stack([dark(r) for r in renderings]).amax(0))
+
+
+def test_then_is_the_first_set_where_the_second_is_a_point():
+    x = images(2)
+    pair = Then(Spatial(30, 1), Linf(0.0))
+    z = next(iter(pair.starts(x, 1, torch.Generator().manual_seed(4))))
+    assert torch.allclose(pair.apply(x, z), Spatial(30, 1).apply(x, z[:, :4]))
+    turned = Spatial(30, 1).apply(x, z[:, :4])
+    wide = Then(Spatial(30, 1), Linf(0.1))
+    found = maximise(lambda m: m.flatten(1).sum(1), x, wide, steps=5, restarts=2)
+    assert found.flatten(1).sum(1).min() > turned.flatten(1).sum(1).min()
+    assert found.max() <= 1 + 1e-6
+
+
+def test_members_share_the_parents_images():
+    x = images(0)
+    few = Members(Linf(0.2, None), torch.full((1, 1, 8, 8), 0.2))
+    found = maximise(lambda m: m.flatten(1).sum(1), x, few, steps=5, checked=True)
+    assert torch.allclose(found, x + 0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Spatial(rotation=-1), "rotation must be a number .* got -1"),
+        (lambda: Spatial(scale=1.0), "scale must be a number .* got 1.0"),
+        (lambda: Spatial(translation=float("nan")), "translation must be a number .* got nan"),
+        (lambda: Spatial(fill="wrap"), "fill must be one of .*'border'.* got 'wrap'"),
+        (lambda: Spatial(10).grid(0), "points must be a whole number of at least 1, got 0"),
+        (lambda: Corruption(("fgo",)), "name must be one of .*'fog'.* got 'fgo'"),
+        (lambda: Corruption(severities=(0,)), "severity must be a number .* got 0"),
+        (lambda: Corruption(()), "number of names must be .* at least 1, got 0"),
+    ],
+)
+def test_bad_sets_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

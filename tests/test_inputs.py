@@ -1,0 +1,208 @@
+"""Every refusal names the argument, the value seen and the fix; what is valid passes."""
+
+import math
+import re
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustood import data
+from robustood.inputs import (
+    TOLERANCE,
+    check_choice,
+    check_count,
+    check_images,
+    check_labels,
+    check_number,
+    check_values,
+)
+
+X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 3])
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Readers run without the tests' type checks: a wrong type must meet our own message."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def refuses(call, *parts):
+    """The call raises ValueError with all parts in its message."""
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
+
+
+def with_value(value):
+    x = X.clone()
+    x[2, 0, 3, 4] = value
+    return x
+
+
+# ---- values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "box", "parts"),
+    [
+        ([0.5], (0, 1), ("got list", "torch.as_tensor")),
+        (X.numpy(), (0, 1), ("got ndarray", "torch.as_tensor")),
+        ((X * 255).byte(), (0, 1), ("floating point", "torch.uint8", "divide", "255")),
+        (X > 0.5, (0, 1), ("floating point", "torch.bool")),
+        (X[:0], (0, 1), ("empty", "(0, 1, 8, 8)", "at least one")),
+        (torch.tensor(0.5), (0, 1), ("empty", "()")),
+        (with_value(NAN), (0, 1), ("NaN or infinity", "clean")),
+        (with_value(INF), None, ("NaN or infinity", "clean")),
+        (with_value(-INF), None, ("NaN or infinity", "clean")),
+        (with_value(1.5), (0, 1), ("1.5", "outside [0, 1]", "inside the model", "box=None")),
+        (with_value(-0.25), (0, 1), ("[-0.25,", "outside [0, 1]", "inside the model")),
+        (X * 255, (0, 1), ("outside [0, 1]", "pixels")),
+        (with_value(-3.0), (-1, 1), ("[-3,", "outside [-1, 1]")),
+    ],
+)
+def test_bad_values_are_refused_with_name_value_and_fix(untyped, x, box, parts):
+    refuses(lambda: check_values(x, box, "picture"), "picture", *parts)
+
+
+@given(
+    low=st.floats(-5, 5),
+    width=st.floats(0.01, 10),
+    where=st.floats(0, 1),
+    excess=st.floats(1e-3, 100),
+    above=st.booleans(),
+)
+def test_the_box_is_closed_and_nothing_beyond_it_passes(low, width, where, excess, above):
+    high = low + width
+    inside = torch.tensor([low, low + where * width, high], dtype=torch.float64)
+    check_values(inside, (low, high))
+    check_values(inside * 1e6, None)
+    outside = inside.clone()
+    outside[1] = high + excess if above else low - excess
+    refuses(lambda: check_values(outside, (low, high)), "outside", "box=None")
+    check_values(outside, None)
+
+
+def test_rounding_is_forgiven_up_to_the_tolerance():
+    assert TOLERANCE == 1e-6
+    for good in (1 + TOLERANCE / 2, -TOLERANCE / 2):
+        check_values(torch.tensor([good], dtype=torch.float64))
+    for bad in (1 + 2 * TOLERANCE, -2 * TOLERANCE):
+        refuses(lambda bad=bad: check_values(torch.tensor([bad], dtype=torch.float64)), "x lies in")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_type_passes_and_the_input_is_not_touched(dtype):
+    x = X.to(dtype)
+    before = x.clone()
+    check_images(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 8, 8), (2, 1, 1, 8, 8)])
+def test_images_need_four_axes_and_the_message_shows_how(shape):
+    refuses(
+        lambda: check_images(torch.zeros(shape), "photo"), "photo", "4 axes", str(shape), "x[None]"
+    )
+
+
+def test_images_are_checked_for_values_too(untyped):
+    refuses(lambda: check_images(X * 2 + 1, "photo"), "photo lies in", "outside [0, 1]")
+    refuses(lambda: check_images(X[:0], "photo"), "photo is empty")
+    refuses(lambda: check_images("cat.png", "photo"), "photo must be a torch.Tensor", "str")
+
+
+# ---- labels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("y", "classes", "parts"),
+    [
+        ([0, 1, 2, 3], None, ("integer tensor", "got list", ".long()")),
+        (Y.float(), None, ("integer tensor", "torch.float32", ".long()")),
+        (Y > 1, None, ("integer tensor", "torch.bool", ".long()")),
+        (Y[:3], None, ("shape (4,)", "one label per sample", "(3,)")),
+        (Y[:, None], None, ("shape (4,)", "(4, 1)")),
+        (Y - 1, None, ("[-1, 2]", "count from 0")),
+        (Y - 1, 10, ("[-1, 2]", "count from 0 to 9")),
+        (Y, 3, ("[0, 3]", "0 to 2")),
+    ],
+)
+def test_bad_labels_are_refused_with_name_value_and_fix(untyped, y, classes, parts):
+    refuses(lambda: check_labels(y, X, classes, "digit"), "digit", *parts)
+
+
+@given(st.lists(st.integers(-3, 12), min_size=1, max_size=20), st.integers(1, 12))
+def test_labels_pass_exactly_when_they_are_classes(labels, classes):
+    y, x = torch.tensor(labels), torch.zeros(len(labels), 2)
+    if all(0 <= label < classes for label in labels):
+        check_labels(y, x, classes)
+    else:
+        refuses(lambda: check_labels(y, x, classes), "y lies in", str(min(labels)))
+
+
+# ---- numbers, counts, choices -----------------------------------------------------------------
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(allow_nan=True, allow_infinity=True))
+def test_a_number_passes_exactly_when_it_lies_in_the_closed_interval(a, b, value):
+    low, high = min(a, b), max(a, b)
+    if low <= value <= high:
+        check_number(value, "eps", low, high)
+    else:
+        refuses(
+            lambda: check_number(value, "eps", low, high, "mend it"),
+            "eps",
+            repr(value),
+            "; mend it",
+        )
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, 1j, [0.1]])
+def test_what_is_no_number_is_refused(untyped, value):
+    refuses(lambda: check_number(value, "eps", 0, 1, "mend it"), "eps", repr(value), "mend it")
+
+
+def test_nan_is_no_number_even_without_limits():
+    refuses(lambda: check_number(NAN, "eps"), "eps", "nan")
+
+
+@pytest.mark.parametrize("value", [2, -1, 2.0, "3", None, True, NAN])
+def test_a_count_is_whole_and_large_enough(untyped, value):
+    refuses(lambda: check_count(value, "steps", low=3), "steps", "at least 3", repr(value))
+
+
+def test_counts_at_the_limit_pass():
+    check_count(0, "steps")
+    check_count(3, "steps", low=3)
+
+
+def test_an_unknown_choice_is_told_which_exist():
+    check_choice("ce", "loss", ("ce", "dlr"))
+    refuses(lambda: check_choice("CE", "loss", ("ce", "dlr")), "loss", "'ce', 'dlr'", "'CE'")
+
+
+# ---- the doors that use them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda: data.digits(0), ("train", "0")),
+        (lambda: data.digits(1098), ("train", "1098", "1097")),
+        (lambda: data.digits(10.0), ("train", "10.0")),
+        (lambda: data.glyphs("capital", 3, 0), ("which", "'capital'", "'lookalike'")),
+        (lambda: data.glyphs("test", 0, 0), ("n ", "0", "at least 1")),
+        (lambda: data.patches("lookalike", 3, 0), ("which", "'lookalike'", "'auxiliary'")),
+        (lambda: data.patches("test", -1, 0), ("n ", "-1")),
+        (lambda: data.noise(0, 0), ("n ", "0")),
+        (lambda: data.noise(2.5, 0), ("n ", "2.5")),
+    ],
+)
+def test_the_data_refuse_what_they_cannot_give(untyped, call, parts):
+    refuses(call, *parts)

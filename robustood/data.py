@@ -155,7 +155,7 @@ def digits(train: int = 1097, seed: int = 0) -> Data:
         )
     raw = load_digits()
     order = np.random.default_rng(seed).permutation(len(raw.target))
-    x = torch.tensor(raw.images[order, None] / 16, dtype=torch.float32)
+    x = torch.tensor(raw.images[order] / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(raw.target[order], dtype=torch.int64)
     everything = Split(x, y)
     return Data(

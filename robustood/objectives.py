@@ -69,7 +69,8 @@ class Attacked:
     def __post_init__(self) -> None:
         check_count(self.steps, "steps", low=1)
         check_number(self.ramp, "ramp", 0, 1)
-        if self.ramp and not isinstance(self.set_at(1), Ball):
+        within = self.set_at(1)  # a negative radius is refused here, not at the first step
+        if self.ramp and not isinstance(within, Ball):
             raise ValueError(f"ramp needs a norm ball such as Linf or L2, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:

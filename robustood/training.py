@@ -359,12 +359,12 @@ def draw(
     rounds = math.ceil(steps * outlier_batch_size / pool) if pool else 0
     shuffled = [torch.randperm(pool, generator=generator, device=device) for _ in range(rounds)]
     others = torch.cat(shuffled) if pool else order[:0]
-    for step in range(steps):
-        chosen = order[step * batch_size :][:batch_size]
-        beside = others[step * outlier_batch_size :][:outlier_batch_size]
-        yield Batch(
-            data.train.x[chosen],
-            data.train.y[chosen],
-            data.outliers[beside] if pool else None,
-            generator,
-        )
+
+    def batches() -> Iterator[Batch]:
+        for step in range(steps):
+            chosen = order[step * batch_size :][:batch_size]
+            beside = others[step * outlier_batch_size :][:outlier_batch_size]
+            outliers = data.outliers[beside] if pool else None
+            yield Batch(data.train.x[chosen], data.train.y[chosen], outliers, generator)
+
+    return batches()  # the order is drawn now, whenever the first batch is asked for

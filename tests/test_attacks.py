@@ -414,7 +414,7 @@ LABELS = torch.tensor([0, 1])
 )
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_bad_batches_are_refused_with_the_fix(attack, x, y, words):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError) as refused:
         attack(small_cnn(), x, y, Linf(0.1))
     assert all(word in str(refused.value) for word in words), refused.value
 
@@ -432,7 +432,7 @@ def test_bad_batches_are_refused_with_the_fix(attack, x, y, words):
     ],
 )
 def test_bad_settings_are_refused_with_the_fix(changed, words):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError) as refused:
         pgd(small_cnn(), GOOD, LABELS, Linf(0.1), **changed)
     assert all(word in str(refused.value) for word in words), refused.value
 

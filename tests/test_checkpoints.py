@@ -1,0 +1,260 @@
+"""Weights and run states: what comes back, what is refused, what survives a crash at any point."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustood import checkpoints, training
+from robustood.checkpoints import load_weights, read_state, save_weights, write_state, write_whole
+from robustood.data import digits
+from robustood.models import Classifier, mlp, small_cnn
+from robustood.objectives import Adversarial
+
+# A child is forked, not started: it has torch already, and a run takes half a second.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+
+
+def test_weights_come_back_with_their_card(tmp_path):
+    path = save_weights(tmp_path / "a" / "net.safetensors", small_cnn(seed=1), recipe="x", seed=1)
+    other = small_cnn(seed=2)
+    card = load_weights(path, other)
+    assert card["recipe"] == "x" and card["seed"] == 1
+    assert card["versions"]["torch"] == torch.__version__
+    for a, b in zip(
+        other.state_dict().values(), small_cnn(seed=1).state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_the_same_weights_give_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        save_weights(tmp_path / f"{name}.safetensors", small_cnn())
+    for ending in (".safetensors", ".json"):
+        assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
+
+
+def refused(path, model, words):
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        load_weights(path, model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_another_architecture_is_refused_with_the_first_difference(tmp_path):
+    path = save_weights(tmp_path / "net.safetensors", small_cnn())
+    refused(path, small_cnn(reject=1), r"another architecture: 2 tensors differ, first head\.bias")
+    refused(path, mlp(64), "another architecture")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    path = save_weights(tmp_path / "net.safetensors", small_cnn(seed=1))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 1
+    elif damage == "cut":
+        content = content[:-100]
+    else:
+        content = bytearray(save_weights(tmp_path / "x.safetensors", small_cnn()).read_bytes())
+    path.write_bytes(content)
+    refused(path, small_cnn(), "sha256 .* its card says .* fetch it again")
+
+
+def test_pickles_and_strange_cards_are_refused(tmp_path):
+    torch.save(small_cnn().state_dict(), tmp_path / "net.pt")
+    refused(tmp_path / "net.pt", small_cnn(), r"must end in \.safetensors, got 'net\.pt'.*run code")
+    with pytest.raises(ValueError, match="must end in"):
+        save_weights(tmp_path / "net.pkl", small_cnn())
+    with pytest.raises(ValueError, match="must fit into JSON"):
+        save_weights(tmp_path / "net.safetensors", small_cnn(), metric=torch.ones(1))
+    with pytest.raises(FileNotFoundError):
+        load_weights(tmp_path / "none.safetensors", small_cnn())
+
+
+def test_a_state_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("echo evil",)
+
+    write_state(tmp_path / "state.pt", {"a": Evil()})
+    with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
+        read_state(tmp_path / "state.pt")
+
+
+def test_the_last_whole_state_is_used_and_the_damage_reported(tmp_path):
+    path = tmp_path / "state.pt"
+    assert read_state(path) is None
+    for step in (1, 2, 3):
+        write_state(path, {"step": step, "x": torch.full((3,), float(step))})
+    assert read_state(path)["step"] == 3
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match=r"state\.pt is damaged \(\d+ bytes"):
+        assert read_state(path)["step"] == 2
+    path.unlink()  # as after a crash between the two renames
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_state(path)["step"] == 2
+    (tmp_path / "state.pt.previous").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="no whole checkpoint"),
+    ):
+        read_state(path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    write_whole(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["log.csv"]
+
+
+DATA = digits(train=640)
+
+# The points at which a process may die: the call that is next, and how often it was made before.
+POINTS = {
+    "before the write": ("write_state", 2),
+    "during the write": ("fsync", 4),
+    "after the write, before its rename": ("replace", 4),
+    "between the renames": ("replace", 6),
+    "after the renames": ("write_state, after", 2),
+    "mid-epoch": ("step", 25),
+}
+
+
+def dying(original, count, after=False):
+    """The same call, before or after whose count-th use the process kills itself."""
+    left = iter(range(count - 1))
+
+    def wrapped(*args, **kwargs):
+        last = next(left, None) is None
+        if last and after:
+            original(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+class Watched(Adversarial):
+    """Adversarial training that tells when a step begins."""
+
+    begin = staticmethod(int)
+
+    def __repr__(self):
+        return "Watched"
+
+    def __call__(self, model, batch):
+        type(self).begin()
+        return super().__call__(model, batch)
+
+
+def train(folder, call, count):
+    """A small run with everything that has a state: buffers, dropout, random starts, an average."""
+    if call in ("fsync", "replace"):
+        setattr(os, call, dying(getattr(os, call), count))
+    elif call.startswith("write_state"):
+        training.write_state = dying(write_state, count, after=call.endswith("after"))
+    elif call == "step":
+        Watched.begin = staticmethod(dying(int, count))
+    torch.manual_seed(5)
+    layers = [nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2)]
+    model = Classifier([nn.Sequential(*layers)], 16, 10)
+    history = training.fit(
+        model, Watched(0.1, steps=2), DATA, epochs=4, batch_size=64, average=0.9,
+        seed=3, run_dir=folder,
+    )  # fmt: skip
+    assert history.finished and len(history.rows) == 4
+    save_weights(folder / "end.safetensors", model)
+
+
+def run(folder, call="none", count=0, kill_after=None):
+    """Train in a forked process; its exit code (negative: the signal) and what it said."""
+    said = folder / "said"
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with said.open("w") as sys.stderr:
+            warnings.resetwarnings()
+            warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
+            try:
+                train(folder, call, count)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+        os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), said.read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # imports much, once for all children
+    code, errors = run(folder)
+    assert code == 0, errors
+    return folder
+
+
+def assert_same(folder, uninterrupted):
+    """Bit for bit: final weights, history but for its clock, and the state's tensors."""
+    for name in ("end.safetensors", "end.json"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    ours, theirs = (read_state(f / "state.pt") for f in (folder, uninterrupted))
+    for state in (ours, theirs):
+        state.pop("seconds")
+        for row in state["rows"]:
+            row.pop("seconds")
+    assert json.dumps(ours["rows"]) == json.dumps(theirs["rows"])
+    flat = lambda part: [t for t in torch.utils._pytree.tree_leaves(part)]  # noqa: E731, C416
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, uninterrupted, point):
+    call, count = POINTS[point]
+    code, errors = run(tmp_path, call, count)
+    assert code == -signal.SIGKILL, f"{point} was never reached: {errors}"
+    code, errors = run(tmp_path)
+    assert code == 0, errors
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_a_truncated_checkpoint_is_reported_and_the_run_goes_on(tmp_path, uninterrupted):
+    code, _ = run(tmp_path, "step", 35)
+    assert code == -signal.SIGKILL
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    code, errors = run(tmp_path)
+    assert code == 0 and "is damaged (1000 bytes, wrong sha256)" in errors
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_kills_at_random_times_change_nothing(tmp_path, uninterrupted):
+    """Three random SIGKILLs in one run, each later than the one before."""
+    clock = np.random.default_rng(0)
+    for latest in (0.15, 0.4, 0.8):
+        run(tmp_path, kill_after=float(clock.uniform(0.05, latest)))
+    code, errors = run(tmp_path)
+    assert code == 0, errors
+    assert_same(tmp_path, uninterrupted)

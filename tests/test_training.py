@@ -1,0 +1,246 @@
+"""The one training loop: what it computes, that it repeats, and that it stops and goes on well."""
+
+import csv
+import dataclasses
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from robustood.data import Data, Split, digits
+from robustood.models import Classifier, mlp, small_cnn
+from robustood.objectives import Adversarial, Standard
+from robustood.training import Average, draw, fit, learning_rate
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits(train=320)
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def noisy():
+    """A model with dropout and batch statistics."""
+    torch.manual_seed(5)
+    layers = [nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3)]
+    return Classifier([nn.Sequential(*layers)], 16, 10)
+
+
+def test_plain_gradient_descent_by_hand(data):
+    """One full batch, no warm-up: w1 = w0 - lr(0) grad(w0), then w2 from w1."""
+    model, reference = mlp(64, (), 10), mlp(64, (), 10)
+    fit(
+        model,
+        Standard(),
+        data,
+        epochs=2,
+        batch_size=320,
+        lr=0.5,
+        warmup=0,
+        optimiser=torch.optim.SGD,
+    )
+    for step in range(2):
+        loss = nn.functional.cross_entropy(reference(data.train.x), data.train.y)
+        reference.zero_grad()
+        loss.backward()
+        rate = 0.25 * (1 + math.cos(math.pi * (step + 1) / 2))
+        with torch.no_grad():
+            for p in reference.parameters():
+                p -= rate * p.grad
+    assert torch.allclose(vector(model), vector(reference), atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate(step, 100, 2.0, 0.2) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[18] == pytest.approx(1.9)
+    assert max(rates) == pytest.approx(2.0) and rates.index(max(rates)) == 19
+    assert rates[59] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.0)
+    assert all(rates[k] > rates[k + 1] for k in range(20, 99))
+
+
+def test_learns_the_digits():
+    data, model = digits(), small_cnn()
+    history = fit(model, Standard(), data, epochs=12)
+    accuracy = (model(data.test.x).argmax(1) == data.test.y).float().mean().item()
+    assert accuracy > 0.93 and history.rows[-1]["loss"] < 0.15 and not model.training
+    assert history.finished and history.column("epoch") == list(range(12))
+
+
+@pytest.mark.parametrize("objective", [Standard(), Adversarial(0.1, steps=2)], ids=repr)
+def test_repeats_bit_for_bit_and_leaves_the_global_generator_alone(data, objective):
+    runs = []
+    for seed in (0, 0, 1):
+        model, state = noisy(), torch.get_rng_state()
+        fit(model, objective, data, epochs=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(seed + 7)  # whatever happens outside
+        runs.append(vector(model))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_an_epoch_draws_each_sample_once_and_outliers_evenly(data):
+    x = torch.arange(10.0)[:, None]
+    few = Data(Split(x, torch.arange(10)), data.val, data.test, outliers=torch.arange(3.0)[:, None])
+    batches = list(draw(few, 4, 5, torch.Generator().manual_seed(0)))
+    seen = torch.cat([b.y for b in batches])
+    assert len(batches) == 2 and len(seen.unique()) == 8
+    assert all(torch.equal(b.x[:, 0].long(), b.y) for b in batches)
+    outliers = torch.cat([b.outliers[:, 0] for b in batches])
+    assert len(outliers) == 10
+    assert sorted(outliers[:3].tolist()) == [0, 1, 2] == sorted(outliers[3:6].tolist())
+    without = dataclasses.replace(few, outliers=x[:0])
+    assert next(draw(without, 4, 5, torch.Generator())).outliers is None
+
+
+def test_average_is_the_exponential_mean():
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+        mean = Average(model, decay=0.75)
+        for value in (1.0, 2.0, 3.0):
+            model.weight.fill_(value)
+            mean.update(model)
+    expected = 0.25 * (0.75**2 * 1 + 0.75 * 2 + 3)
+    assert mean.tensors["weight"].item() == pytest.approx(expected)
+    mean.exchange(model)
+    assert model.weight.item() == pytest.approx(expected) and mean.tensors["weight"].item() == 3
+
+
+def test_a_decay_of_zero_averages_nothing(data):
+    plain, averaged = noisy(), noisy()
+    fit(plain, Standard(), data, epochs=2)
+    fit(averaged, Standard(), data, epochs=2, average=0.0)
+    assert torch.equal(vector(plain), vector(averaged))
+
+
+def test_the_monitor_sees_the_model_as_it_will_be(data, tmp_path):
+    seen = []
+
+    def monitor(model):
+        seen.append(vector(model))
+        torch.rand(3)  # a monitor may be careless
+        return {"training": float(model.training), "norm": float(vector(model).norm())}
+
+    model = noisy()
+    history = fit(model, Standard(), data, epochs=3, average=0.9, monitor=monitor, run_dir=tmp_path)
+    assert history.column("training") == [0, 0, 0] and torch.equal(seen[-1], vector(model))
+    silent = noisy()
+    fit(silent, Standard(), data, epochs=3, average=0.9)
+    assert torch.equal(vector(silent), vector(model))
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["norm"]) for row in rows] == pytest.approx(history.column("norm"))
+
+
+def test_stops_in_time_and_goes_on_to_the_same_bits(data, tmp_path, monkeypatch):
+    """A clock that ticks a minute a look: the run stops inside an epoch, again and again."""
+    whole = noisy()
+    expected = fit(
+        whole, Adversarial(0.1, steps=1), data, epochs=3, average=0.9, run_dir=tmp_path / "a"
+    )
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "monotonic", lambda: 60.0 * next(ticks))
+    stops = 0
+    while True:
+        model = noisy()
+        history = fit(
+            model, Adversarial(0.1, steps=1), data, epochs=3, average=0.9, run_dir=tmp_path / "b",
+            minutes=6,
+        )  # fmt: skip
+        if history.finished:
+            break
+        stops += 1
+        assert stops < 40
+    assert stops > 3
+    assert torch.equal(vector(model), vector(whole))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), whole.buffers(), strict=True))
+    assert history.column("loss") == expected.column("loss")
+
+
+def test_keeps_a_real_budget(data):
+    model, start = small_cnn(), time.monotonic()
+    history = fit(model, Standard(), data, epochs=100_000, minutes=0.02)
+    assert not history.finished and time.monotonic() - start < 1.2 + 3 and not model.training
+
+
+def test_a_finished_run_is_read_not_repeated(data, tmp_path):
+    first = noisy()
+    history = fit(first, Standard(), data, epochs=2, average=0.5, run_dir=tmp_path)
+    again = noisy()
+
+    class Never:
+        def __repr__(self):
+            return repr(Standard())
+
+        def __call__(self, model, batch):
+            raise RuntimeError("a step was taken")
+
+    read = fit(again, Never(), data, epochs=2, average=0.5, run_dir=tmp_path)
+    assert torch.equal(vector(first), vector(again)) and read.rows == history.rows
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"epochs": 3}, "epochs = 2, not 3"),
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"objective": Adversarial(0.1)}, "objective = 'Standard"),
+        ({"data": digits(train=256)}, "data = "),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(data, tmp_path, changed, words):
+    settings = {"objective": Standard(), "data": data, "epochs": 2, "seed": 0, "run_dir": tmp_path}
+    fit(noisy(), **settings)
+    with pytest.raises(ValueError, match=f"run_dir .* holds a run with {words}"):
+        fit(noisy(), **settings | changed)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_weights(data, tmp_path):
+    class Breaking(Standard):
+        def __call__(self, model, batch):
+            loss = super().__call__(model, batch)
+            return loss * torch.nan if batch.progress >= 0.5 else loss
+
+    model, half = small_cnn(), small_cnn()
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 10 \(epoch 2\).*Lower lr"):
+        fit(model, Breaking(), data, epochs=4, run_dir=tmp_path)
+    assert vector(model).isfinite().all() and not model.training
+    # The state on disk is that of the last good epoch too: a second try ends alike.
+    with pytest.raises(FloatingPointError):
+        fit(half, Breaking(), data, epochs=4, run_dir=tmp_path)
+    assert torch.equal(vector(half), vector(model))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"epochs": 0}, "epochs must be .* at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be .* got -1"),
+        ({"warmup": 1.5}, "warmup must be .* got 1.5"),
+        ({"average": 2.0}, "average must be .* got 2"),
+        ({"minutes": -1}, "minutes must be .* got -1"),
+        ({"batch_size": 0}, "batch_size must be .* got 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_step(data, changed, words):
+    model = small_cnn()
+    before = vector(model)
+    with pytest.raises(ValueError, match=words):
+        fit(model, Standard(), data, **({"epochs": 1} | changed))
+    assert torch.equal(vector(model), before)
+
+
+def test_bad_data_are_refused(data):
+    wrong = dataclasses.replace(data, train=Split(data.train.x, data.train.y + 1))
+    with pytest.raises(
+        ValueError, match=r"data\.train\.y lies in \[1, 10\]; labels count from 0 to 9"
+    ):
+        fit(small_cnn(), Standard(), wrong, epochs=1)
+    broken = dataclasses.replace(data, train=Split(data.train.x * torch.nan, data.train.y))
+    with pytest.raises(ValueError, match=r"data\.train\.x contains NaN"):
+        fit(small_cnn(), Standard(), broken, epochs=1)

@@ -29,7 +29,7 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
         )
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name} is empty (shape {tuple(x.shape)}); pass at least one sample")
-    low, high = (float(v) for v in x.aminmax())
+    low, high = (float(v) for v in x.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} contains NaN or infinity; clean the data first")
     if box is not None and (low < box[0] - TOLERANCE or high > box[1] + TOLERANCE):

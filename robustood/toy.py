@@ -1,0 +1,319 @@
+"""The toy distribution of Tsipras et al. (2019), in closed form.
+
+One feature is right with probability ``p`` and hard to move; ``d`` others are each nearly useless,
+strong together, and easy to move.  Everything here is exact: the accuracy of any linear classifier
+under attack, the bound of Theorem 2.1, the best trade-off any classifier can reach, and the linear
+program that confirms it without using the formulas.
+
+Closed forms are float64 NumPy; samples are torch tensors.  The adversary moves every coordinate by
+at most ``eps``.  There is no box: the features are not pixels.
+A point on the decision boundary counts as an error, so the adversary wins ties.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from scipy.optimize import linprog, minimize_scalar
+from scipy.sparse import coo_array, hstack, kron, vstack
+from scipy.special import logit, ndtr
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from robustood.inputs import check_choice, check_count, check_number, check_values
+
+Values = np.ndarray | float  # a number for a number, an array for an array
+Phi = ndtr  # the standard normal distribution function, written as in the formulas
+
+
+def phi(x: ArrayLike) -> Values:
+    """Standard normal density."""
+    return np.exp(-0.5 * np.square(x)) / np.sqrt(2 * np.pi)
+
+
+@dataclass(frozen=True)
+class TsiprasDistribution:
+    """A label y = ±1 (fair coin), one robust feature and d weak ones (Tsipras et al., section 2.1).
+
+    ``x[0] = y`` with probability ``p`` and ``-y`` otherwise; ``x[1:]`` are iid N(eta * y, 1).
+
+    Args:
+        p: reliability of the robust feature, in [0.5, 1).
+        d: number of weak features, at least 1.
+        eta: mean of a weak feature under y = +1, positive.  Interesting near 3 / sqrt(d).
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    p: float
+    d: int
+    eta: float
+
+    def __post_init__(self) -> None:
+        fix = "it is how often x1 agrees with y; below 0.5 flip the sign of x1"
+        check_number(self.p, "p", 0.5, np.nextafter(1, 0), fix)
+        check_count(self.d, "d", 1)
+        check_number(self.eta, "eta", 1e-12, 1e12, "give a positive mean such as 3 / sqrt(d)")
+
+    def sample(self, n: int, seed: int) -> tuple[Float[Tensor, "n features"], Int[Tensor, " n"]]:
+        """Draw n points: x is float32 (n, d + 1), y is int64 in {-1, +1}."""
+        check_count(n, "n", 1)
+        generator = torch.Generator().manual_seed(seed)
+        y = 2 * torch.randint(2, (n,), generator=generator) - 1
+        agrees = 2 * (torch.rand(n, generator=generator) < self.p) - 1
+        weak = torch.randn(n, self.d, generator=generator) + self.eta * y[:, None]
+        return torch.cat([(y * agrees)[:, None].float(), weak], dim=1), y
+
+    def linear_accuracy(self, w: ArrayLike, eps: float, bias: float = 0.0) -> float:
+        """Exact accuracy of sign(w @ x + bias) when each coordinate may move by eps.
+
+        The worst margin is Gaussian given x1, because the attack costs exactly eps * |w|_1.
+        Without weak weights there is no noise left and each normal probability is an indicator
+        of "margin > 0"; a zero margin is an error.
+
+        Args:
+            w: d + 1 weights, the robust feature first.
+            eps: budget in feature units, >= 0; 0 gives the standard accuracy.
+        """
+        _check_budget(eps)
+        w = np.asarray(w, dtype=np.float64)
+        if w.shape != (self.d + 1,) or not np.isfinite(w).all():
+            raise ValueError(
+                f"w must be d + 1 = {self.d + 1} finite weights, x1 first, got shape {w.shape}"
+            )
+        noise = np.linalg.norm(w[1:])
+        drift = self.eta * w[1:].sum() - eps * np.abs(w).sum()
+
+        def right(margin: float) -> float:
+            return Phi(margin / noise) if noise > 0 else float(margin > 0)
+
+        lucky = [self.p * right(drift + w[0] + c) for c in (bias, -bias)]
+        unlucky = [(1 - self.p) * right(drift - w[0] + c) for c in (bias, -bias)]
+        return float(sum(lucky + unlucky) / 2)
+
+    def averaging_accuracy(self, eps: float = 0.0) -> float:
+        """Accuracy of the sign of the mean weak feature: Phi(sqrt(d) (eta - eps))."""
+        return float(Phi(self.shift(eps)))
+
+    def shift(self, eps: float = 0.0) -> float:
+        """Mean of y * g once the attack has pushed every weak feature: sqrt(d) (eta - eps)."""
+        _check_budget(eps)
+        return float(np.sqrt(self.d) * (self.eta - eps))
+
+    def symmetric_accuracy(self, t: ArrayLike, eps: float = 0.0) -> Values:
+        """Accuracy under eps of sign(t x1 + g), g = sum(x[1:]) / sqrt(d), for t in [0, inf].
+
+        Every linear classifier with equal positive weak weights c is of this form, with
+        t = w1 / (c sqrt(d)).  t = inf stands for sign(x1).
+        """
+        t, shift = _inside(t, "t", np.inf), self.shift(eps)
+        finite = np.where(np.isinf(t), 0.0, t)
+        accuracy = self.p * Phi(shift + finite * (1 - eps))
+        accuracy = accuracy + (1 - self.p) * Phi(shift - finite * (1 + eps))
+        return np.where(np.isinf(t), self.p * (eps < 1), accuracy)[()]
+
+    def best_linear(self, eps: float) -> tuple[float, float]:
+        """Ratio t and robust accuracy of the best linear classifier without bias.
+
+        For eps >= eta every weak weight hurts, and sign(x1) is best.
+        """
+        if eps >= self.eta:
+            return np.inf, float(self.symmetric_accuracy(np.inf, eps))
+        angle = _least(lambda a: -self.symmetric_accuracy(np.tan(a), eps), 0.0, np.pi / 2 - 1e-9)
+        t = float(np.tan(angle))
+        accuracy, plain = self.symmetric_accuracy(np.array([t, np.inf]), eps)
+        return (t, float(accuracy)) if accuracy > plain else (np.inf, float(plain))
+
+    def bound(self, delta: ArrayLike) -> Values:
+        """Theorem 2.1: standard accuracy >= 1 - delta leaves at most p / (1 - p) * delta.
+
+        Holds for eps >= 2 eta.  Above delta = 1 - p it exceeds p, which no classifier does.
+        """
+        return self.p / (1 - self.p) * _inside(delta, "delta", 1)
+
+    def threshold(self, eps: float = 0.0) -> float:
+        """The t for which sign(t sign(x1) + g) has the best accuracy under eps.
+
+        Zero once eps >= 1 can erase x1; inf, that is sign(x1), for eta <= eps < 1.
+        """
+        shift = self.shift(eps)
+        if eps >= 1:
+            return 0.0
+        return float(logit(self.p) / (2 * shift)) if shift > 0 else np.inf
+
+    def optimal_robust_accuracy(self, eps: float) -> float:
+        """Best accuracy under eps of any classifier whatever; eps = 0 gives the Bayes accuracy."""
+        shift, t = self.shift(eps), self.threshold(eps)
+        if eps >= 1:
+            return float(Phi(max(shift, 0.0)))
+        return self.p if np.isinf(t) else float(self._rounded(t, shift))
+
+    def frontier(self, t: ArrayLike, eps: float | None = None) -> tuple[Values, Values]:
+        """Standard and robust accuracy of sign(t sign(x1) + g), t in [0, inf], eps < 1.
+
+        At eps = 2 eta, the default, t in [threshold(0), inf] traces the exact Pareto frontier over
+        all classifiers.  At another eps the pairs are reached, but may be beaten: beyond 2 eta, by
+        a coin toss between the two ends (see `frontier_lp`).
+        """
+        eps = 2 * self.eta if eps is None else eps
+        shift = self.shift(eps)
+        _check_below_one(eps)
+        t = _inside(t, "t", np.inf)
+        return self._rounded(t, self.shift(0.0)), self._rounded(t, shift)
+
+    def gap(self, t: ArrayLike) -> Values:
+        """Exact distance from the frontier at eps = 2 eta up to the bound of Theorem 2.1."""
+        odds = (2 * self.p - 1) / (1 - self.p)
+        return odds * Phi(-_inside(t, "t", np.inf) - self.shift(0.0))
+
+    def answer(self, x: Float[Tensor, "n features"], t: float) -> Float[Tensor, " n"]:
+        """The frontier's classifier on points: sign(t sign(x1) + g); t = inf is sign(x1)."""
+        if np.isinf(t):
+            return x[:, 0].sign()
+        return (t * x[:, 0].sign() + x[:, 1:].sum(1) / self.d**0.5).sign()
+
+    def _rounded(self, t: ArrayLike, shift: float) -> Values:
+        return self.p * Phi(shift + t) + (1 - self.p) * Phi(shift - t)
+
+
+def _check_budget(eps: float) -> None:
+    check_number(eps, "eps", 0, 1e12, "a budget is at least 0, in the unit of the features")
+
+
+def _check_below_one(eps: float) -> None:
+    fix = "from 1 on x1 can be erased and there is no trade-off left (2 eta needs eta < 0.5)"
+    check_number(eps, "eps", 0, np.nextafter(1, 0), fix)
+
+
+def _inside(values: ArrayLike, name: str, high: float) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if not ((values >= 0) & (values <= high)).all():
+        raise ValueError(f"{name} must lie in [0, {high:g}], got {values}; clip or drop the rest")
+    return values
+
+
+def _least(f: Callable[[Values], Values], low: float, high: float) -> float:
+    """Minimise f on an interval: the best of a fine grid, then Brent's method around it."""
+    grid = np.linspace(low, high, 401)
+    values = f(grid)
+    i = int(np.argmin(values))
+    bracket = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    found = minimize_scalar(f, bounds=bracket, method="bounded", options={"xatol": 1e-10})
+    return float(found.x if found.fun < values[i] else grid[i])
+
+
+def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: float) -> Values:
+    """E max(0, 1 - worst margin) of w = (w1, s / sqrt(d), ..., s / sqrt(d)), s >= 0.
+
+    Given x1 the worst margin is N(m, s^2), and E max(0, 1 - m - s xi) is elementary.
+    """
+    noise = np.maximum(s, 1e-100)  # keeps the formula's limit at s = 0
+
+    def hinge(m: Values) -> Values:
+        return (1 - m) * Phi((1 - m) / noise) + s * phi((1 - m) / noise)
+
+    drift = s * dist.shift(eps) - eps * np.abs(w1)
+    return dist.p * hinge(drift + w1) + (1 - dist.p) * hinge(drift - w1)
+
+
+def adversarial_svm(dist: TsiprasDistribution, eps: float = 0.0) -> Float[np.ndarray, " features"]:
+    """Unit-norm weights with the least population adversarial hinge loss (Theorem 2.2).
+
+    eps = 0 is the standard SVM.  Equal weak weights lose nothing: the regularised loss is strictly
+    convex and unchanged by permuting the weak features.
+    """
+    _check_budget(eps)
+    angle = _least(lambda a: population_hinge(dist, np.sin(a), np.cos(a), eps), 0.0, np.pi / 2)
+    w1, s = np.sin(angle), np.cos(angle)
+    if population_hinge(dist, 1.0, 0.0, eps) <= population_hinge(dist, w1, s, eps) + 1e-12:
+        w1, s = 1.0, 0.0
+    return np.concatenate([[w1], np.full(dist.d, s / np.sqrt(dist.d))])
+
+
+def adversarial_linear(
+    x: Float[Tensor, "n features"],
+    y: Int[Tensor, " n"],
+    eps: float,
+    *,
+    loss: str = "hinge",
+    steps: int = 1500,
+    lr: float = 0.01,
+) -> Float[Tensor, " features"]:
+    """Train linear weights on n points against the exact worst case, full batch, from zero.
+
+    No inner attack is needed: the worst margin of a linear model is y w @ x - eps |w|_1.
+
+    Args:
+        y: labels in {-1, +1}.
+        loss: "hinge", max(0, 1 - margin), or "logistic", log(1 + exp(-margin)).
+    """
+    losses = {"hinge": lambda margin: (1 - margin).clamp(min=0), "logistic": lambda m: softplus(-m)}
+    check_choice(loss, "loss", tuple(losses))
+    check_values(x, box=None)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not ((y == 1) | (y == -1)).all():
+        raise ValueError(
+            f"y must hold one label -1 or +1 for each row of x {tuple(x.shape)}, got shape "
+            f"{tuple(y.shape)} with values {y.unique()[:4].tolist()}; map classes 0/1 by 2 * y - 1"
+        )
+    _check_budget(eps)
+    w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    optimiser = torch.optim.Adam([w], lr=lr)
+    signed = x * y[:, None]
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
+        worst = signed @ w - eps * w.abs().sum()
+        (w.grad,) = torch.autograd.grad(losses[loss](worst).mean(), w)
+        optimiser.step()
+    return w.detach()
+
+
+def frontier_lp(
+    dist: TsiprasDistribution, eps: float, deltas: ArrayLike, bins: int = 129
+) -> Float[np.ndarray, " deltas"]:
+    """Best robust accuracy given standard accuracy >= 1 - delta, over all randomised classifiers.
+
+    Knows none of the formulas above.  The sum g is cut into bins; variables are the probability of
+    answering +1 for each sign of x1 and bin, and the probability of being right throughout the
+    budget for each label, sign and bin.  The latter is at most the probability of the right answer
+    in every bin that the attack reaches.  Exact up to the width of a bin; eps < 1.
+
+    Returns:
+        One robust accuracy per delta; nan where no classifier has that standard accuracy.
+    """
+    _check_below_one(eps)
+    check_count(bins, "bins", 3)
+    deltas = np.atleast_1d(_inside(deltas, "delta", 1))
+    mass, steps = _bin_masses(dist, eps, bins)
+    here, there = np.nonzero(np.abs(np.subtract.outer(range(bins), range(bins))) <= steps)
+    pairs, one = np.arange(len(here)), np.ones(len(here))
+    own = coo_array((one, (pairs, here)), (len(here), bins))
+    near = coo_array((one, (pairs, there)), (len(here), bins))
+    answers = kron([[-1, 0], [0, -1], [1, 0], [0, 1]], near)  # right <= answer or 1 - answer
+    gain = mass[: 2 * bins] - mass[2 * bins :]  # standard accuracy = gain @ answer + 1/2
+    standard = np.concatenate([-gain, np.zeros(4 * bins)])
+    constraints = vstack([hstack([answers, kron(np.eye(4), own)]), coo_array(standard[None])])
+    limits = np.repeat([0.0, 0.0, 1.0, 1.0], len(here))
+    value = np.concatenate([np.zeros(2 * bins), -mass])
+    best = []
+    for delta in deltas:
+        limit = np.append(limits, delta - 0.5)
+        solution = linprog(value, constraints.tocsr(), limit, bounds=(0, 1), method="highs")
+        best.append(-solution.fun if solution.success else np.nan)
+    return np.array(best)
+
+
+def _bin_masses(dist: TsiprasDistribution, eps: float, bins: int) -> tuple[np.ndarray, int]:
+    """Mass of (y, sign x1) = ++, +-, -+, -- over the bins of g, and the attack's reach in bins."""
+    centre, reach = dist.shift(), np.sqrt(dist.d) * eps
+    width = 2 * (centre + 5) / bins
+    steps = max(1, round(reach / width)) if eps > 0 else 0
+    edges = (reach / steps if steps else width) * (np.arange(bins + 1) - bins / 2)
+    edges[[0, -1]] = -np.inf, np.inf
+    up, down = np.diff(Phi(edges - centre)) / 2, np.diff(Phi(edges + centre)) / 2
+    return np.concatenate(
+        [dist.p * up, (1 - dist.p) * up, (1 - dist.p) * down, dist.p * down]
+    ), steps

@@ -1,0 +1,224 @@
+"""The attacks against torchattacks: another implementation, the same numbers.
+
+Where both start from the same point the adversarial examples agree pixel by pixel, in double
+precision: a rounding error cannot flip the sign of a gradient there. With starts of their own
+the robust accuracies agree.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from robustood import attacks
+from robustood.attacks import fgsm, pgd, robust_accuracy
+from robustood.data import digits
+from robustood.models import small_cnn
+from robustood.objectives import Adversarial
+from robustood.perturbations import L2, Linf
+from robustood.training import fit
+
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture(scope="module")
+def torchattacks():
+    return pytest.importorskip(
+        "torchattacks", reason="torchattacks is not installed: pip install --no-deps torchattacks"
+    )
+
+
+@pytest.fixture(scope="module")
+def book():
+    return digits()
+
+
+@pytest.fixture(scope="module")
+def robust(book):
+    """Trained against eps = 0.1, so that an l_2 attack is neither hopeless nor certain."""
+    model = small_cnn()
+    fit(model, Adversarial(0.1, steps=5), book, epochs=15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Convolutions with batch normalisation whose statistics have moved, in double precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Flatten(), nn.Linear(8 * 12 * 12, 10),
+        ).double()  # fmt: skip
+        for _ in range(20):
+            model(torch.rand(64, 3, 12, 12, dtype=torch.float64))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(64, 3, 12, 12, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 10, (64,), generator=generator)
+
+
+class NoisyLinf(Linf):
+    """The cube, started from the draw that torchattacks makes after ``torch.manual_seed(7)``."""
+
+    def draw(self, x, generator):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return torch.empty_like(x).uniform_(-self.eps, self.eps)
+
+
+class NoisyL2(L2):
+    """The ball, started likewise: torchattacks draws a radius uniform in [0, eps]."""
+
+    def draw(self, x, generator):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            noise = torch.empty_like(x).normal_()
+            length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            return noise * torch.empty_like(length).uniform_(0, 1) / length * self.eps
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("eps", [2 / 255, 8 / 255, 0.1])
+def test_fgsm_agrees(torchattacks, net, batch, eps):
+    theirs = torchattacks.FGSM(net, eps=eps)(*batch)
+    ours = fgsm(net, *batch, Linf(eps))
+    assert difference(ours, theirs) < 1e-5
+    assert difference(ours, batch[0]) == pytest.approx(eps)
+
+
+@pytest.mark.parametrize(("eps", "steps", "step_size"), [(8 / 255, 10, 2 / 255), (0.1, 20, 0.02)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_from_the_clean_image_agrees(torchattacks, net, batch, norm, eps, steps, step_size):
+    peer, within = (
+        (torchattacks.PGD, Linf(eps)) if norm == "linf" else (torchattacks.PGDL2, L2(10 * eps))
+    )
+    step_size *= within.radius / eps
+    theirs = peer(net, eps=within.radius, alpha=step_size, steps=steps, random_start=False)(*batch)
+    ours = pgd(net, *batch, within, steps=steps, step_size=step_size, restarts=0, keep="last")
+    assert difference(ours, theirs) < 1e-5
+    assert difference(ours, batch[0]) > 0.5 * eps  # both moved
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_from_a_shared_random_start_agrees(torchattacks, net, batch, norm):
+    peer, within, step_size = (
+        (torchattacks.PGD, NoisyLinf(8 / 255), 2 / 255)
+        if norm == "linf"
+        else (torchattacks.PGDL2, NoisyL2(0.5), 0.1)
+    )
+    attack = peer(net, eps=within.radius, alpha=step_size, steps=10, random_start=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        theirs = attack(*batch)
+    call = partial(pgd, net, *batch, steps=10, step_size=step_size, keep="last")
+    assert difference(call(within), theirs) < 1e-5
+    plain = Linf(8 / 255) if norm == "linf" else L2(0.5)
+    assert difference(call(plain), theirs) > 1e-3  # another start ends elsewhere
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_in_single_precision_all_but_a_few_pixels_agree(torchattacks, robust, book, norm):
+    x, y = book.test.x, book.test.y
+    peer, within = (
+        (torchattacks.PGD, Linf(0.1)) if norm == "linf" else (torchattacks.PGDL2, L2(0.7))
+    )
+    step_size = within.radius / 4
+    theirs = peer(robust, eps=within.radius, alpha=step_size, random_start=False)(x, y)
+    ours = pgd(robust, x, y, within, steps=10, step_size=step_size, restarts=0, keep="last")
+    agree = ((ours - theirs).abs() < 1e-5).float().mean().item()
+    print(f"{norm}: {agree:.2%} of the pixels agree to 1e-5 in single precision")
+    assert agree > 0.97
+
+
+class RadialL2(L2):
+    """The ball with torchattacks' law of starts, a radius uniform in [0, eps], and our own draws."""
+
+    def draw(self, x, generator):
+        noise = torch.empty_like(x).normal_(generator=generator)
+        length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return noise * torch.empty_like(length).uniform_(generator=generator) / length * self.eps
+
+
+STEPS, STARTS = 40, 5
+
+
+def surviving(peer, model, book, eps):
+    """Robust accuracy by torchattacks: right after every one of several random starts."""
+    standing = torch.ones(len(book.test), dtype=torch.bool)
+    attack = peer(model, eps=eps, alpha=2.5 * eps / STEPS, steps=STEPS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(STARTS):
+            moved = attack(book.test.x, book.test.y)
+            standing &= model(moved).argmax(1) == book.test.y
+    return standing.float().mean().item()
+
+
+@pytest.mark.parametrize("within", [Linf(0.1), RadialL2(0.3), RadialL2(0.5)], ids=str)
+def test_robust_accuracy_agrees_within_half_a_point(torchattacks, robust, book, within):
+    """As many steps and starts, other draws."""
+    peer = torchattacks.PGD if isinstance(within, Linf) else torchattacks.PGDL2
+    theirs = surviving(peer, robust, book, within.eps)
+    attack = partial(pgd, within=within, steps=STEPS, restarts=STARTS)
+    ours = robust_accuracy(robust, book.test.x, book.test.y, attack).value
+    print(f"{within}: robustood {100 * ours:.1f} %, torchattacks {100 * theirs:.1f} %")
+    assert 0.05 < ours < 0.95
+    assert abs(ours - theirs) <= 0.005 + 1e-6
+
+
+def test_uniform_starts_in_the_ball_cost_little(torchattacks, robust, book):
+    """Nearly all of a ball of 64 dimensions lies at its surface; their starts lie closer to x."""
+    theirs = surviving(torchattacks.PGDL2, robust, book, 0.5)
+    attack = partial(pgd, within=L2(0.5), steps=STEPS, restarts=STARTS)
+    ours = robust_accuracy(robust, book.test.x, book.test.y, attack).value
+    print(f"l2 eps=0.5: uniform starts {100 * ours:.1f} %, torchattacks {100 * theirs:.1f} %")
+    assert abs(ours - theirs) <= 0.02
+
+
+@pytest.fixture(scope="module")
+def logits():
+    generator = torch.Generator().manual_seed(6)
+    z = 5 * torch.randn(500, 10, generator=generator, dtype=torch.float64)
+    return z, torch.randint(0, 10, (500,), generator=generator)
+
+
+def test_dlr_agrees_with_apgd(torchattacks, net, logits):
+    z, y = logits
+    theirs = torchattacks.APGD(net, loss="dlr").dlr_loss(z, y)
+    torch.testing.assert_close(attacks.dlr(z, y), theirs, atol=1e-12, rtol=1e-9)
+
+
+def test_the_margin_agrees_with_carlini_and_wagner(torchattacks, net, logits):
+    z, y = logits
+    z = z - z.min() + 1  # theirs masks by multiplying with zero: right for positive logits only
+    theirs = torchattacks.CW(net, kappa=1e6).f(z, y)
+    torch.testing.assert_close(attacks.margin(z, y), -theirs.to(z.dtype), atol=1e-5, rtol=1e-6)
+
+
+def test_cross_entropy_agrees_with_pytorch(logits):
+    z, y = logits
+    torch.testing.assert_close(attacks.cross_entropy(z, y), cross_entropy(z, y, reduction="none"))
+    by_hand = z.exp().sum(1).log() - z[torch.arange(len(y)), y]
+    torch.testing.assert_close(attacks.cross_entropy(z, y), by_hand, atol=1e-9, rtol=1e-9)
+
+
+def test_their_margin_attack_finds_no_more_than_ours(torchattacks, robust, book):
+    """APGD-DLR with restarts is a stronger peer; our targets attack must not fall behind it."""
+    x, y = book.test.x, book.test.y
+    moved = torchattacks.APGD(robust, norm="L2", eps=0.7, steps=50, n_restarts=3, loss="dlr")(x, y)
+    with torch.no_grad():
+        theirs = (robust(moved).argmax(1) == y).float().mean().item()
+    ours = robust_accuracy(robust, x, y, partial(pgd, within=L2(0.7), steps=20, loss="targets"))
+    print(f"l2 eps=0.7: targets {100 * ours.value:.1f} %, APGD-DLR {100 * theirs:.1f} %")
+    assert ours.value <= theirs + 0.005

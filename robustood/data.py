@@ -2,8 +2,8 @@
 
 The in-distribution set is scikit-learn's copy of the UCI handwritten digits (Alpaydin and
 Kaynak 1998): 1,797 images of 8x8 pixels with 17 grey levels, made by counting ink in 4x4 blocks
-of a 32x32 bitmap. Everything that is no digit is made the same way, down to the grey levels, so
-that a detector cannot tell it by its making:
+of a 32x32 bitmap. Everything that is no digit is brought to the same size and grey levels,
+and letters to about the same width and weight, so that a detector has to look at shapes:
 
 ==============  ==============================  ===============================
 set             auxiliary outliers (training)   test outliers
@@ -29,7 +29,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
@@ -49,10 +49,14 @@ FLAT = 0.05  # standard deviation of a patch below which two photos can give the
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (samples, ...) with one label each."""
+    """Inputs (samples, ...) with one target each: labels (samples,), or images."""
 
     x: Tensor
-    y: Int[Tensor, " samples"]
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -178,8 +182,8 @@ def glyphs(
 ) -> Float[Tensor, "n 1 8 8"]:
     """Capital letters in the fonts that Matplotlib ships, drawn as the digits were scanned.
 
-    A letter fills a 32x32 bitmap up to a small random shear, rotation, size and offset; each
-    pixel is the share of ink in a 4x4 block, in sixteenths.
+    A letter fills a 32x32 bitmap up to a small random shear, rotation, weight, size and offset;
+    each pixel is the share of ink in a 4x4 block, in sixteenths.
 
     Args:
         which: ``"auxiliary"``, ``"test"`` or ``"lookalike"``; letters and fonts in the module's
@@ -201,10 +205,12 @@ def _glyph(letter: str, font: str, rng: np.random.Generator) -> np.ndarray:
     left, top, right, bottom = face.getbbox(letter)
     canvas = Image.new("L", (96, 96), 0)
     corner = (48 - (left + right) / 2, 48 - (top + bottom) / 2)
-    ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=face)
+    # Strokes as heavy as a pen's; bold faces are nearly that already.
+    weight = int(rng.integers(0, 2) if "Bol" in font else rng.integers(1, 4))
+    ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=face, stroke_width=weight)
     # The digits' boxes are filled top to bottom and are about two thirds as wide as high.
-    wide = rng.uniform(0.75, 1.05) * (right - left) / 24
-    high = rng.uniform(0.95, 1.15) * (bottom - top) / 32
+    wide = rng.uniform(1.0, 1.3) * (right - left + 2 * weight) / 24
+    high = rng.uniform(0.95, 1.1) * (bottom - top + 2 * weight) / 32
     angle, shear = np.radians(rng.uniform(-10, 10)), rng.uniform(-0.15, 0.15)
     back = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     back = np.diag([wide, high]) @ np.array([[1, shear], [0, 1]]) @ back

@@ -10,6 +10,7 @@ device: they stand at public doors and never inside a loop.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
         raise ValueError(f"{name} contains NaN or infinity; clean the data first")
     if box is not None and (low < box[0] - TOLERANCE or high > box[1] + TOLERANCE):
         raise ValueError(
-            f"{name} lies in [{low:.4g}, {high:.4g}], outside [{box[0]:g}, {box[1]:g}]; pass pixels "
+            f"{name} lies in [{low:.7g}, {high:.7g}], outside [{box[0]:g}, {box[1]:g}]; pass pixels "
             "in that range and put the mean/std normalisation inside the model (for vectors without "
             "a box, box=None)"
         )
@@ -52,10 +53,10 @@ def check_images(x: Tensor, name: str = "x") -> None:
 
 def check_labels(y: Tensor, x: Tensor, classes: int | None = None, name: str = "y") -> None:
     """Refuse labels that are not integers, not one per sample, or outside 0 .. classes - 1."""
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
         seen = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
-            f"{name} must be an integer tensor of class labels, got {seen}; use y.long()"
+            f"{name} must be an int64 tensor of class labels, got {seen}; use y.long()"
         )
     if y.shape != x.shape[:1]:
         raise ValueError(
@@ -71,14 +72,14 @@ def check_number(
     value: float, name: str, low: float = -math.inf, high: float = math.inf, fix: str = ""
 ) -> None:
     """Refuse a number that is NaN or outside [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         hint = f"; {fix}" if fix else ""
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}{hint}")
 
 
 def check_count(value: int, name: str, low: int = 0) -> None:
     """Refuse what is not a whole number of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 

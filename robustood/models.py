@@ -8,7 +8,8 @@ many reject outliers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustood.inputs import check_count
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """Draw initial weights from a seed; the CPU's global random state is put back, a GPU's not met."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 class Normalise(nn.Module):
@@ -26,6 +38,10 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(
+                f"mean and std need one entry a channel, std above 0; got {mean}, {std}"
+            )
         scale = 1 / torch.tensor(std).view(-1, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", -torch.tensor(mean).view(-1, 1, 1) * scale, persistent=False)
@@ -98,8 +114,7 @@ def small_cnn(
     """
     check_count(channels, "channels", low=1)
     check_count(size, "size", low=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         half = (size + 1) // 2
         return Classifier(
             [
@@ -133,8 +148,7 @@ def mlp(
         Model from (batch, ...) to (batch, classes + reject).
     """
     check_count(inputs, "inputs", low=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         widths = [inputs, *hidden]
         layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         return Classifier([nn.Flatten(), *layers], widths[-1], classes, reject)

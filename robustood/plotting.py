@@ -1,8 +1,7 @@
 """Figures that look alike and can be read by everyone.
 
 Colours are those of Okabe and Ito (2008), which stay apart for every common form of colour
-blindness; line styles and markers differ too, so that a figure survives a grey print. The
-background is white in light and in dark pages.
+blindness. The background is white in light and in dark pages.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from robustood.inputs import check_choice, check_count
 from robustood.metrics import Estimate
 
 COLOURS = {
@@ -75,6 +75,14 @@ def image_grid(
     Returns:
         The figure, not yet shown.
     """
+    check_count(columns, "columns", low=1)
+    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
+            "add an axis with images[:, None] for grey ones"
+        )
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"titles must be one an image, got {len(titles)} for {len(images)}")
     rows = -(-len(images) // columns)
     head = 0.28 if titles is not None else 0.04
     figure, axes = plt.subplots(
@@ -108,6 +116,11 @@ def band(
         colour: a name from ``COLOURS``.
         line: passed to ``Axes.plot``; a marker is drawn unless told otherwise.
     """
+    if not len(x) == len(estimates) > 0:
+        raise ValueError(
+            f"x and estimates must be of one length, got {len(x)} and {len(estimates)}"
+        )
+    check_choice(colour, "colour", tuple(COLOURS))
     low, value, high = np.array([[e.low, e.value, e.high] for e in estimates]).T
     line.setdefault("marker", "o")
     axis.plot(x, value, color=COLOURS[colour], label=label, **line)

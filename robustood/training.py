@@ -142,7 +142,9 @@ def fit(
         bar.update(run.epoch * run.steps + run.step)
         while run.epoch < epochs:
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + run.epoch)
-            torch.manual_seed(seed * 1_000_003 + run.epoch)
+            torch.default_generator.manual_seed(seed * 1_000_003 + run.epoch)  # for dropout
+            if cuda:
+                torch.cuda.manual_seed(seed * 1_000_003 + run.epoch)
             batches = draw(data, batch_size, outlier_batch_size, generator)
             rate = lambda step: learning_rate(step, run.steps * epochs, lr, warmup)  # noqa: E731
             if not run.one_epoch(objective, batches, generator, rate, bar):

@@ -8,18 +8,19 @@ function.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from robustood.inputs import check_count
+from robustood.inputs import check_choice, check_count
 
 Draw = Callable[..., Figure]
 MOST_FRAMES = 240
@@ -70,7 +71,7 @@ def explore(
     labels: dict[str, str] | None = None,
     start: dict[str, Any] | None = None,
     dpi: int = 80,
-    **values: Sequence[Any],
+    **values: Iterable[Any],
 ) -> Page:
     """A figure with one slider a parameter that works without a kernel: every combination is drawn in advance.
 
@@ -88,9 +89,13 @@ def explore(
     Raises:
         ValueError: for an empty list, too many combinations, or a start that is not in its list.
     """
-    sizes = [len(options) for options in values.values()]
+    lists = {name: list(options) for name, options in values.items()}
+    for given in (labels or {}, start or {}):
+        for name in given:
+            check_choice(name, "parameter", tuple(lists))
+    sizes = [len(options) for options in lists.values()]
     frames = 1
-    for name, size in zip(values, sizes, strict=True):
+    for name, size in zip(lists, sizes, strict=True):
         check_count(size, f"number of values for {name}", low=1)
         frames *= size
     if frames > MOST_FRAMES:
@@ -98,35 +103,38 @@ def explore(
             f"{frames} frames are too many for a page, at most {MOST_FRAMES}; thin the lists"
         )
     firsts = []
-    for name, options in values.items():
+    for name, options in lists.items():
         value = (start or {}).get(name, options[len(options) // 2])
         if value not in options:
-            raise ValueError(f"start[{name!r}] must be one of {list(options)}, got {value!r}")
-        firsts.append(list(options).index(value))
+            raise ValueError(f"start[{name!r}] must be one of {options}, got {value!r}")
+        firsts.append(options.index(value))
     pictures = [
-        _png(draw(**dict(zip(values, chosen, strict=True))), dpi)
-        for chosen in itertools.product(*values.values())
+        _png(draw(**dict(zip(lists, chosen, strict=True))), dpi)
+        for chosen in itertools.product(*lists.values())
     ]
     first = 0
     for index, size in zip(firsts, sizes, strict=True):
         first = first * size + index
-    texts = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o] for o in values.values()]
+    texts = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o] for o in lists.values()]
     sliders = [
         SLIDER.format(
-            name=(labels or {}).get(name, name), last=size - 1, start=index, text=text[index]
+            name=html.escape((labels or {}).get(name, name)),
+            last=size - 1,
+            start=index,
+            text=text[index],
         )
-        for name, size, index, text in zip(values, sizes, firsts, texts, strict=True)
+        for name, size, index, text in zip(lists, sizes, firsts, texts, strict=True)
     ]
     encoded = [base64.b64encode(picture).decode() for picture, _ in pictures]
     return Page(
         PAGE.format(
             name=f"explore-{zlib.crc32(''.join(encoded).encode()):08x}",
             width=max(width for _, width in pictures) + 16,
-            alt=alt,
+            alt=html.escape(alt),
             first=f"data:image/png;base64,{encoded[first]}",
             sliders="\n".join(sliders),
             frames=json.dumps(encoded),
-            labels=json.dumps(texts),
+            labels=json.dumps(texts).replace("</", "<\\/"),
         )
     )
 
@@ -141,7 +149,7 @@ def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
     return small.getvalue(), picture.width
 
 
-def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Sequence[Any]) -> None:
+def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable[Any]) -> None:
     """The same figure drawn on demand by a running kernel, with ipywidgets.
 
     Args:
@@ -152,14 +160,15 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Sequence
     import ipywidgets
     from IPython.display import display
 
+    lists = {name: list(options) for name, options in values.items()}
     sliders = {
         name: ipywidgets.SelectionSlider(
-            options=list(options),
+            options=options,
             value=options[len(options) // 2],
             description=(labels or {}).get(name, name),
             continuous_update=False,
         )
-        for name, options in values.items()
+        for name, options in lists.items()
     }
 
     def show(**chosen: Any) -> None:

@@ -123,9 +123,10 @@ def test_images_are_checked_for_values_too(untyped):
 @pytest.mark.parametrize(
     ("y", "classes", "parts"),
     [
-        ([0, 1, 2, 3], None, ("integer tensor", "got list", ".long()")),
-        (Y.float(), None, ("integer tensor", "torch.float32", ".long()")),
-        (Y > 1, None, ("integer tensor", "torch.bool", ".long()")),
+        ([0, 1, 2, 3], None, ("int64 tensor", "got list", ".long()")),
+        (Y.float(), None, ("int64 tensor", "torch.float32", ".long()")),
+        (Y > 1, None, ("int64 tensor", "torch.bool", ".long()")),
+        (Y.int(), None, ("int64 tensor", "torch.int32", ".long()")),
         (Y[:3], None, ("shape (4,)", "one label per sample", "(3,)")),
         (Y[:, None], None, ("shape (4,)", "(4, 1)")),
         (Y - 1, None, ("[-1, 2]", "count from 0")),

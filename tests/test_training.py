@@ -244,3 +244,8 @@ def test_bad_data_are_refused(data):
     broken = dataclasses.replace(data, train=Split(data.train.x * torch.nan, data.train.y))
     with pytest.raises(ValueError, match=r"data\.train\.x contains NaN"):
         fit(small_cnn(), Standard(), broken, epochs=1)
+
+
+def test_a_split_of_unequal_lengths_is_refused(data):
+    with pytest.raises(ValueError, match="x and y must be of one length, got 320 and 3"):
+        Split(data.train.x, data.train.y[:3])

@@ -17,10 +17,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks format clean
+.PHONY: help venv book test lint types pytest check notebooks results-digits format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 venv: $(STAMP) ## Make .venv and install everything into it
 
@@ -53,9 +53,14 @@ pytest: $(STAMP)
 check: $(STAMP) ## The slow suites and the comparisons with other libraries
 	$(BIN)/python -m pip install -q --no-deps torchattacks
 	$(BIN)/pytest tests -m "slow or oracle"
+	$(BIN)/python tests/benchmarks/bench_attacks.py
+	$(BIN)/python tests/benchmarks/bench_training.py
 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale
+
+results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 25 minutes; AGAIN=--again)
+	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed
 	$(BIN)/ruff check --fix --exclude '*.ipynb' .

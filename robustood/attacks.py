@@ -115,11 +115,13 @@ def maximise(
         objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
             gradient of the first, keep the best by the second. A sequence of objectives is
             climbed one after the other, from starts of its own each, and judged together.
+            The model inside keeps its mode: call this within :func:`frozen`.
         x: clean inputs (batch, ...).
         within: the perturbation set.
         steps: number of steps; 0 judges the starts alone.
         step_size: in the unit of ``within.radius``; default 2.5 radius / steps.
-        restarts: random starts; 0 starts from x itself.
+        restarts: number of starts: the first at random, the second x itself, the others at
+            random; 0 starts from x alone.
         rule: proposes the next point; default :class:`Ascent`.
         generator: source of the random starts, on the device of x; default: a fresh one with
             seed 0.

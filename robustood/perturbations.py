@@ -51,7 +51,12 @@ class PerturbationSet(Protocol):
     def starts(
         self, x: Tensor, restarts: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
-        """Yield ``restarts`` random parameters; 0: the null one; finite: all members, null first."""
+        """Yield parameters to start from.
+
+        A continuous set yields ``restarts`` of them: the first at random, the second the null one, where a
+        search often ends elsewhere, the others at random again; for 0, the null one alone. A
+        finite set yields all its members, the null one first.
+        """
         ...
 
     def apply(self, x: Tensor, z: Tensor) -> Tensor:
@@ -75,6 +80,11 @@ def norms(z: Batch) -> Float[Tensor, " batch"]:
 def per_sample(values: Shaped[Tensor, " batch"], like: Batch) -> Tensor:
     """Reshape one number per sample so that it broadcasts over ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def places(restarts: int) -> list[str]:
+    """Where a continuous set is entered: more restarts only add to fewer."""
+    return ["random", "null", *["random"] * (restarts - 2)][:restarts] or ["null"]
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,8 @@ class Ball(ABC):
     def starts(
         self, x: Batch, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Batch]:
-        if restarts == 0:
-            yield self.null(x)
-        for _ in range(restarts):
-            yield self.project(x, self.draw(x, generator))
+        for place in places(restarts):
+            yield self.project(x, self.draw(x, generator)) if place == "random" else self.null(x)
 
     def apply(self, x: Batch, z: Batch) -> Batch:
         return x + z
@@ -236,10 +244,11 @@ class Spatial:
         self, x: Batch, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Float[Tensor, "batch 4"]]:
         """Uniform in the ranges."""
-        if restarts == 0:
-            yield self.null(x)
-        for _ in range(restarts):
-            yield self.null(x).uniform_(-1, 1, generator=generator) * x.new_tensor(self.moving)
+        for place in places(restarts):
+            z = self.null(x)
+            yield (
+                self.project(x, z.uniform_(-1, 1, generator=generator)) if place == "random" else z
+            )
 
     def apply(self, x: Batch, z: Float[Tensor, "batch 4"]) -> Batch:
         height, width = x.shape[-2:]

@@ -12,6 +12,7 @@ A point on the decision boundary counts as an error, so the adversary wins ties.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,8 +126,9 @@ class TsiprasDistribution:
             return np.inf, float(self.symmetric_accuracy(np.inf, eps))
         angle = _least(lambda a: -self.symmetric_accuracy(np.tan(a), eps), 0.0, np.pi / 2 - 1e-9)
         t = float(np.tan(angle))
-        accuracy, plain = self.symmetric_accuracy(np.array([t, np.inf]), eps)
-        return (t, float(accuracy)) if accuracy > plain else (np.inf, float(plain))
+        reached = [(float(self.symmetric_accuracy(r, eps)), r) for r in (t, np.inf)]
+        accuracy, t = max(reached)
+        return t, accuracy
 
     def bound(self, delta: ArrayLike) -> Values:
         """Theorem 2.1: standard accuracy >= 1 - delta leaves at most p / (1 - p) * delta.
@@ -176,7 +178,7 @@ class TsiprasDistribution:
             return x[:, 0].sign()
         return (t * x[:, 0].sign() + x[:, 1:].sum(1) / self.d**0.5).sign()
 
-    def _rounded(self, t: ArrayLike, shift: float) -> Values:
+    def _rounded(self, t: Values, shift: float) -> Values:
         return self.p * Phi(shift + t) + (1 - self.p) * Phi(shift - t)
 
 
@@ -196,7 +198,7 @@ def _inside(values: ArrayLike, name: str, high: float) -> np.ndarray:
     return values
 
 
-def _least(f: Callable[[Values], Values], low: float, high: float) -> float:
+def _least(f: Callable[[Any], Any], low: float, high: float) -> float:
     """Minimise f on an interval: the best of a fine grid, then Brent's method around it."""
     grid = np.linspace(low, high, 401)
     values = f(grid)

@@ -83,6 +83,8 @@ def test_the_null_parameter_is_the_identity(within):
     assert (within.apply(x, zero) - x).abs().max() <= tolerance(within)
     assert within.contains(x, zero).all()
     assert torch.equal(next(iter(within.starts(x, 0, torch.Generator()))), zero)
+    if not isinstance(within, Then) and within.ascendable:  # the second start is x itself
+        assert torch.equal(list(within.starts(x, 3, torch.Generator()))[1], zero)
 
 
 @EVERY_SET
@@ -123,7 +125,9 @@ def test_starts_come_from_the_generator_alone(within):
         torch.cat(list(within.starts(x, 3, torch.Generator().manual_seed(s)))) for s in (7, 7, 8)
     ]
     assert torch.equal(draws[0], draws[1])
-    still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(0, 0, 0)
+    still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(
+        0, 0, 0
+    )
     assert torch.equal(draws[0], draws[2]) == still
     assert torch.equal(torch.get_rng_state(), state)
 

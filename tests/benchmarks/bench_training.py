@@ -19,7 +19,7 @@ from robustood.models import small_cnn
 from robustood.objectives import Adversarial
 from robustood.training import fit
 
-PAIRS, STEPS, UPDATES = 15, 7, 40
+PAIRS, STEPS, UPDATES = 15, 7, 10
 
 
 def bare(model: torch.nn.Module, batch: Batch) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from robustood.inputs import (
     check_choice,
+    check_confidence,
     check_count,
     check_images,
     check_labels,
@@ -108,8 +109,8 @@ def maximise(
 
     ``keep="last"`` returns the last iterate of the last restart and costs exactly ``steps``
     forwards and input-only backwards a restart. ``keep="best"`` returns the best of all
-    iterates, start and end included, and costs one forward more a restart. A set that is not
-    ascendable is searched through its members.
+    iterates, start and end included, and costs one forward more a restart. A finite set is
+    searched through its members, and the best is kept.
 
     Args:
         objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
@@ -142,8 +143,9 @@ def maximise(
         check_number(step_size, "step_size", 0)
     if not checked:
         check_values(x, getattr(within, "box", (0, 1)))
-    if not within.ascendable:
-        steps, keep = 0, "best"
+    steps = steps if within.ascendable else 0
+    if getattr(within, "finite", not within.ascendable):
+        keep = "best"
     step_size = 2.5 * within.radius / max(steps, 1) if step_size is None else step_size
     rule = rule or Ascent()
     generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -156,7 +158,7 @@ def maximise(
                 for _ in range(steps):
                     z = z.detach().requires_grad_()
                     moved = within.apply(x, z)
-                    climb, judge = pair(climbed(moved))
+                    climb, judge = pair(climbed(moved), len(x))
                     (grad,) = torch.autograd.grad(climb.sum(), z)
                     if keep == "best":
                         best.update(moved, judge)
@@ -166,13 +168,20 @@ def maximise(
                     best.inputs = moved
                 else:
                     with torch.no_grad():
-                        best.update(moved, pair(climbed(moved))[1])
+                        best.update(moved, pair(climbed(moved), len(x))[1])
     return best.inputs.detach()
 
 
-def pair(values: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:
     """What to climb and what to judge by; one tensor serves as both."""
-    return values if isinstance(values, tuple) else (values, values)
+    climb, judge = values if isinstance(values, tuple) else (values, values)
+    for given in (climb, judge):
+        if given.shape != (samples,):
+            raise ValueError(
+                f"objective must return one value a sample, shape ({samples},), got "
+                f"{tuple(given.shape)}; do not average over the batch"
+            )
+    return climb, judge
 
 
 class Best:
@@ -200,7 +209,7 @@ def cross_entropy(logits: Logits, y: Labels) -> Values:
 def margin(logits: Logits, y: Labels) -> Values:
     r"""$\max_{j \ne y} z_j - z_y$ (Carlini and Wagner 2017).
 
-    Positive exactly where the sample is misclassified.
+    Positive where the sample is misclassified, negative where it is right, zero at a tie.
     """
     own = nn.functional.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(own, -torch.inf).amax(1) - logits.masked_fill(~own, 0).sum(1)
@@ -267,12 +276,14 @@ def pgd(
             range, an unknown loss, or a loss that needs more classes.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
-    if getattr(within, "box", (0, 1)) is not None:
+    box = getattr(within, "box", (0, 1))
+    if box == (0, 1):
         check_images(x)
     else:
-        check_values(x, None)
+        check_values(x, box)
     check_labels(y, x)
-    with frozen(model):
+    with torch.inference_mode(False), frozen(model):
+        y = y.clone() if y.is_inference() else y
         logits = covering(model, int(y.max()))
         if loss == "targets":
             objective = towards_each(logits, x, y)
@@ -349,15 +360,20 @@ def robust_accuracy(
             within=Linf(0.1))``; ``None`` measures clean accuracy.
 
     Raises:
-        ValueError: for an empty or invalid x, or labels that do not fit it.
+        ValueError: for an empty or invalid x, labels that do not fit it or the model's output,
+            or bad settings, before any work.
     """
-    check_values(x, None)
+    check_count(batch_size, "batch_size", low=1)
+    check_confidence(confidence)
+    if isinstance(x, Tensor) and x.ndim == 4:
+        check_images(x)
+    else:
+        check_values(x, None)
     check_labels(y, x)
-    right = 0
+    logits, right = covering(model, int(y.max())), 0
     for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        inputs = [batch] if attack is None else [batch, attack(model, batch, labels)]
         with frozen(model), torch.no_grad():
-            correct = model(batch).argmax(1) == labels
-            if attack is not None:
-                correct &= model(attack(model, batch, labels)).argmax(1) == labels
-        right += int(correct.sum())
+            correct = [logits(given).argmax(1) == labels for given in inputs]
+        right += int(torch.stack(correct).all(0).sum())
     return proportion(right, len(x), confidence)

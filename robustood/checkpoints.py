@@ -111,8 +111,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def _architecture(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in _tensors(model).items()}
+def _architecture(model: nn.Module) -> dict[str, list[int | str]]:
+    return {name: [*value.shape, str(value.dtype)] for name, value in _tensors(model).items()}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -156,7 +156,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         content = candidate.read_bytes()
         payload = content[DIGEST:]
         if hashlib.sha256(payload).digest() == content[:DIGEST]:
-            return torch.load(io.BytesIO(payload), weights_only=True)
+            return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         damaged.append(candidate.name)
         warnings.warn(
             f"{candidate} is damaged ({len(content)} bytes, wrong sha256) and was left aside",

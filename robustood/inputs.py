@@ -77,6 +77,11 @@ def check_number(
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}{hint}")
 
 
+def check_confidence(value: float) -> None:
+    """Refuse a confidence level outside [0.5, 1)."""
+    check_number(value, "confidence", 0.5, 1 - 1e-9, "write 0.95 for 95 %; 1 is out of reach")
+
+
 def check_count(value: int, name: str, low: int = 0) -> None:
     """Refuse what is not a whole number of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:

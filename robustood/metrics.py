@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
-from robustood.inputs import check_count, check_number
+from robustood.inputs import check_confidence, check_count
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     check_count(successes, "successes")
     if successes > n:
         raise ValueError(f"successes must be at most n = {n}, got {successes}")
-    check_number(confidence, "confidence", 0.5, 1 - 1e-12, "write 0.95 for 95 %")
+    check_confidence(confidence)
     interval = binomtest(successes, n).proportion_ci(confidence, method="exact")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)

@@ -12,6 +12,7 @@ $$\min_\theta\; \mathbb E \max_{z \in Z} \ell(f_\theta(\mathrm{apply}(x, z)), y)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from robustood import attacks
 from robustood.data import Batch
-from robustood.inputs import check_count, check_number
+from robustood.inputs import check_choice, check_count, check_number
 from robustood.perturbations import Ball, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -50,7 +51,8 @@ class Attacked:
         within: the perturbation set; a number means ``Linf(number)``.
         steps: attack steps; each costs one forward and one input-only backward.
         step_size: default 2.5 radius / steps.
-        restarts: 1 starts at random, 0 from the clean input.
+        restarts: 1 starts at random, 0 from the clean input; of more, the best is kept, which
+            costs a forward more each.
         ramp: share of the training over which the radius grows linearly from 0 (norm balls only).
         mode: of the model during the attack, ``"eval"`` or ``"train"``
             (:func:`robustood.attacks.frozen`).
@@ -69,24 +71,35 @@ class Attacked:
     def __post_init__(self) -> None:
         check_count(self.steps, "steps", low=1)
         check_number(self.ramp, "ramp", 0, 1)
+        check_count(self.restarts, "restarts")
+        check_choice(self.mode, "mode", ("eval", "train"))
+        if self.step_size is not None:
+            check_number(self.step_size, "step_size", 0)
+        if not isinstance(self.within, (Real, PerturbationSet)):
+            raise ValueError(
+                "within must be a number or a perturbation set such as Linf(8/255), got "
+                f"{self.within!r}"
+            )
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
         if self.ramp and not isinstance(within, Ball):
             raise ValueError(f"ramp needs a norm ball such as Linf or L2, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:
         """The set after a share ``progress`` of the training."""
-        within = Linf(self.within) if isinstance(self.within, (int, float)) else self.within
+        given = self.within
+        within = given if isinstance(given, PerturbationSet) else Linf(float(given))
         if self.ramp and isinstance(within, Ball):
             return within.scaled(min(1.0, progress / self.ramp))
         return within
 
     def worst(self, model: nn.Module, batch: Batch, objective: attacks.Objective) -> Tensor:
-        """The last iterate of an attack on the batch, by the shared loop."""
+        """The worst inputs that an attack finds, by the shared loop."""
         within = self.set_at(batch.progress)
         with attacks.frozen(model, self.mode):
             return attacks.maximise(
                 objective, batch.x, within, steps=self.steps, step_size=self.step_size,
-                restarts=self.restarts, keep="last", generator=batch.generator, checked=True,
+                restarts=self.restarts, keep="last" if self.restarts < 2 else "best",
+                generator=batch.generator, checked=True,
             )  # fmt: skip
 
 
@@ -95,7 +108,7 @@ class Adversarial(Attacked):
     r"""$\frac1B \sum_i \max_{S(x_i)} \ell(f(x_i'), y_i)$ (Madry et al. 2018, eq. 2.1).
 
     With ``steps=1, step_size=within.radius, restarts=0`` it is FGSM training (Goodfellow et al.
-    2015, section 6), with ``steps=1, step_size=1.25 * radius`` the random-start single step of
+    2015 mix it with the clean loss), with ``steps=1, step_size=1.25 * radius`` the random-start single step of
     Wong et al. (2020, algorithm 3); both can overfit to their own attack.
     """
 
@@ -111,7 +124,7 @@ class TRADES(Attacked):
     $$\frac1B \sum_i \ell(f(x_i), y_i) + \beta \max_{S(x_i)} \mathrm{KL}(f(x_i) \,\|\, f(x_i')).$$
 
     The gradient flows through both arguments of the divergence. The gradient of the divergence
-    is exactly zero at the clean input, so a random start is needed; ours is uniform in the set,
+    is zero, up to rounding, at the clean input, so a random start is needed; ours is uniform in the set,
     the authors' code draws Gaussian noise of standard deviation 0.001.
 
     Attributes:

@@ -35,6 +35,9 @@ class PerturbationSet(Protocol):
     Attributes:
         ascendable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
             searched by enumeration.
+        finite (optional): whether the starts are members that must all be judged; default: if
+            it is not ascendable.
+        box (optional): range of valid inputs, None for vectors without one; default (0, 1).
         radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius /
             steps.
     """
@@ -64,7 +67,7 @@ class PerturbationSet(Protocol):
         ...
 
     def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """One steepest ascent step in the set's own norm, then projection; may overwrite grad."""
+        """One steepest ascent step in the set's own norm, then projection."""
         ...
 
     def contains(self, x: Tensor, z: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class Ball(ABC):
 
     @abstractmethod
     def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
-        """One steepest ascent step in the ball's norm, then projection; may overwrite grad."""
+        """One steepest ascent step in the ball's norm, then projection."""
 
     @abstractmethod
     def draw(self, x: Batch, generator: torch.Generator | None) -> Batch:
@@ -172,7 +175,7 @@ class Linf(Ball):
         return z.flatten(1).abs().amax(1)
 
     def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
-        return self.project(x, grad.sign_().mul_(step_size).add_(z))
+        return self.project(x, grad.sign().mul_(step_size).add_(z))
 
 
 class L2(Ball):
@@ -192,6 +195,7 @@ class L2(Ball):
         return norms(z)
 
     def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
+        grad = grad.nan_to_num(0.0, 0.0, 0.0)  # one dead pixel must not move all the others
         # Divide by the largest entry first: the squares of tiny gradients underflow to zero.
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
         grad = grad.div_(per_sample(largest, grad))
@@ -232,10 +236,10 @@ class Spatial:
         check_choice(self.fill, "fill", ("zeros", "border", "reflection"))
 
     @property
-    def moving(self) -> list[float]:
-        """1 for each coordinate with a range, 0 for the others."""
+    def moving(self) -> list[bool]:
+        """Which of the four coordinates have a range."""
         ranges = (self.rotation, self.translation, self.translation, self.scale)
-        return [float(size > 0) for size in ranges]
+        return [size > 0 for size in ranges]
 
     def null(self, x: Batch) -> Float[Tensor, "batch 4"]:
         return x.new_zeros(len(x), 4)
@@ -268,11 +272,15 @@ class Spatial:
 
     def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
         """Coordinates count in units of their ranges, so the step is the sign of the gradient."""
-        return self.project(x, grad.sign_().mul_(step_size).add_(z))
+        return self.project(x, grad.sign().mul_(step_size).add_(z))
 
     def project(self, x: Batch, z: Tensor) -> Tensor:
         """Clip to the ranges; overwrites z."""
-        return z.clamp_(-1, 1).mul_(z.new_tensor(self.moving))
+        z = z.clamp_(-1, 1)
+        for coordinate, moves in enumerate(self.moving):
+            if not moves:
+                z[:, coordinate] = 0
+        return z
 
     def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
         return z.abs().amax(1) <= 1 + TOLERANCE
@@ -285,6 +293,8 @@ class Spatial:
                 number or four; a coordinate without a range has one.
         """
         counts = [points] * 4 if isinstance(points, int) else list(points)
+        if len(counts) != 4:
+            raise ValueError(f"points must be one number or four, got {len(counts)}: {counts}")
         for count in counts:
             check_count(count, "points", low=1)
         axes = [
@@ -307,6 +317,10 @@ class Members:
     points: Tensor
     ascendable = False
     radius = 0.0
+
+    @property
+    def box(self) -> tuple[float, float] | None:
+        return getattr(self.parent, "box", (0, 1))
 
     def null(self, x: Batch) -> Tensor:
         return self.parent.null(x)
@@ -356,10 +370,11 @@ class Corruption:
         for name in self.names:
             check_choice(name, "name", NAMES)
         for severity in self.severities:
+            check_count(severity, "severity", low=1)
             check_number(severity, "severity", 1, 5, "severities are 1, 2, 3, 4 and 5")
 
     def null(self, x: Batch) -> Float[Tensor, "batch 3"]:
-        return x.new_zeros(len(x), 3)
+        return torch.zeros(len(x), 3, device=x.device)  # float32 also for half-precision images
 
     def starts(
         self, x: Batch, restarts: int = 0, generator: torch.Generator | None = None
@@ -371,7 +386,7 @@ class Corruption:
             # Seeds below 2^24 are exact in float32.
             seeds = torch.randint(2**24, (len(x),), generator=generator, device=x.device)
             where = torch.tensor([place + 1, severity], device=x.device).expand(len(x), 2)
-            yield torch.cat([where, seeds[:, None]], 1).to(x)
+            yield torch.cat([where, seeds[:, None]], 1).to(z)
 
     def apply(self, x: Batch, z: Float[Tensor, "batch 3"]) -> Batch:
         moved = x.detach().clone()
@@ -412,6 +427,15 @@ class Then:
     @property
     def ascendable(self) -> bool:
         return self.second.ascendable
+
+    @property
+    def finite(self) -> bool:
+        """One of the two has members that must all be judged."""
+        return any(getattr(s, "finite", not s.ascendable) for s in (self.first, self.second))
+
+    @property
+    def box(self) -> tuple[float, float] | None:
+        return getattr(self.first, "box", (0, 1))
 
     def null(self, x: Batch) -> Float[Tensor, "batch numbers"]:
         return torch.cat([self.first.null(x).flatten(1), self.second.null(x).flatten(1)], 1)

@@ -14,8 +14,9 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from robustood.checkpoints import read_state, write_state, write_whole
 from robustood.data import Batch, Data
-from robustood.inputs import check_count, check_labels, check_number, check_values
+from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
 from robustood.objectives import Objective
 
 Monitor = Callable[[nn.Module], dict[str, float]]
@@ -89,14 +90,15 @@ def fit(
         weight_decay: passed to the optimiser.
         warmup: share of the run with a rising learning rate.
         optimiser: ``optimiser(parameters, lr=..., weight_decay=...)``.
-        average: decay of an exponential moving average of the weights, such as 0.999; the model
-            ends with the average, and the monitor sees it.
+        average: decay of an exponential moving average of the weights, such as 0.999; the
+            model of a finished run is the average, and the monitor sees it.
         seed: of the data order and of every random start.
         device: default the model's.
         monitor: called after each epoch in eval mode; its numbers join the history.
         run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
             on from it, with the same result bit for bit on one machine's CPU.
-        minutes: stop in time to keep this budget; the state is written first.
+        minutes: stop in time to keep this budget; the state is written first. A monitor is
+            not interrupted.
 
     Returns:
         The history. The same arguments give the same weights bit for bit on one machine's CPU.
@@ -114,7 +116,15 @@ def fit(
     check_number(minutes, "minutes", 0)
     if average is not None:
         check_number(average, "average", 0, 1)
-    check_values(data.train.x, None, "data.train.x")
+    for name, images in (("train.x", data.train.x), ("outliers", data.outliers)):
+        if len(images) == 0 and name == "outliers":
+            continue
+        (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{name}")
+        if images.shape[1:] != data.train.x.shape[1:]:
+            raise ValueError(
+                f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
+                f"sample, got {tuple(images.shape[1:])}"
+            )
     if not data.train.y.is_floating_point():
         classes = getattr(model, "classes", None)
         check_labels(data.train.y, data.train.x, classes, "data.train.y")
@@ -128,23 +138,25 @@ def fit(
         steps=len(data.train) // batch_size,
         epochs=epochs,
         folder=None if run_dir is None else Path(run_dir),
+        device=device,
         deadline=time.monotonic() + 60 * minutes,
     )
-    settings = {
-        "objective": repr(objective), "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "outlier_batch_size": outlier_batch_size, "weight_decay": weight_decay, "seed": seed,
-        "warmup": warmup, "average": average, "optimiser": type(run.adapt).__name__,
-        "data": fingerprint(data),
-    }  # fmt: skip
-    run.resume(settings)
+    if run.folder is not None:
+        settings = {
+            "objective": describe(objective), "epochs": epochs, "batch_size": batch_size,
+            "outlier_batch_size": outlier_batch_size, "lr": lr, "weight_decay": weight_decay,
+            "warmup": warmup, "average": average, "seed": seed, "device": device.type,
+            "optimiser": f"{type(run.adapt).__name__} {sorted(run.adapt.defaults.items())}",
+            "model": describe(model),
+            "data": describe([data.train.x, data.train.y, data.outliers]),
+        }  # fmt: skip
+        run.resume(settings)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=None) as bar:
         bar.update(run.epoch * run.steps + run.step)
         while run.epoch < epochs:
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + run.epoch)
-            torch.default_generator.manual_seed(seed * 1_000_003 + run.epoch)  # for dropout
-            if cuda:
-                torch.cuda.manual_seed(seed * 1_000_003 + run.epoch)
+            run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
             batches = draw(data, batch_size, outlier_batch_size, generator)
             rate = lambda step: learning_rate(step, run.steps * epochs, lr, warmup)  # noqa: E731
             if not run.one_epoch(objective, batches, generator, rate, bar):
@@ -163,6 +175,7 @@ class Run:
     steps: int
     epochs: int
     folder: Path | None
+    device: torch.device
     deadline: float
     epoch: int = 0
     step: int = 0
@@ -186,15 +199,18 @@ class Run:
         for _ in range(self.step):  # the order is drawn anew, what was done is skipped
             next(batches)
         if self.noise:
-            generator.set_state(self.noise["own"])
-            torch.set_rng_state(self.noise["global"])
+            generator.set_state(self.noise.pop("own"))
+            self.set_layers(self.noise)
             self.noise = {}
         self.model.train()
         slowest = 0.0
         for batch in batches:
             start = time.monotonic()
             if start + 2 * slowest > self.deadline:
-                self.noise = {"own": generator.get_state(), "global": torch.get_rng_state()}
+                self.check_finite(good)
+                self.noise = {"own": generator.get_state(), "cpu": torch.get_rng_state()}
+                if self.device.type == "cuda":
+                    self.noise["cuda"] = torch.cuda.get_rng_state(self.device)
                 self.keep()
                 return False
             done = self.epoch * self.steps + self.step
@@ -213,18 +229,34 @@ class Run:
         self.check_finite(good)
         return True
 
+    def seed_layers(self, seed: int) -> None:
+        """Seed what layers such as dropout draw from: the device's global generator."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
+
+    def set_layers(self, states: dict[str, Tensor]) -> None:
+        """Put the global generators back to where a state was written."""
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
     def check_finite(self, good: dict[str, Tensor]) -> None:
-        """One look a epoch, so that a GPU is not waited for at every step."""
-        bad = ~torch.stack(self.losses).isfinite()
-        if bad.any():
-            self.model.load_state_dict(good)
-            self.model.eval()
-            first = int(bad.nonzero()[0])
-            raise FloatingPointError(
-                f"the loss is {float(self.losses[first])} at step "
-                f"{self.epoch * self.steps + first} (epoch {self.epoch}); the model holds the "
-                "weights of the last good epoch. Lower lr or lengthen warmup"
-            )
+        """One look an epoch, so that a GPU is not waited for at every step."""
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
+        weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
+        if losses.isfinite().all() and weights.all():
+            return
+        self.model.load_state_dict(good)
+        self.model.eval()
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        step = self.epoch * self.steps + (bad[0] if bad else len(losses) - 1)
+        what = f"the loss is {float(losses[bad[0]])}" if bad else "weights are not finite"
+        raise FloatingPointError(
+            f"{what} at step {step} (epoch {self.epoch}); the model holds the weights of the last "
+            "good epoch. Lower lr or lengthen warmup"
+        )
 
     def record(self, monitor: Monitor | None) -> None:
         """Close an epoch: a row of history, the log and the state."""
@@ -236,7 +268,10 @@ class Run:
         self.model.eval()
         if monitor:
             with Averaged(self.model, self.mean):
-                row |= monitor(self.model)
+                seen = {name: float(value) for name, value in monitor(self.model).items()}
+            if clash := seen.keys() & {*row, "seconds"}:
+                raise ValueError(f"monitor must choose other names than {sorted(clash)}")
+            row |= seen
         row["seconds"] = self.earlier + time.monotonic() - self.began
         self.history.rows.append(row)
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
@@ -246,12 +281,6 @@ class Run:
         """Write log and state, if the run has a folder."""
         if self.folder is None:
             return
-        if self.history.rows:
-            text = io.StringIO()
-            table = csv.DictWriter(text, list(self.history.rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(self.history.rows)
-            write_whole(self.folder / "log.csv", text.getvalue().encode())
         write_state(
             self.folder / "state.pt",
             {
@@ -259,6 +288,7 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimiser": self.adapt.state_dict(),
                 "mean": self.mean.tensors if self.mean else {},
+                "mean_count": self.mean.count if self.mean else 0,
                 "epoch": self.epoch,
                 "step": self.step,
                 "losses": self.losses,
@@ -267,6 +297,13 @@ class Run:
                 "seconds": self.earlier + time.monotonic() - self.began,
             },
         )
+        if self.history.rows:
+            text = io.StringIO()
+            names = dict.fromkeys(name for row in self.history.rows for name in row)
+            table = csv.DictWriter(text, list(names), lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.history.rows)
+            write_whole(self.folder / "log.csv", text.getvalue().encode())
 
     def resume(self, settings: dict[str, Any]) -> None:
         """Go on from the folder's state, if it has one that belongs to these settings."""
@@ -287,8 +324,11 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.adapt.load_state_dict(state["optimiser"])
         if self.mean:
-            self.mean.tensors = state["mean"]
-        self.epoch, self.step, self.losses = state["epoch"], state["step"], state["losses"]
+            self.mean.count = state["mean_count"]
+            for name, value in state["mean"].items():
+                self.mean.tensors[name].copy_(value)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.history.rows, self.noise = state["rows"], state["noise"]
         self.earlier = state["seconds"]
 
@@ -302,10 +342,14 @@ class Run:
 
 
 class Average:
-    """Exponential moving average of everything that is a float in a model's state."""
+    """Exponential moving average of everything that is a float in a model's state.
+
+    The decay grows with the number t of updates, min(decay, (1 + t) / (10 + t)), so that the random
+    initial weights are soon forgotten.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.count = decay, 0
         self.tensors = {
             name: value.clone()
             for name, value in model.state_dict().items()
@@ -315,9 +359,11 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the model by 1 - decay."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        self.count += 1
         state = model.state_dict()
         for name, mean in self.tensors.items():
-            mean.lerp_(state[name], 1 - self.decay)
+            mean.lerp_(state[name], 1 - decay)
 
     @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:
@@ -343,12 +389,32 @@ class Averaged:
         self.__enter__()
 
 
-def fingerprint(data: Data) -> str:
-    """Short sha256 of what training sees."""
-    digest = hashlib.sha256()
-    for tensor in (data.train.x, data.train.y, data.outliers):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def check_anything(x: Tensor, name: str) -> None:
+    """Vectors have no box."""
+    check_values(x, None, name)
+
+
+def describe(value: object) -> str:
+    """A text that is the same in every process for the same thing, and differs for another.
+
+    Functions are named, tensors and modules hashed, dataclasses taken apart; for anything else
+    ``repr`` is trusted.
+    """
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.sha256(plain.tobytes()).hexdigest()[:16]
+        return f"{value.dtype} {tuple(value.shape)} {digest}"
+    if isinstance(value, nn.Module):
+        tensors = [*value.state_dict().values(), *value.buffers()]
+        return hashlib.sha256((repr(value) + describe(tensors)).encode()).hexdigest()[:16]
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(describe, value))}]"
+    if isinstance(value, (FunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
 
 
 def draw(

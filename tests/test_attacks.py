@@ -78,6 +78,8 @@ def test_nothing_else_moves(net, batch, loss):
     net[-1].weight.grad = torch.full_like(net[-1].weight, 7.0)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     modes = [m.training for m in net.modules()]
+    torch.manual_seed(123)  # not a seed that somebody may set in passing
+    torch.rand(5)
     rng, before = torch.get_rng_state(), x.clone()
     pgd(net, x, y, Linf(0.1), steps=3, loss=loss)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -108,8 +110,9 @@ def test_works_where_gradients_are_off(batch):
     with torch.no_grad():
         assert torch.equal(pgd(model, x, y, Linf(0.1), steps=3), expected)
     with torch.inference_mode():
-        inner = x.clone()  # an inference tensor, which autograd refuses
-        assert torch.equal(pgd(model, inner, y, Linf(0.1), steps=3), expected)
+        inner, labels = x.clone(), y.clone()  # inference tensors, which autograd refuses
+        assert torch.equal(pgd(model, inner, labels, Linf(0.1), steps=3), expected)
+        pgd(model, inner, labels, Linf(0.1), steps=2, loss="targets")
 
 
 # --- counted work -------------------------------------------------------------------------------
@@ -351,6 +354,30 @@ def test_success_is_kept_although_another_iterate_has_more_loss():
     assert margin(model(last), y) < 0 < margin(model(best), y)
 
 
+@pytest.mark.parametrize("within", [Linf(0.1, None), L2(0.1, None), Linf(0.1), L2(0.1)], ids=str)
+def test_a_plain_sum_is_an_objective(within):
+    """Its gradient is one number, expanded; nothing may be written into it."""
+    x = torch.full((2, 3), 0.5)
+    found = maximise(lambda m: m.sum(1), x, within, steps=5, restarts=0)
+    rise = 0.3 if isinstance(within, Linf) else 0.1 * 3**0.5
+    assert torch.allclose(found.sum(1) - x.sum(1), torch.full((2,), rise), atol=1e-5)
+
+
+@pytest.mark.parametrize("ball", [Linf, L2])
+def test_a_gradient_that_is_not_a_number_moves_nothing(ball):
+    """A root at zero: its gradient there is 0/0."""
+    x = torch.zeros(2, 3)
+    rooted = lambda m: m.square().sum(1).sqrt()  # noqa: E731
+    found = maximise(rooted, x, ball(1.0, None), steps=3, restarts=0, keep="last")
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("values", [lambda m: m.mean(), lambda m: m.sum(1, keepdim=True)])
+def test_objectives_are_per_sample(values):
+    with pytest.raises(ValueError, match=r"one value a sample, shape \(2,\), got .*do not average"):
+        maximise(values, torch.zeros(2, 3), Linf(0.1, None), steps=1)
+
+
 def test_nan_never_wins():
     x = torch.full((3, 1), 0.5)
     broken = lambda m: torch.where(m[:, 0] > 0.55, torch.nan, m[:, 0])  # noqa: E731
@@ -378,6 +405,20 @@ def test_robust_accuracy_counts_all_samples_and_gives_the_exact_interval():
 def test_a_wide_ball_breaks_everything(batch):
     x, y = batch
     assert robust_accuracy(small_cnn(), x, y, partial(pgd, within=Linf(1.0), steps=20)).value == 0
+
+
+def test_an_attack_that_needs_backward_is_welcome(batch):
+    """Somebody else's attack may call backward; it is not run where gradients are off."""
+    x, y = batch
+
+    def theirs(model, x, y):
+        x = x.clone().requires_grad_()
+        attacks.cross_entropy(model(x), y).sum().backward()
+        return (x + 0.1 * x.grad.sign()).clamp(0, 1).detach()
+
+    model = small_cnn()
+    ours = robust_accuracy(model, x, y, partial(fgsm, within=Linf(0.1)))
+    assert robust_accuracy(model, x, y, theirs) == ours
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -447,5 +488,13 @@ def test_other_doors_are_watched():
         robust_accuracy(small_cnn(), GOOD[:0], LABELS[:0])
     with pytest.raises(ValueError, match="y must have shape"):
         robust_accuracy(small_cnn(), GOOD, LABELS[:1])
+    with pytest.raises(ValueError, match="y holds label 91"):
+        robust_accuracy(small_cnn(), GOOD, LABELS + 90)
+    with pytest.raises(ValueError, match=r"x lies in \[127.5"):
+        robust_accuracy(small_cnn(), GOOD * 255, LABELS)
+    with pytest.raises(ValueError, match=r"confidence must be .* got 95; write 0\.95"):
+        robust_accuracy(small_cnn(), GOOD, LABELS, confidence=95)
+    with pytest.raises(ValueError, match=r"batch_size must be .* got 0"):
+        robust_accuracy(small_cnn(), GOOD, LABELS, batch_size=0)
     with pytest.raises(ValueError, match="outside"):
         maximise(lambda x: x.sum((1, 2, 3)), GOOD + 1, Linf(0.1), steps=1)

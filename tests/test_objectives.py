@@ -13,7 +13,7 @@ from robustood.attacks import pgd
 from robustood.data import Batch, digits
 from robustood.models import mlp, small_cnn
 from robustood.objectives import TRADES, Adversarial, Objective, Standard
-from robustood.perturbations import L2, Corruption, Linf, Spatial
+from robustood.perturbations import L2, Corruption, Linf, Spatial, Then
 from robustood.training import fit
 
 
@@ -113,6 +113,35 @@ def test_ramp_grows_the_radius_linearly():
     assert Adversarial(0.4).set_at(0.0) == Linf(0.4)
 
 
+def test_the_step_size_is_used(batch):
+    """A step of nothing stays at the start, which for restarts=0 is the clean input."""
+    still = Adversarial(0.1, steps=3, step_size=0.0, restarts=0)
+    model = small_cnn()
+    assert still(model, batch).item() == Standard()(model, batch).item()
+
+
+def test_of_several_restarts_the_best_is_kept(batch):
+    model = small_cnn()
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
+    worst = []
+    for restarts in (1, 2, 4):
+        fresh = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(3))
+        found = Adversarial(0.1, steps=2, restarts=restarts).worst(model, fresh, climbed)
+        worst.append(climbed(found))
+    assert (worst[1] >= worst[0] - 1e-6).all() and (worst[2] >= worst[1] - 1e-6).all()
+    assert (worst[2] > worst[0]).any()
+
+
+def test_a_finite_first_set_is_searched_whole(batch):
+    """The members' worst, not the last member."""
+    model = small_cnn()
+    pair = Then(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
+    found = climbed(Adversarial(pair, steps=1).worst(model, batch, climbed))
+    for z in pair.starts(batch.x, 1, torch.Generator().manual_seed(1)):
+        assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_attack_moves_running_statistics_only_in_train_mode(batch, mode):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
@@ -156,6 +185,9 @@ def test_trains_against_any_set(data, within):
         (lambda: Adversarial(0.1, steps=0), "steps must be .* at least 1, got 0"),
         (lambda: Adversarial(0.1, ramp=2), "ramp must be .* got 2"),
         (lambda: Adversarial(Spatial(10), ramp=0.5), "ramp needs a norm ball .* got Spatial"),
+        (lambda: Adversarial("0.1"), "within must be a number or a perturbation set .* got '0.1'"),
+        (lambda: Adversarial(0.1, mode="evil"), "mode must be one of 'eval', 'train', got 'evil'"),
+        (lambda: Adversarial(0.1, step_size=-1), "step_size must be .* got -1"),
         (lambda: TRADES(0.1, beta=-1), "beta must be .* got -1"),
         (lambda: TRADES(0.1, restarts=0), "restarts must be .* at least 1, got 0"),
     ],

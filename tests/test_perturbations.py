@@ -326,10 +326,16 @@ def test_members_share_the_parents_images():
         (lambda: Spatial(fill="wrap"), "fill must be one of .*'border'.* got 'wrap'"),
         (lambda: Spatial(10).grid(0), "points must be a whole number of at least 1, got 0"),
         (lambda: Corruption(("fgo",)), "name must be one of .*'fog'.* got 'fgo'"),
-        (lambda: Corruption(severities=(0,)), "severity must be a number .* got 0"),
+        (lambda: Corruption(severities=(0,)), "severity must be a whole number .* got 0"),
+        (lambda: Corruption(severities=(2.5,)), "severity must be a whole number .* got 2.5"),
+        (lambda: Spatial(10).grid([3, 3]), "points must be one number or four, got 2"),
         (lambda: Corruption(()), "number of names must be .* at least 1, got 0"),
     ],
 )
 def test_bad_sets_are_refused(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=words):
+            make()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

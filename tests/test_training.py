@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import math
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from torch import nn
 from robustood.data import Data, Split, digits
 from robustood.models import Classifier, mlp, small_cnn
 from robustood.objectives import Adversarial, Standard
-from robustood.training import Average, draw, fit, learning_rate
+from robustood.perturbations import Linf, Members
+from robustood.training import Average, describe, draw, fit, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +35,23 @@ def noisy():
 
 
 def test_plain_gradient_descent_by_hand(data):
-    """One full batch, no warm-up: w1 = w0 - lr(0) grad(w0), then w2 from w1."""
+    """One full batch a step, no warm-up: w - lr(step) grad(w), and the last rate is zero."""
     model, reference = mlp(64, (), 10), mlp(64, (), 10)
     fit(
         model,
         Standard(),
         data,
-        epochs=2,
+        epochs=3,
         batch_size=320,
         lr=0.5,
         warmup=0,
         optimiser=torch.optim.SGD,
     )
-    for step in range(2):
+    for step in range(3):
         loss = nn.functional.cross_entropy(reference(data.train.x), data.train.y)
         reference.zero_grad()
         loss.backward()
-        rate = 0.25 * (1 + math.cos(math.pi * (step + 1) / 2))
+        rate = 0.25 * (1 + math.cos(math.pi * (step + 1) / 3))
         with torch.no_grad():
             for p in reference.parameters():
                 p -= rate * p.grad
@@ -97,7 +100,7 @@ def test_an_epoch_draws_each_sample_once_and_outliers_evenly(data):
     assert next(draw(without, 4, 5, torch.Generator())).outliers is None
 
 
-def test_average_is_the_exponential_mean():
+def test_average_is_the_exponential_mean_with_a_growing_decay():
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0.0)
@@ -105,7 +108,9 @@ def test_average_is_the_exponential_mean():
         for value in (1.0, 2.0, 3.0):
             model.weight.fill_(value)
             mean.update(model)
-    expected = 0.25 * (0.75**2 * 1 + 0.75 * 2 + 3)
+    expected = 0.0
+    for decay, value in ((1 / 10, 1), (2 / 11, 2), (3 / 12, 3)):
+        expected = decay * expected + (1 - decay) * value
     assert mean.tensors["weight"].item() == pytest.approx(expected)
     mean.exchange(model)
     assert model.weight.item() == pytest.approx(expected) and mean.tensors["weight"].item() == 3
@@ -124,7 +129,7 @@ def test_the_monitor_sees_the_model_as_it_will_be(data, tmp_path):
     def monitor(model):
         seen.append(vector(model))
         torch.rand(3)  # a monitor may be careless
-        return {"training": float(model.training), "norm": float(vector(model).norm())}
+        return {"training": float(model.training), "norm": np.float64(vector(model).norm())}
 
     model = noisy()
     history = fit(model, Standard(), data, epochs=3, average=0.9, monitor=monitor, run_dir=tmp_path)
@@ -191,13 +196,18 @@ def test_a_finished_run_is_read_not_repeated(data, tmp_path):
         ({"seed": 1}, "seed = 0, not 1"),
         ({"objective": Adversarial(0.1)}, "objective = 'Standard"),
         ({"data": digits(train=256)}, "data = "),
+        ({"lr": 0.1}, "lr = 0.003, not 0.1"),
+        ({"warmup": 0.5}, "warmup = 0.15, not 0.5"),
+        ({"average": 0.9}, "average = None, not 0.9"),
+        ({"optimiser": partial(torch.optim.Adam, betas=(0.8, 0.9))}, "optimiser = "),
+        ({"model": small_cnn()}, "model = "),
     ],
 )
 def test_another_run_in_the_folder_is_refused(data, tmp_path, changed, words):
     settings = {"objective": Standard(), "data": data, "epochs": 2, "seed": 0, "run_dir": tmp_path}
     fit(noisy(), **settings)
     with pytest.raises(ValueError, match=f"run_dir .* holds a run with {words}"):
-        fit(noisy(), **settings | changed)
+        fit(**({"model": noisy()} | settings | changed))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_weights(data, tmp_path):
@@ -244,6 +254,55 @@ def test_bad_data_are_refused(data):
     broken = dataclasses.replace(data, train=Split(data.train.x * torch.nan, data.train.y))
     with pytest.raises(ValueError, match=r"data\.train\.x contains NaN"):
         fit(small_cnn(), Standard(), broken, epochs=1)
+
+
+def test_weights_that_are_not_finite_stop_too(data, tmp_path):
+    """A loss can be finite where its gradient is not: the root of zero."""
+
+    class Rooted(Standard):
+        def __call__(self, model, batch):
+            root = (0 * model.head.weight.sum()).sqrt() if batch.progress >= 0.5 else 0
+            return super().__call__(model, batch) + root
+
+    model = small_cnn()
+    with pytest.raises(FloatingPointError, match=r"(weights are not finite|loss is nan) at step"):
+        fit(model, Rooted(), data, epochs=4, run_dir=tmp_path)
+    assert vector(model).isfinite().all()
+
+
+def test_describe_tells_things_apart_and_is_the_same_in_every_process():
+    @dataclasses.dataclass
+    class Recipe:
+        loss: object
+        points: object = None
+
+    named = describe(Recipe(nn.functional.cross_entropy))
+    assert "0x" not in named and "cross_entropy" in named
+    assert named != describe(Recipe(nn.functional.mse_loss))
+    big = [Members(Linf(0.1), torch.full((300, 300), k)) for k in (0.0, 1.0)]
+    assert describe(big[0]) != describe(big[1])
+    assert describe(small_cnn(seed=0)) == describe(small_cnn(seed=0)) != describe(small_cnn(seed=1))
+
+
+def test_a_monitor_may_not_take_the_loops_names(data):
+    with pytest.raises(ValueError, match=r"other names than \['loss'\]"):
+        fit(small_cnn(), Standard(), data, epochs=1, monitor=lambda model: {"loss": 1.0})
+
+
+def test_images_outside_the_box_and_strange_outliers_are_refused(data):
+    bright = dataclasses.replace(data, train=Split(data.train.x * 255, data.train.y))
+    with pytest.raises(ValueError, match=r"data\.train\.x lies in \[0, 255\]"):
+        fit(small_cnn(), Standard(), bright, epochs=1)
+    with pytest.raises(ValueError, match=r"data\.outliers contains NaN"):
+        fit(
+            small_cnn(),
+            Standard(),
+            dataclasses.replace(data, outliers=data.outliers * torch.nan),
+            epochs=1,
+        )
+    wide = torch.rand(10, 1, 9, 9)
+    with pytest.raises(ValueError, match=r"data\.outliers must be shaped like data\.train\.x"):
+        fit(small_cnn(), Standard(), dataclasses.replace(data, outliers=wide), epochs=1)
 
 
 def test_a_split_of_unequal_lengths_is_refused(data):

@@ -103,7 +103,10 @@ def padded(data: Data, border: int) -> Data:
     def pad(split: Split) -> Split:
         return replace(split, x=nn.functional.pad(split.x, [border] * 4))
 
-    return replace(data, train=pad(data.train), val=pad(data.val), test=pad(data.test))
+    outliers = nn.functional.pad(data.outliers, [border] * 4)
+    return replace(
+        data, train=pad(data.train), val=pad(data.val), test=pad(data.test), outliers=outliers
+    )
 
 
 def rule(within: Ball) -> Rule:

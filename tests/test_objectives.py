@@ -142,12 +142,20 @@ def test_a_finite_first_set_is_searched_whole(batch):
         assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_the_attack_moves_running_statistics_only_in_train_mode(batch, mode):
+@pytest.mark.parametrize(
+    ("objective", "mode", "forwards"),
+    [
+        (Adversarial, "eval", 1),
+        (Adversarial, "train", 1 + 3),
+        (TRADES, "eval", 2),
+        (TRADES, "train", 2 + 1 + 3),  # the anchor too
+    ],
+)
+def test_the_attack_moves_running_statistics_only_in_train_mode(batch, objective, mode, forwards):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
     model.train()
-    Adversarial(0.1, steps=3, mode=mode)(model, batch)
-    assert int(model[1].num_batches_tracked) == {"eval": 1, "train": 4}[mode]
+    objective(0.1, steps=3, mode=mode)(model, batch)
+    assert int(model[1].num_batches_tracked) == forwards
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 

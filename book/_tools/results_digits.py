@@ -57,7 +57,7 @@ L2_RADII = (0.0, 0.25, 0.5, 1.0, 1.5)
 SIZES = (20, 50, 100, 200, 500, 1097)
 FAR = (1.0, 2.0, 3.0, 4.0)
 PATH = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-STEPS = {"linear": 800, "mlp": 800, "cnn": 400}
+STEPS = {"linear": 800, "mlp": 800, "cnn": 800}
 RECIPE = {
     "train_digits": 1097, "test_digits": 500, "batch_size": 128, "optimiser": "Adam", "lr": 3e-3,
     "schedule": "15 % linear warm-up, then half a cosine to zero", "train_steps": STEPS,

@@ -12,6 +12,7 @@ os.environ.update(
 )
 
 import hypothesis
+import jaxtyping
 import matplotlib
 import numpy as np
 import pytest
@@ -35,3 +36,9 @@ def _seeds() -> None:
     """A test that forgets a seed still gives the same result each time."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Readers run without the tests' type checks: a wrong type must meet our own message."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

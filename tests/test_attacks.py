@@ -4,7 +4,6 @@ import itertools
 from functools import partial
 
 import hypothesis.strategies as st
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -424,19 +423,11 @@ def test_an_attack_that_needs_backward_is_welcome(batch):
 # --- bad input ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _plain_types():
-    """Look at our own messages, not at the runtime type checks of the test suite."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 GOOD = torch.full((2, 1, 8, 8), 0.5)
 LABELS = torch.tensor([0, 1])
 
 
-@pytest.mark.usefixtures("_plain_types")
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("x", "y", "words"),
     [
@@ -460,7 +451,7 @@ def test_bad_batches_are_refused_with_the_fix(attack, x, y, words):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.usefixtures("_plain_types")
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -478,7 +469,7 @@ def test_bad_settings_are_refused_with_the_fix(changed, words):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.usefixtures("_plain_types")
+@pytest.mark.usefixtures("untyped")
 def test_other_doors_are_watched():
     with pytest.raises(ValueError, match="at least 3 classes, got 2"):
         pgd(small_cnn(classes=2), GOOD, LABELS, Linf(0.1), loss="dlr")

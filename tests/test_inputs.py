@@ -3,7 +3,6 @@
 import math
 import re
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -23,12 +22,6 @@ from robustood.inputs import (
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3])
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Readers run without the tests' type checks: a wrong type must meet our own message."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def refuses(call, *parts):

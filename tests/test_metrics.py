@@ -3,7 +3,6 @@
 import re
 from dataclasses import FrozenInstanceError
 
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -120,8 +119,7 @@ def test_an_estimate_prints_and_converts_and_cannot_change():
         ((2, 5, "95%"), ("confidence", "'95%'", "write 0.95")),
     ],
 )
-def test_bad_input_is_refused_with_name_value_and_fix(monkeypatch, arguments, parts):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # readers have no type checks
+def test_bad_input_is_refused_with_name_value_and_fix(untyped, arguments, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         proportion(*arguments)
     assert all(part in str(caught.value) for part in parts), caught.value

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -200,10 +199,6 @@ def test_trains_against_any_set(data, within):
         (lambda: TRADES(0.1, restarts=0), "restarts must be .* at least 1, got 0"),
     ],
 )
-def test_bad_settings_are_refused(make, words):
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=words):
-            make()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_bad_settings_are_refused(untyped, make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

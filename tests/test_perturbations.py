@@ -1,7 +1,6 @@
 """Properties that every perturbation set shares, and the closed forms of each."""
 
 import hypothesis.strategies as st
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,15 +199,11 @@ def test_scaled_keeps_the_rest():
 
 @pytest.mark.parametrize("ball", [Linf, L2])
 @pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf"), True, "8/255"])
-def test_bad_radius_is_refused(ball, eps):
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=r"eps must be a number .* got .*8/255"):
-            ball(eps)
-        with pytest.raises(ValueError, match="box must be"):
-            ball(0.1, (1, 0))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_bad_radius_is_refused(untyped, ball, eps):
+    with pytest.raises(ValueError, match=r"eps must be a number .* got .*8/255"):
+        ball(eps)
+    with pytest.raises(ValueError, match="box must be"):
+        ball(0.1, (1, 0))
 
 
 # --- spatial, corruption, composition -----------------------------------------------------------
@@ -332,10 +327,6 @@ def test_members_share_the_parents_images():
         (lambda: Corruption(()), "number of names must be .* at least 1, got 0"),
     ],
 )
-def test_bad_sets_are_refused(make, words):
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=words):
-            make()
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_bad_sets_are_refused(untyped, make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -7,7 +7,6 @@ import json
 import re
 from html.parser import HTMLParser
 
-import jaxtyping
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -142,8 +141,7 @@ def test_the_page_needs_nothing_from_outside_and_is_the_same_each_time():
     assert f'getElementById("{names[0]}")' in page
 
 
-def test_numpy_values_are_welcome_and_figures_are_closed(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # readers have no type checks
+def test_numpy_values_are_welcome_and_figures_are_closed(untyped):
     open_before = plt.get_fignums()
     elements, frames, labels = read(explore(solid, alt="a", red=np.linspace(0, 1, 3)))
     assert labels == [["0", "0.5", "1"]]

@@ -15,8 +15,8 @@ on its companions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -34,6 +34,7 @@ from robustood.inputs import (
     check_values,
 )
 from robustood.metrics import Estimate, proportion
+from robustood.models import frozen
 from robustood.perturbations import Batch, PerturbationSet, per_sample
 
 Values = Float[Tensor, " batch"]
@@ -49,47 +50,85 @@ class Rule(Protocol):
     """How an attack moves: ``begin`` gives (z, value, grad) -> next z for one restart."""
 
     def begin(
-        self, x: Tensor, within: PerturbationSet, steps: int, step_size: float
+        self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
     ) -> Propose: ...
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Projected steepest ascent with a constant step: the rule of PGD."""
+    """Projected steepest ascent with a constant step, by default 2.5 radius / steps: PGD's rule."""
 
-    def begin(self, x: Tensor, within: PerturbationSet, steps: int, step_size: float) -> Propose:
-        return lambda z, value, grad: within.ascend(x, z, grad, step_size)
+    def begin(
+        self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
+    ) -> Propose:
+        size = 2.5 * within.radius / max(steps, 1) if step_size is None else step_size
+        return lambda z, value, grad: within.ascend(x, z, grad, size)
 
 
-@contextmanager
-def frozen(model: object, mode: Literal["eval", "train", "keep"] = "eval") -> Generator[None]:
-    """Set the model's mode and freeze its parameters; restore both on leaving, also after an error.
+@dataclass(frozen=True)
+class APGD:
+    r"""Ascent with momentum whose step halves by itself, for each sample (Croce and Hein 2020).
 
-    In eval mode batch statistics do not leak between the samples of an attacked batch and
-    running statistics do not move. Frozen parameters let autograd drop what only weight
-    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+    $u = \Pi(z_k + a\,g)$, then $z_{k+1} = \Pi(z_k + \alpha (u - z_k) + (1 - \alpha)(z_k -
+    z_{k-1}))$. At checkpoints that grow denser, a sample whose value rose in at most a share
+    $\rho$ of the steps, or whose best value and step stayed as they were, halves $a$ and goes
+    back to its best point (section 3 and algorithm 1). Starts are those of the set, not on the
+    surface of the ball.
 
-    Args:
-        model: the network under attack.
-        mode: ``"eval"``, ``"train"`` (running statistics move) or ``"keep"``.
+    Attributes:
+        momentum: $\alpha$.
+        rising: $\rho$.
+
+    The first step is ``step_size``, by default twice the radius.
     """
-    check_choice(mode, "mode", ("eval", "train", "keep"))
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        if mode != "keep":
-            model.train(mode == "train")
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
+
+    momentum: float = 0.75
+    rising: float = 0.75
+
+    def checkpoints(self, steps: int) -> set[int]:
+        """The steps at which the size is reconsidered: at shares 0.22, 0.41, 0.57, .. of all."""
+        last, share, found = 0.0, 0.22, set()
+        while share < 1:
+            found.add(math.ceil(round(share * steps, 6)))
+            last, share = share, share + max(share - last - 0.03, 0.06)
+        return found
+
+    def begin(
+        self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
+    ) -> Propose:
+        size = x.new_full((len(x),), 2 * within.radius if step_size is None else step_size)
+        halved, rises = torch.ones_like(size, dtype=torch.bool), torch.zeros_like(size)
+        before = best = at_checkpoint = torch.full_like(size, -torch.inf)
+        places = self.checkpoints(steps)
+        taken, since = 0, 0
+        previous = best_z = best_grad = torch.empty(0)
+
+        def propose(z: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+            nonlocal size, halved, rises, before, best, at_checkpoint, taken, since
+            nonlocal previous, best_z, best_grad
+            better = value > best
+            if taken == 0:
+                better, previous, best_z, best_grad = torch.ones_like(better), z, z, grad
+            rises = rises + (value > before)
+            best, before = torch.where(better, value, best), value
+            best_z = torch.where(per_sample(better, z), z, best_z)
+            best_grad = torch.where(per_sample(better, grad), grad, best_grad)
+            if taken in places:
+                stuck = (rises <= self.rising * (taken - since)) | (
+                    ~halved & (best <= at_checkpoint)
+                )
+                size = torch.where(stuck, size / 2, size)
+                z = torch.where(per_sample(stuck, z), best_z, z)
+                grad = torch.where(per_sample(stuck, grad), best_grad, grad)
+                halved, at_checkpoint, since, rises = stuck, best, taken, torch.zeros_like(size)
+            ahead = within.ascend(x, z.clone(), grad.clone(), size)
+            if taken:
+                mixed = z + self.momentum * (ahead - z) + (1 - self.momentum) * (z - previous)
+                ahead = within.ascend(x, mixed, torch.zeros_like(mixed), 0.0)
+            previous, taken = z, taken + 1
+            return ahead
+
+        return propose
 
 
 def maximise(
@@ -116,11 +155,12 @@ def maximise(
         objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
             gradient of the first, keep the best by the second. A sequence of objectives is
             climbed one after the other, from starts of its own each, and judged together.
-            The model inside keeps its mode: call this within :func:`frozen`.
+            The model inside keeps its mode: call this within
+            :func:`~robustood.models.frozen`.
         x: clean inputs (batch, ...).
         within: the perturbation set.
         steps: number of steps; 0 judges the starts alone.
-        step_size: in the unit of ``within.radius``; default 2.5 radius / steps.
+        step_size: in the unit of ``within.radius``; default the rule's own.
         restarts: number of starts: the first at random, the second x itself, the others at
             random; 0 starts from x alone.
         rule: proposes the next point; default :class:`Ascent`.
@@ -146,7 +186,6 @@ def maximise(
     steps = steps if within.ascendable else 0
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
-    step_size = 2.5 * within.radius / max(steps, 1) if step_size is None else step_size
     rule = rule or Ascent()
     generator = generator or torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():

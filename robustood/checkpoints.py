@@ -13,7 +13,10 @@ import json
 import os
 import platform
 import warnings
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -172,3 +175,30 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 def _previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
+
+
+def describe(value: object) -> str:
+    """A text that is the same in every process for the same thing, and differs for another.
+
+    Functions are named, tensors and modules hashed, dataclasses taken apart; for anything else
+    ``repr`` is trusted.
+    """
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.sha256(plain.tobytes()).hexdigest()[:16]
+        return f"{value.dtype} {tuple(value.shape)} {digest}"
+    if isinstance(value, nn.Module):
+        tensors = [*value.state_dict().values(), *value.buffers()]
+        return hashlib.sha256((repr(value) + describe(tensors)).encode()).hexdigest()[:16]
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    if isinstance(value, partial):
+        return describe([value.func, *value.args, *sorted(value.keywords.items())])
+    if isinstance(value, dict):
+        return describe([*value.items()])
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(describe, value))}]"
+    if isinstance(value, (FunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)

@@ -2,8 +2,7 @@
 
 The in-distribution set is scikit-learn's copy of the UCI handwritten digits (Alpaydin and
 Kaynak 1998): 1,797 images of 8x8 pixels with 17 grey levels, made by counting ink in 4x4 blocks
-of a 32x32 bitmap. Everything that is no digit is brought to the same size and grey levels,
-and letters to about the same width and weight, so that a detector has to look at shapes:
+of a 32x32 bitmap. Everything that is no digit is brought to the same size and grey levels:
 
 ==============  ==============================  ===============================
 set             auxiliary outliers (training)   test outliers
@@ -13,6 +12,10 @@ letters (near)  C F J M P T U W X in DejaVu     A E H K N R V Y in DejaVu
 photo patches   ``china.jpg``                   ``flower.jpg``
 noise           none                            uniform grey levels
 ==============  ==============================  ===============================
+
+Letters have their fonts' weight and proportions. Printed strokes are thinner than a pen's and capitals
+wider than digits, which helps to tell them apart; ``glyphs(.., pen=True)`` draws them as heavy and as
+narrow as digits and leaves the shape alone.
 
 The letters B D G I L O Q S Z look like digits (a network rightly reads S as 5). They are in
 neither set; with ``glyphs("lookalike", ...)`` they serve as a contaminated pool.
@@ -76,6 +79,7 @@ class Data:
         train, val, test: in-distribution images with labels.
         outliers: auxiliary outliers for training (samples, ...); may be empty.
         ood: test outliers by name, never seen in training.
+        notes: numbers about the data of one epoch that a run should log.
     """
 
     train: Split
@@ -83,14 +87,22 @@ class Data:
     test: Split
     outliers: Tensor
     ood: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Data:
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ood"}
+        kinds = (Split, Tensor)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value for name, value in values.items() if isinstance(value, kinds)}
         return replace(
             self,
             **{name: value.to(device) for name, value in moved.items()},
             ood={name: x.to(device) for name, x in self.ood.items()},
         )
+
+
+def pixels(images: Tensor) -> Tensor:
+    """8-bit images as floats in [0, 1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True)
@@ -178,39 +190,42 @@ def digits(train: int = 1097, seed: int = 0) -> Data:
 
 
 def glyphs(
-    which: Literal["auxiliary", "test", "lookalike"], n: int, seed: int
+    which: Literal["auxiliary", "test", "lookalike"], n: int, seed: int, pen: bool = False
 ) -> Float[Tensor, "n 1 8 8"]:
     """Capital letters in the fonts that Matplotlib ships, drawn as the digits were scanned.
 
-    A letter fills a 32x32 bitmap up to a small random shear, rotation, weight, size and offset;
-    each pixel is the share of ink in a 4x4 block, in sixteenths.
+    A letter fills a 32x32 bitmap up to a small random shear, rotation, size and offset; each pixel
+    is the share of ink in a 4x4 block, in sixteenths.
 
     Args:
         which: ``"auxiliary"``, ``"test"`` or ``"lookalike"``; letters and fonts in the module's
             table.
         n: number of images; letters and fonts are drawn at random.
         seed: of the draw.
+        pen: with a pen's weight and a digit's width: nearer to the digits.
     """
     check_choice(which, "which", tuple(LETTERS))
     check_count(n, "n", low=1)
     rng = np.random.default_rng(seed)
     letters, fonts = [*LETTERS[which]], FONTS[which].split()
     return _images(
-        [_glyph(str(rng.choice(letters)), str(rng.choice(fonts)), rng) for _ in range(n)]
+        [_glyph(str(rng.choice(letters)), str(rng.choice(fonts)), rng, pen) for _ in range(n)]
     )
 
 
-def _glyph(letter: str, font: str, rng: np.random.Generator) -> np.ndarray:
+def _glyph(letter: str, font: str, rng: np.random.Generator, pen: bool) -> np.ndarray:
     face = _font(font)
     left, top, right, bottom = face.getbbox(letter)
     canvas = Image.new("L", (96, 96), 0)
     corner = (48 - (left + right) / 2, 48 - (top + bottom) / 2)
-    # Strokes as heavy as a pen's; bold faces are nearly that already.
-    weight = int(rng.integers(0, 2) if "Bol" in font else rng.integers(1, 4))
+    # A pen's strokes are heavier than print; bold faces are nearly as heavy.
+    weight = int(rng.integers(0, 2) if "Bol" in font else rng.integers(1, 4)) if pen else 0
     ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=face, stroke_width=weight)
-    # The digits' boxes are filled top to bottom and are about two thirds as wide as high.
-    wide = rng.uniform(1.0, 1.3) * (right - left + 2 * weight) / 24
-    high = rng.uniform(0.95, 1.1) * (bottom - top + 2 * weight) / 32
+    across, down = right - left + 2 * weight, bottom - top + 2 * weight
+    if pen:  # the digits' boxes are filled top to bottom and are about two thirds as wide as high
+        wide, high = rng.uniform(1.0, 1.3) * across / 24, rng.uniform(0.95, 1.1) * down / 32
+    else:
+        wide = high = rng.uniform(0.95, 1.1) * max(across, down) / 32
     angle, shear = np.radians(rng.uniform(-10, 10)), rng.uniform(-0.15, 0.15)
     back = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     back = np.diag([wide, high]) @ np.array([[1, shear], [0, 1]]) @ back

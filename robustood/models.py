@@ -9,14 +9,16 @@ many reject outliers.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustood.inputs import check_count
+from robustood.inputs import check_choice, check_count
 
 
 @contextmanager
@@ -28,6 +30,54 @@ def seeded(seed: int) -> Generator[None]:
         yield
     finally:
         torch.default_generator.set_state(state)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Generator[None]:
+    """In train mode, normalise by the batch's own statistics and leave the running ones alone."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def frozen(
+    model: object, mode: Literal["eval", "train", "batch", "keep"] = "eval"
+) -> Generator[None]:
+    """Set the model's mode and freeze its parameters; restore both on leaving, also after an error.
+
+    In eval mode batch statistics do not leak between the samples of an attacked batch and
+    running statistics do not move. Frozen parameters let autograd drop what only weight
+    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+
+    Args:
+        model: the network under attack.
+        mode: ``"eval"``, ``"train"`` (running statistics move), ``"batch"`` (train mode, running
+            statistics stay) or ``"keep"``.
+    """
+    check_choice(mode, "mode", ("eval", "train", "batch", "keep"))
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        if mode != "keep":
+            model.train(mode != "eval")
+        for p in trainable:
+            p.requires_grad_(False)
+        with batch_statistics(model) if mode == "batch" else nullcontext():
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
 
 
 class Normalise(nn.Module):
@@ -152,3 +202,80 @@ def mlp(
         widths = [inputs, *hidden]
         layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         return Classifier([nn.Flatten(), *layers], widths[-1], classes, reject)
+
+
+def readout(
+    weight: Tensor | Sequence[Sequence[float]], bias: Tensor | None = None, reject: int = 0
+) -> Classifier:
+    """A linear head whose features are the inputs themselves: for toys, tests and stored features.
+
+    Args:
+        weight: (outputs, width); the last ``reject`` outputs stand for "none of the classes".
+        bias: (outputs,); default zero.
+
+    >>> readout([[1.0, 0.0], [0.0, 2.0]])(torch.tensor([[3.0, 1.0]])).tolist()
+    [[3.0, 2.0]]
+    """
+    weight = torch.as_tensor(weight)
+    outputs, width = weight.shape
+    model = Classifier([nn.Flatten()], width, outputs - reject, reject).to(weight.dtype)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(torch.zeros(outputs) if bias is None else bias)
+    return model.eval()
+
+
+class Adapted(nn.Module):
+    """A network from elsewhere with the parts that detectors look for; made by :func:`adapt`."""
+
+    def __init__(self, inner: nn.Module, where: str, reject: int, normalise: nn.Module | None):
+        super().__init__()
+        self.inner, self.where, self.reject = inner, where, reject
+        self.normalise = normalise or nn.Identity()
+        self.classes = self.head.out_features - reject
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last linear layer."""
+        head = self.inner.get_submodule(self.where)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"head {self.where!r} must be a linear layer, got {head!r}")
+        return head
+
+    def features(self, x: Tensor) -> Float[Tensor, "batch width"]:
+        """What the head receives."""
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(x)
+        finally:
+            hook.remove()
+        return seen[0].flatten(1)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The features, as the one stage that is known."""
+        return [self.features(x)]
+
+    def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
+        return self.inner(self.normalise(x))
+
+
+def adapt(
+    module: nn.Module, head: str = "fc", reject: int = 0, normalise: nn.Module | None = None
+) -> Adapted:
+    """Give any network, such as torchvision's, the parts of a :class:`Classifier`.
+
+    Args:
+        module: maps what ``normalise`` returns to outputs.
+        head: dotted name of its last linear layer, such as ``"fc"`` or ``"classifier.1"``.
+        reject: how many of the outputs, the last ones, reject outliers.
+        normalise: applied to pixels first, such as :class:`Normalise`.
+
+    Raises:
+        ValueError: if ``head`` is not the name of a linear layer.
+    """
+    check_count(reject, "reject")
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    if head not in names:
+        raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
+    return Adapted(module, head, reject, normalise)

@@ -11,9 +11,10 @@ $$\min_\theta\; \mathbb E \max_{z \in Z} \ell(f_\theta(\mathrm{apply}(x, z)), y)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from robustood import attacks
-from robustood.data import Batch
+from robustood.data import Batch, Data
+from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
+from robustood.mining import Mining
+from robustood.models import batch_statistics, frozen
 from robustood.perturbations import Ball, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -54,8 +58,9 @@ class Attacked:
         restarts: 1 starts at random, 0 from the clean input; of more, the best is kept, which
             costs a forward more each.
         ramp: share of the training over which the radius grows linearly from 0 (norm balls only).
-        mode: of the model during the attack, ``"eval"`` or ``"train"``
-            (:func:`robustood.attacks.frozen`).
+        mode: of the model during the attack, ``"eval"``, ``"train"`` or ``"batch"``
+            (:func:`robustood.models.frozen`).
+        keep: of one start, the ``"last"`` iterate or the ``"best"``, which costs a forward more.
 
     Raises:
         ValueError: for a negative radius, steps or ramp, or a ramp over a set that is no norm ball.
@@ -66,13 +71,15 @@ class Attacked:
     step_size: float | None = None
     restarts: int = 1
     ramp: float = 0.0
-    mode: Literal["eval", "train"] = "eval"
+    mode: Literal["eval", "train", "batch"] = "eval"
+    keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         check_count(self.steps, "steps", low=1)
         check_number(self.ramp, "ramp", 0, 1)
         check_count(self.restarts, "restarts")
-        check_choice(self.mode, "mode", ("eval", "train"))
+        check_choice(self.mode, "mode", ("eval", "train", "batch"))
+        check_choice(self.keep, "keep", ("last", "best"))
         if self.step_size is not None:
             check_number(self.step_size, "step_size", 0)
         if not isinstance(self.within, (Real, PerturbationSet)):
@@ -92,14 +99,20 @@ class Attacked:
             return within.scaled(min(1.0, progress / self.ramp))
         return within
 
-    def worst(self, model: nn.Module, batch: Batch, objective: attacks.Objective) -> Tensor:
+    def worst(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        objective: attacks.Objective,
+        generator: torch.Generator | None,
+        progress: float = 1.0,
+    ) -> Tensor:
         """The worst inputs that an attack finds, by the shared loop."""
-        within = self.set_at(batch.progress)
-        with attacks.frozen(model, self.mode):
+        with frozen(model, self.mode):
             return attacks.maximise(
-                objective, batch.x, within, steps=self.steps, step_size=self.step_size,
-                restarts=self.restarts, keep="last" if self.restarts < 2 else "best",
-                generator=batch.generator, checked=True,
+                objective, x, self.set_at(progress), steps=self.steps, step_size=self.step_size,
+                restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
+                generator=generator, checked=True,
             )  # fmt: skip
 
 
@@ -113,7 +126,8 @@ class Adversarial(Attacked):
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        worst = self.worst(model, batch, lambda x: attacks.cross_entropy(model(x), batch.y))
+        loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
+        worst = self.worst(model, batch.x, loss, batch.generator, batch.progress)
         return cross_entropy(model(worst), batch.y)
 
 
@@ -139,9 +153,10 @@ class TRADES(Attacked):
         check_count(self.restarts, "restarts", low=1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        with torch.no_grad(), attacks.frozen(model, self.mode):
+        with torch.no_grad(), frozen(model, self.mode):
             anchor = log_softmax(model(batch.x), 1)
-        worst = self.worst(model, batch, lambda x: divergence(anchor, model(x)).sum(1))
+        apart = lambda x: divergence(anchor, model(x)).sum(1)  # noqa: E731
+        worst = self.worst(model, batch.x, apart, batch.generator, batch.progress)
         clean = model(batch.x)
         unstable = divergence(log_softmax(clean, 1), model(worst)).sum(1).mean()
         return cross_entropy(clean, batch.y) + self.beta * unstable
@@ -150,3 +165,174 @@ class TRADES(Attacked):
 def divergence(log_p: Tensor, logits: Tensor) -> Tensor:
     r"""Terms of $\mathrm{KL}(p \,\|\, \mathrm{softmax}(z))$, (batch, classes)."""
     return kl_div(log_softmax(logits, 1), log_p, reduction="none", log_target=True)
+
+
+def to_reject(z: Float[Tensor, "batch outputs"]) -> Float[Tensor, " batch"]:
+    r"""$-\log F_{K+1}$: the cross-entropy to the last output, which rejects (Chen et al. 2021, eq. 2)."""
+    return z.logsumexp(1) - z[:, -1]
+
+
+@dataclass(frozen=True)
+class OutlierTraining:
+    r"""Every method of the two papers, and what lies between them:
+
+    $$\mathbb E_{in} \max_{S_{in}(x)} \mathrm{CE}(f(x'), y) + \lambda\, \mathbb E_{out} \big[(1 - s)\,\ell(f(u))
+    + s \max_{S_{out}(u)} \ell(f(u'))\big].$$
+
+    The methods are choices of its parts (:func:`OutlierExposure`, :func:`AOE`, :func:`ALOE`,
+    :func:`NTOM`, :func:`ATOM`, :func:`ACET`, :func:`RobustMining`). Both inner maxima are found by the
+    shared loop; the update sees all inputs of a step in one batch.
+
+    Attributes:
+        inside: set of the inner maximum over in-distribution inputs, an :class:`Attacked` for full
+            control, or None for clean ones. A number means ``Linf(number)``.
+        outside: the same for outliers.
+        outlier_loss: $\ell$, :func:`~robustood.detectors.to_uniform` or :func:`to_reject`.
+        weight: $\lambda$ on the mean over a step's outliers; 0 leaves them out altogether.
+        attacked_share: s, the share of a step's outliers that is attacked, the last ones.
+        mine: which outliers of the pool an epoch uses (:class:`robustood.mining.Mining`); None for all.
+        steps: of an inner maximum that is given as a set or a number.
+        bn: batch statistics. ``"eval"``: attack with the running ones. ``"train"``: with each attacked
+            batch's own, which also moves the running ones, as the code of ALOE does. ``"separate"``:
+            with each batch's own, both in the attack and in the update, and the running ones come from
+            in-distribution inputs alone.
+
+    Raises:
+        ValueError: for bad settings, outliers that are missing, or a network without the reject
+            output that ``to_reject`` needs.
+    """
+
+    inside: Attacked | PerturbationSet | float | None = None
+    outside: Attacked | PerturbationSet | float | None = None
+    outlier_loss: Callable[[Tensor], Tensor] = to_uniform
+    weight: float = 0.5
+    attacked_share: float = 1.0
+    mine: Mining | None = None
+    steps: int = 2
+    bn: Literal["eval", "train", "separate"] = "eval"
+
+    def __post_init__(self) -> None:
+        check_number(self.weight, "weight", 0)
+        check_number(self.attacked_share, "attacked_share", 0, 1)
+        check_choice(self.bn, "bn", ("eval", "train", "separate"))
+        for given in (self.inside, self.outside):
+            self.inner(given)  # a bad set is refused here, not at the first step
+
+    def inner(self, given: Attacked | PerturbationSet | float | None) -> Attacked | None:
+        """The inner maximum that a setting stands for."""
+        if given is None or isinstance(given, Attacked):
+            return given
+        return Attacked(given, steps=self.steps, mode=BN_OF_ATTACK[self.bn])
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+        x, u = self.worst_inside(model, batch), self.worst_outside(model, batch)
+        if u is None:
+            return cross_entropy(model(x), batch.y)
+        if self.bn == "separate":
+            z_in = model(x)
+            with batch_statistics(model):
+                z_out = model(u)
+        else:
+            z_in, z_out = model(torch.cat([x, u])).split([len(x), len(u)])
+        return cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
+
+    def worst_inside(self, model: nn.Module, batch: Batch) -> Tensor:
+        """In-distribution inputs as the update sees them."""
+        if (inner := self.inner(self.inside)) is None:
+            return batch.x
+        loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
+        return inner.worst(model, batch.x, loss, batch.generator, batch.progress)
+
+    def worst_outside(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """Outliers as the update sees them: clean ones first; None where they have no weight."""
+        if self.weight == 0:
+            return None
+        if batch.outliers is None:
+            raise ValueError("data.outliers is empty; this objective learns from outliers")
+        if self.outlier_loss is to_reject and not getattr(model, "reject", 1):
+            raise ValueError("model has no reject output; build it with reject=1")
+        clean = len(batch.outliers) - round(self.attacked_share * len(batch.outliers))
+        inner = self.inner(self.outside)
+        if inner is None or clean == len(batch.outliers):
+            return batch.outliers
+        loss = lambda u: self.outlier_loss(model(u))  # noqa: E731
+        worst = inner.worst(model, batch.outliers[clean:], loss, batch.generator, batch.progress)
+        return torch.cat([batch.outliers[:clean], worst])
+
+    def prepare(self, model: nn.Module, data: Data, epoch: int, generator: torch.Generator) -> Data:
+        """The data of one epoch: mined outliers, or all of them."""
+        if self.mine is None or self.weight == 0:
+            return data
+        return self.mine(model, data, generator)
+
+
+BN_OF_ATTACK: dict[str, Literal["eval", "train", "batch"]] = {
+    "eval": "eval", "train": "train", "separate": "batch",
+}  # fmt: skip
+Set = Attacked | PerturbationSet | float
+
+
+def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
+    """OE: clean inputs, clean outliers pushed to the uniform distribution (Hendrycks et al. 2019)."""
+    return OutlierTraining(weight=weight)
+
+
+def ADV(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
+    """Adversarial training alone, as a member of the family: no weight on outliers."""
+    return OutlierTraining(inside=within, weight=0.0, steps=steps, **how)
+
+
+def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
+    """Attacked inputs, clean outliers (Chen et al. 2020, section 4).
+
+    The authors' code runs the attack on outliers and throws the result away, and makes two forwards.
+    """
+    return OutlierTraining(inside=within, steps=steps, **how)
+
+
+def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
+    """Attacked inputs and attacked outliers (Chen et al. 2020, section 4).
+
+    The paper: eps = 1/255, two steps of 1/255, weight 0.5. The authors' code attacks in train mode
+    (``bn="train"``) and starts at the clean input, because it truncates its random start to whole 8-bit
+    steps; here the start is random and the step 2.5 radius / steps.
+    """
+    return OutlierTraining(inside=within, outside=within, steps=steps, **how)
+
+
+def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
+    """Clean inputs, half of the outliers attacked (Hein et al. 2019, as the code of ATOM has it).
+
+    The original attacks noise and lowers its largest log-confidence.
+    """
+    return OutlierTraining(outside=best_of(within, steps), weight=1.0, attacked_share=0.5, **how)
+
+
+def NTOM(q: float = 0.125, **how: Any) -> OutlierTraining:
+    """Mined clean outliers to a reject class (Chen et al. 2021, section 3)."""
+    return OutlierTraining(outlier_loss=to_reject, weight=1.0, mine=Mining(q), **how)
+
+
+def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
+    """Mined outliers to a reject class, the second half of them attacked (Chen et al. 2021, section 3).
+
+    The paper's formula attacks all outliers; its code attacks half, which is followed here. Inputs
+    are never attacked. The paper: eps = 8/255, five steps of 2/255, the best iterate kept.
+    """
+    return OutlierTraining(
+        outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
+        attacked_share=0.5, mine=Mining(q), **how,
+    )  # fmt: skip
+
+
+def RobustMining(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
+    """ALOE's attacked inputs with ATOM's mined, half-attacked outliers: in neither paper."""
+    return OutlierTraining(
+        inside=within, outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
+        attacked_share=0.5, mine=Mining(q), steps=steps, **how,
+    )  # fmt: skip
+
+
+def best_of(within: Set, steps: int) -> Attacked:
+    """An inner maximum that keeps the best iterate."""
+    return within if isinstance(within, Attacked) else Attacked(within, steps=steps, keep="best")

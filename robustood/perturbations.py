@@ -56,9 +56,9 @@ class PerturbationSet(Protocol):
     ) -> Iterator[Tensor]:
         """Yield parameters to start from.
 
-        A continuous set yields ``restarts`` of them: the first at random, the second the null one, where a
-        search often ends elsewhere, the others at random again; for 0, the null one alone. A
-        finite set yields all its members, the null one first.
+        A continuous set yields ``restarts``: the first at random, the second the null one, where a search
+        often ends elsewhere, the others at random; for 0, the null one alone. A finite set
+        yields all its members, the null one first.
         """
         ...
 
@@ -66,8 +66,8 @@ class PerturbationSet(Protocol):
         """The perturbed inputs, differentiable in z where the set is ascendable."""
         ...
 
-    def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        """One steepest ascent step in the set's own norm, then projection."""
+    def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+        """One step of steepest ascent in the set's own norm, or one a sample (batch,), then projection."""
         ...
 
     def contains(self, x: Tensor, z: Tensor) -> Tensor:
@@ -83,6 +83,11 @@ def norms(z: Batch) -> Float[Tensor, " batch"]:
 def per_sample(values: Shaped[Tensor, " batch"], like: Batch) -> Tensor:
     """Reshape one number per sample so that it broadcasts over ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def sized(step_size: float | Tensor, like: Batch) -> float | Tensor:
+    """A step that broadcasts over ``like``: one number, or one a sample."""
+    return per_sample(step_size, like) if isinstance(step_size, Tensor) else step_size
 
 
 def places(restarts: int) -> list[str]:
@@ -145,7 +150,7 @@ class Ball(ABC):
         return fits & (moved.amin(1) >= low - TOLERANCE) & (moved.amax(1) <= high + TOLERANCE)
 
     @abstractmethod
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
         """One steepest ascent step in the ball's norm, then projection."""
 
     @abstractmethod
@@ -174,8 +179,8 @@ class Linf(Ball):
     def norm(self, z: Batch) -> Float[Tensor, " batch"]:
         return z.flatten(1).abs().amax(1)
 
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
-        return self.project(x, grad.sign().mul_(step_size).add_(z))
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+        return self.project(x, grad.sign().mul_(sized(step_size, x)).add_(z))
 
 
 class L2(Ball):
@@ -194,7 +199,7 @@ class L2(Ball):
     def norm(self, z: Batch) -> Float[Tensor, " batch"]:
         return norms(z)
 
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float) -> Batch:
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
         grad = grad.nan_to_num(0.0, 0.0, 0.0)  # one dead pixel must not move all the others
         # Divide by the largest entry first: the squares of tiny gradients underflow to zero.
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
@@ -270,9 +275,9 @@ class Spatial:
         where = affine_grid(torch.stack([across, along], 1), list(x.shape), align_corners=False)
         return grid_sample(x, where, padding_mode=self.fill, align_corners=False)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
+    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """Coordinates count in units of their ranges, so the step is the sign of the gradient."""
-        return self.project(x, grad.sign().mul_(step_size).add_(z))
+        return self.project(x, grad.sign().mul_(sized(step_size, z)).add_(z))
 
     def project(self, x: Batch, z: Tensor) -> Tensor:
         """Clip to the ranges; overwrites z."""
@@ -336,7 +341,7 @@ class Members:
     def apply(self, x: Batch, z: Tensor) -> Batch:
         return self.parent.apply(x, z)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
+    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         return z
 
     def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
@@ -398,7 +403,7 @@ class Corruption:
                 moved[chosen] = corrupt(moved[chosen], self.names[place - 1], severity, seeds)
         return moved
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
+    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         return z
 
     def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
@@ -458,7 +463,7 @@ class Then:
         a, b = self.split(x, z)
         return self.second.apply(self.first.apply(x, a), b)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float) -> Tensor:
+    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """Each part steps by ``step_size`` times its own radius."""
         a, b = self.split(x, z)
         grad_a, grad_b = (part.clone() for part in self.split(x, grad))

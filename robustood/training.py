@@ -9,22 +9,20 @@ step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robustood.checkpoints import read_state, write_state, write_whole
-from robustood.data import Batch, Data
+from robustood.checkpoints import describe, read_state, write_state, write_whole
+from robustood.data import Batch, Data, pixels
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
 from robustood.objectives import Objective
 
@@ -156,12 +154,13 @@ def fit(
         bar.update(run.epoch * run.steps + run.step)
         while run.epoch < epochs:
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + run.epoch)
+            prepared = run.prepare(objective, data, seed * 1_000_003 + run.epoch + 250_000)
             run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
-            batches = draw(data, batch_size, outlier_batch_size, generator)
+            batches = draw(prepared, batch_size, outlier_batch_size, generator)
             rate = lambda step: learning_rate(step, run.steps * epochs, lr, warmup)  # noqa: E731
             if not run.one_epoch(objective, batches, generator, rate, bar):
                 return run.close()
-            run.record(monitor)
+            run.record(monitor, prepared.notes)
     return run.close()
 
 
@@ -182,6 +181,7 @@ class Run:
     losses: list[Tensor] = field(default_factory=list)
     history: History = field(default_factory=History)
     noise: dict[str, Tensor] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     earlier: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -258,12 +258,26 @@ class Run:
             "good epoch. Lower lr or lengthen warmup"
         )
 
-    def record(self, monitor: Monitor | None) -> None:
+    def prepare(self, objective: Objective, data: Data, seed: int) -> Data:
+        """The epoch's data, chosen by the weights that the epoch began with, also after a stop inside it."""
+        choose = getattr(objective, "prepare", None)
+        if choose is None:
+            return data
+        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.start = self.start or now
+        self.model.load_state_dict(self.start)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        prepared = choose(self.model, data, self.epoch, generator)
+        self.model.load_state_dict(now)
+        return prepared
+
+    def record(self, monitor: Monitor | None, notes: dict[str, float]) -> None:
         """Close an epoch: a row of history, the log and the state."""
         row: dict[str, float] = {
             "epoch": self.epoch,
             "loss": float(torch.stack(self.losses).mean()),
             "lr": self.adapt.param_groups[0]["lr"],
+            **notes,
         }
         self.model.eval()
         if monitor:
@@ -274,7 +288,7 @@ class Run:
             row |= seen
         row["seconds"] = self.earlier + time.monotonic() - self.began
         self.history.rows.append(row)
-        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        self.epoch, self.step, self.losses, self.start = self.epoch + 1, 0, [], {}
         self.keep()
 
     def keep(self) -> None:
@@ -294,6 +308,7 @@ class Run:
                 "losses": self.losses,
                 "rows": self.history.rows,
                 "noise": self.noise,
+                "start": self.start,
                 "seconds": self.earlier + time.monotonic() - self.began,
             },
         )
@@ -330,6 +345,7 @@ class Run:
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.history.rows, self.noise = state["rows"], state["noise"]
+        self.start = state["start"]
         self.earlier = state["seconds"]
 
     def close(self) -> History:
@@ -394,29 +410,6 @@ def check_anything(x: Tensor, name: str) -> None:
     check_values(x, None, name)
 
 
-def describe(value: object) -> str:
-    """A text that is the same in every process for the same thing, and differs for another.
-
-    Functions are named, tensors and modules hashed, dataclasses taken apart; for anything else
-    ``repr`` is trusted.
-    """
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest = hashlib.sha256(plain.tobytes()).hexdigest()[:16]
-        return f"{value.dtype} {tuple(value.shape)} {digest}"
-    if isinstance(value, nn.Module):
-        tensors = [*value.state_dict().values(), *value.buffers()]
-        return hashlib.sha256((repr(value) + describe(tensors)).encode()).hexdigest()[:16]
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value)]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(describe, value))}]"
-    if isinstance(value, (FunctionType, type)):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
-
-
 def draw(
     data: Data, batch_size: int, outlier_batch_size: int, generator: torch.Generator
 ) -> Iterator[Batch]:
@@ -432,7 +425,7 @@ def draw(
         for step in range(steps):
             chosen = order[step * batch_size :][:batch_size]
             beside = others[step * outlier_batch_size :][:outlier_batch_size]
-            outliers = data.outliers[beside] if pool else None
-            yield Batch(data.train.x[chosen], data.train.y[chosen], outliers, generator)
+            outliers = pixels(data.outliers[beside]) if pool else None
+            yield Batch(pixels(data.train.x[chosen]), data.train.y[chosen], outliers, generator)
 
     return batches()  # the order is drawn now, whenever the first batch is asked for

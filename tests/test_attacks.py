@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import attacks
-from robustood.attacks import fgsm, frozen, margin, maximise, pgd, robust_accuracy
+from robustood.attacks import APGD, fgsm, frozen, margin, maximise, pgd, robust_accuracy
 from robustood.metrics import proportion
 from robustood.models import small_cnn
-from robustood.perturbations import L2, Linf
+from robustood.perturbations import L2, Linf, Spatial
 
 SETS = [Linf(0.1), L2(0.7)]
 
@@ -489,3 +489,84 @@ def test_other_doors_are_watched():
         robust_accuracy(small_cnn(), GOOD, LABELS, batch_size=0)
     with pytest.raises(ValueError, match="outside"):
         maximise(lambda x: x.sum((1, 2, 3)), GOOD + 1, Linf(0.1), steps=1)
+
+
+# --- APGD ---------------------------------------------------------------------------------------
+
+
+def test_apgd_reconsiders_its_step_where_the_paper_does():
+    assert sorted(APGD().checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert max(APGD().checkpoints(10)) <= 10
+
+
+@pytest.mark.parametrize("within", [Linf(0.2), L2(0.5)], ids=str)
+def test_apgd_finds_a_maximum_inside_the_set_that_a_fixed_step_jumps_over(within):
+    x = torch.full((5, 1, 4, 4), 0.5)
+    centre = x + within.project(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(2)))
+    centre = x + 0.5 * (centre - x)
+    bowl = lambda v: -(v - centre).square().flatten(1).sum(1)  # noqa: E731
+    search = partial(maximise, bowl, x, within, steps=100, restarts=0)
+    found, fixed = bowl(search(rule=APGD())), bowl(search(step_size=2 * within.radius))
+    assert (found > -1e-4).all()
+    assert (found > fixed + 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "within", [Linf(0.1), L2(0.7), Spatial(20, 1)], ids=lambda w: type(w).__name__
+)
+def test_apgd_stays_inside_and_keeps_the_best(net, batch, within):
+    x, y = batch
+    with frozen(net):
+        objective = lambda v: margin(net(v), y)  # noqa: E731
+        values = [
+            objective(maximise(objective, x, within, steps=steps, rule=APGD()))
+            for steps in (0, 5, 25)
+        ]
+    moved = pgd(net, x, y, within, steps=7, rule=APGD())
+    assert moved.min() >= -1e-6 and moved.max() <= 1 + 1e-6
+    assert (values[2] >= values[0] - 1e-6).all() and (values[1] >= values[0] - 1e-6).all()
+    assert values[2].mean() > values[0].mean() + 0.05
+    if isinstance(within, (Linf, L2)):
+        assert within.norm(moved - x).max() <= within.eps + 1e-6
+
+
+def test_apgd_at_radius_zero_is_the_identity(net, batch):
+    x, y = batch
+    assert torch.equal(pgd(net, x, y, Linf(0.0), steps=5, rule=APGD()), x)
+
+
+def test_apgd_halves_for_each_sample_by_itself(net, batch):
+    x, y = batch
+    whole = pgd(net, x, y, L2(0.7), steps=12, restarts=0, rule=APGD())
+    parts = [
+        pgd(net, v[None], c[None], L2(0.7), steps=12, restarts=0, rule=APGD()) for v, c in zip(x, y)
+    ]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
+def test_apgd_reaches_the_optimum_of_a_linear_model(batch):
+    x, y = batch
+    model, within = Linear(10, 64), Linf(0.05, box=None)
+    moved = pgd(model, x, y, within, steps=5, loss="targets", rule=APGD())
+    w, z = model.w.detach(), model(x).detach()
+    own = w[y]
+    gain = 0.05 * (w[None] - own[:, None]).abs().sum(2)
+    exact = (z - z.gather(1, y[:, None]) + gain).scatter(1, y[:, None], -torch.inf).amax(1)
+    assert torch.allclose(margin(model(moved), y), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "within", [Linf(0.1), L2(0.7), Spatial(20, 1)], ids=lambda w: type(w).__name__
+)
+def test_a_step_may_differ_from_sample_to_sample(batch, within):
+    x, _ = batch
+    z = next(within.starts(x, 1, torch.Generator().manual_seed(1)))
+    grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    sizes = torch.linspace(0, 0.1, len(x))
+    together = within.ascend(x, z.clone(), grad.clone(), sizes)
+    alone = [
+        within.ascend(x[i : i + 1], z[i : i + 1].clone(), grad[i : i + 1].clone(), float(sizes[i]))
+        for i in range(len(x))
+    ]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    assert torch.allclose(together[0], z[0], atol=1e-6)  # a step of 0 only projects

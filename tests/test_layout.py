@@ -12,7 +12,9 @@ import refresh
 import yaml
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(p for p in (ROOT / "robustood").glob("*.py") if not p.stem.startswith("_"))
+PACKAGE = ROOT / "robustood"
+FOUND = [*PACKAGE.glob("*.py"), *(init.parent for init in PACKAGE.glob("*/__init__.py"))]
+MODULES = sorted(p for p in FOUND if not p.stem.startswith("_"))
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
 CHAPTER_OF = {
     "toy": 1,
@@ -60,10 +62,11 @@ def test_each_module_has_a_floor_a_test_file_and_a_bounded_length(module):
     assert module.stem in FLOOR, f"{name(module)} stands on no floor: add it to FLOORS"
     test = ROOT / "tests" / f"test_{module.stem}.py"
     assert test.exists(), f"{name(module)} has no test file {name(test)}"
-    lines = len(module.read_text("utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{name(module)} has {lines} lines, at most {MAX_LINES}: split it"
-    docstring = ast.get_docstring(ast.parse(module.read_text("utf-8")))
-    assert docstring, f"{name(module)} has no docstring"
+    for path in refresh.sources(module.stem):
+        text = path.read_text("utf-8")
+        lines = len(text.splitlines())
+        assert lines <= MAX_LINES, f"{name(path)} has {lines} lines, at most {MAX_LINES}: split it"
+        assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
 
 
 def test_each_test_file_belongs_to_a_module():
@@ -71,8 +74,7 @@ def test_each_test_file_belongs_to_a_module():
     strays = [
         name(path)
         for path in (ROOT / "tests").glob("*.py")
-        if path.stem not in own
-        and not (ROOT / "robustood" / f"{path.stem.removeprefix('test_')}.py").exists()
+        if path.stem not in own and not refresh.sources(path.stem.removeprefix("test_"))
     ]
     assert not strays, f"test files without a module: {strays}"
 
@@ -81,13 +83,13 @@ def test_each_test_file_belongs_to_a_module():
 def test_each_chapter_has_its_home_module(notebook):
     number, slug = notebook.stem.split("_", 1)
     assert CHAPTER_OF.get(slug) == int(number), f"{name(notebook)}: no such chapter in CHAPTER_OF"
-    assert (ROOT / "robustood" / f"{slug}.py").exists(), f"{name(notebook)}: no robustood/{slug}.py"
+    assert refresh.sources(slug), f"{name(notebook)}: no module robustood.{slug}"
     assert (ROOT / "tests" / f"test_{slug}.py").exists(), f"{name(notebook)}: no test_{slug}.py"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 def test_a_module_imports_only_from_lower_floors(module):
-    for other in refresh.imported(module.read_text("utf-8")):
+    for other in refresh.imports(module.stem):
         allowed = FLOOR[other] < FLOOR[module.stem] or (FLOOR[other] == FLOOR[module.stem] == 0)
         assert allowed, (
             f"robustood.{module.stem} (floor {FLOOR[module.stem]}) imports {other} ({FLOOR[other]})"
@@ -95,7 +97,7 @@ def test_a_module_imports_only_from_lower_floors(module):
 
 
 def test_no_module_imports_itself_in_a_circle():
-    imports = {m.stem: refresh.imported(m.read_text("utf-8")) for m in MODULES}
+    imports = {m.stem: refresh.imports(m.stem) for m in MODULES}
     for start in imports:
         reached: set[str] = set()
         todo = set(imports[start])

@@ -5,12 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from robustood.models import Classifier, Normalise, mlp, small_cnn
+from robustood.models import Classifier, Normalise, adapt, mlp, readout, small_cnn
 
 BUILDS = {
     "cnn": lambda seed=0: small_cnn(seed=seed),
@@ -190,3 +191,75 @@ def test_bad_numbers_are_refused_with_name_and_value(call, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         call()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+# ---- heads alone, and networks from elsewhere ---------------------------------------------------
+
+
+def test_a_readout_is_its_matrix():
+    weight, bias = torch.randn(5, 3).double(), torch.randn(5).double()
+    x = torch.randn(4, 3).double()
+    model = readout(weight, bias, reject=2)
+    assert torch.allclose(model(x), x @ weight.T + bias)
+    assert torch.equal(model.features(x), x) and torch.equal(model.stages(x)[0], x)
+    assert (model.classes, model.reject) == (3, 2) and not model.training
+    assert torch.equal(readout(weight)(x), x @ weight.T)
+    assert readout(weight.float()).head.weight.dtype == torch.float32
+    weight.zero_()
+    assert model.head.weight.abs().sum() > 0  # a copy
+
+
+class Elsewhere(nn.Module):
+    """A network that is not built like ours: a nested head, and a residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.top = nn.ModuleDict({"norm": nn.LayerNorm(6), "fc": nn.Linear(6, 5)})
+
+    def forward(self, x):
+        maps = self.stem(x)
+        h = (maps + x).mean((2, 3))
+        return self.top["fc"](self.top["norm"](h))
+
+
+def test_adapt_finds_what_the_head_receives():
+    inner = Elsewhere().eval()
+    shift = Normalise([0.5], [0.25])
+    model = adapt(inner, "top.fc", reject=1, normalise=shift)
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        z, h = model(x), model.features(x)
+        assert torch.equal(z, inner((x - 0.5) / 0.25))
+        by_hand = inner.top["norm"]((inner.stem(shift(x)) + shift(x)).mean((2, 3)))
+    assert torch.allclose(h, by_hand, atol=1e-6) and torch.equal(model.stages(x)[0], h)
+    assert torch.allclose(model.head(h), z, atol=1e-6)
+    assert model.head is inner.top["fc"] and (model.classes, model.reject) == (4, 1)
+    assert not inner.top["fc"]._forward_pre_hooks  # nothing is left behind
+    probe = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.features(probe).sum(), probe)
+    assert gradient.abs().max() > 0
+
+
+def test_adapt_reads_a_torchvision_network():
+    inner = torchvision.models.resnet18(weights=None, num_classes=7).eval()
+    model = adapt(inner)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        h = model.features(x)
+        assert h.shape == (2, 512) and model.classes == 7
+        torch.testing.assert_close(model.head(h), inner(x))
+        assert torch.equal(model(x), inner(x))
+
+
+def test_adapt_leaves_no_hook_after_an_error():
+    model = adapt(Elsewhere().eval(), "top.fc")
+    with pytest.raises(RuntimeError):
+        model.features(torch.rand(2, 3, 8, 8))
+    assert not model.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["head", "stem.0", "top"])
+def test_a_wrong_head_is_refused_with_the_right_ones(name):
+    with pytest.raises(ValueError, match=rf"head must name .*'top\.fc'.*got '{name}'"):
+        adapt(Elsewhere(), name)

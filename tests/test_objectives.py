@@ -86,7 +86,7 @@ def test_trades_value_and_where_its_gradient_flows(batch):
     again = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(1))
     anchor = log_softmax(model(batch.x), 1).detach()
     kl = lambda q, p: kl_div(log_softmax(q, 1), p, reduction="none", log_target=True).sum(1)  # noqa: E731
-    worst = objective.worst(model, again, lambda x: kl(model(x), anchor))
+    worst = objective.worst(model, again.x, lambda x: kl(model(x), anchor), again.generator)
     assert kl(model(worst), anchor).mean() > 4 * kl(model(batch.x), anchor).mean()
     clean = model(batch.x)
     expected = cross_entropy(clean, batch.y) + 3 * kl(model(worst), log_softmax(clean, 1)).mean()
@@ -125,7 +125,9 @@ def test_of_several_restarts_the_best_is_kept(batch):
     worst = []
     for restarts in (1, 2, 4):
         fresh = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(3))
-        found = Adversarial(0.1, steps=2, restarts=restarts).worst(model, fresh, climbed)
+        found = Adversarial(0.1, steps=2, restarts=restarts).worst(
+            model, fresh.x, climbed, fresh.generator
+        )
         worst.append(climbed(found))
     assert (worst[1] >= worst[0] - 1e-6).all() and (worst[2] >= worst[1] - 1e-6).all()
     assert (worst[2] > worst[0]).any()
@@ -136,7 +138,7 @@ def test_a_finite_first_set_is_searched_whole(batch):
     model = small_cnn()
     pair = Then(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
     climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
-    found = climbed(Adversarial(pair, steps=1).worst(model, batch, climbed))
+    found = climbed(Adversarial(pair, steps=1).worst(model, batch.x, climbed, batch.generator))
     for z in pair.starts(batch.x, 1, torch.Generator().manual_seed(1)):
         assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
 
@@ -193,7 +195,10 @@ def test_trains_against_any_set(data, within):
         (lambda: Adversarial(0.1, ramp=2), "ramp must be .* got 2"),
         (lambda: Adversarial(Spatial(10), ramp=0.5), "ramp needs a norm ball .* got Spatial"),
         (lambda: Adversarial("0.1"), "within must be a number or a perturbation set .* got '0.1'"),
-        (lambda: Adversarial(0.1, mode="evil"), "mode must be one of 'eval', 'train', got 'evil'"),
+        (
+            lambda: Adversarial(0.1, mode="evil"),
+            "mode must be one of 'eval', 'train', 'batch', got 'evil'",
+        ),
         (lambda: Adversarial(0.1, step_size=-1), "step_size must be .* got -1"),
         (lambda: TRADES(0.1, beta=-1), "beta must be .* got -1"),
         (lambda: TRADES(0.1, restarts=0), "restarts must be .* at least 1, got 0"),

@@ -149,19 +149,17 @@ def render_class(node: ast.ClassDef) -> str:
 
 
 def render_module(path: Path) -> str:
-    """The page of one module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    parts = [
-        f"# `{path.stem}`",
-        f"```{{py:module}} robustood.{path.stem}\n```",
-        render_doc(ast.get_docstring(tree)),
-    ]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            parts.append(render_class(node))
-        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            body = render_doc(ast.get_docstring(node))
-            parts.append(directive("function", signature(node), body, colons=5))
+    """The page of one module, or of a part of the package that has several files."""
+    parts = [f"# `{path.stem}`", f"```{{py:module}} robustood.{path.stem}\n```"]
+    for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        parts.append(render_doc(ast.get_docstring(tree)))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                parts.append(render_class(node))
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                body = render_doc(ast.get_docstring(node))
+                parts.append(directive("function", signature(node), body, colons=5))
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,7 +167,9 @@ def write_pages(app: Any, config: Any) -> None:
     """Write ``book/api``; runs after the table of contents was read, which knows the pages by a pattern."""
     folder = ROOT / "book" / "api"
     folder.mkdir(exist_ok=True)
-    modules = sorted(p for p in (ROOT / "robustood").glob("*.py") if not p.stem.startswith("_"))
+    package = ROOT / "robustood"
+    found = [*package.glob("*.py"), *(init.parent for init in package.glob("*/__init__.py"))]
+    modules = sorted(p for p in found if not p.stem.startswith("_"))
     for old in folder.glob("*.md"):
         if old.stem not in {module.stem for module in modules}:
             old.unlink()

@@ -58,6 +58,19 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def sources(module: str) -> list[Path]:
+    """The files of a module of the package, or of a part that is a package itself; none if unknown."""
+    if (PACKAGE / module).is_dir():
+        return sorted((PACKAGE / module).glob("*.py"))  # __init__ comes first
+    return [path for path in [PACKAGE / f"{module}.py"] if path.exists()]
+
+
+def imports(module: str) -> set[str]:
+    """What the files of a module import from other modules of the package."""
+    found = [imported(path.read_text("utf-8")) for path in sources(module)]
+    return set().union(*found) - {module}
+
+
 def imported(source: str) -> set[str]:
     """Modules of the package that a piece of Python imports by name.
 
@@ -78,7 +91,7 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.Import):
             parts = [alias.name.split(".") for alias in node.names]
             found |= {part[1] for part in parts if part[0] == "robustood" and len(part) > 1}
-    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+    return {name for name in found if sources(name)}
 
 
 def closure(modules: set[str]) -> set[str]:
@@ -88,7 +101,7 @@ def closure(modules: set[str]) -> set[str]:
     while todo:
         name = todo.pop()
         known.add(name)
-        todo |= imported((PACKAGE / f"{name}.py").read_text("utf-8")) - known
+        todo |= imports(name) - known
     return known
 
 
@@ -100,7 +113,8 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
     for cell in cells:
         digest.update(f"{sorted(tags(cell))}\n{cell.source.strip()}\n".encode())
     for name in sorted(modules):
-        digest.update(f"# {name}\n{(PACKAGE / f'{name}.py').read_text('utf-8')}".encode())
+        text = "".join(path.read_text("utf-8") for path in sources(name))
+        digest.update(f"# {name}\n{text}".encode())
     return digest.hexdigest()
 
 
@@ -239,9 +253,10 @@ def chapter_tables() -> dict[Path, str]:
     for twin, fact in rows:
         slug, stem = fact["slug"], twin.stem
         name = f"{fact['number']}. {fact['title']}"
+        code = slug if (PACKAGE / slug).is_dir() else f"{slug}.py"
         readme.append(
             f"| [{name}](book/{stem}.ipynb) | {fact['question']} "
-            f"| [`{slug}`](robustood/{slug}.py) | {fact['seconds']} s | {badge(stem)} |"
+            f"| [`{slug}`](robustood/{code}) | {fact['seconds']} s | {badge(stem)} |"
         )
         intro.append(f"| {{doc}}`{name} <{stem}>` | {fact['question']} | {{doc}}`api/{slug}` |")
     pages = {ROOT / "README.md": readme, BOOK / "intro.md": intro}

@@ -10,7 +10,8 @@ soon as it is measured, and rows that are there are skipped, so a run can be sto
 one machine the numbers are a function of the settings; only ``seconds`` (CPU time of training)
 differs. A seed sets the initial weights and the order of the data. The split is always the book's.
 
-All accuracies are shares of the 500 test digits with exact 95 % binomial intervals.
+All accuracies are shares of the 500 test digits with exact 95 % binomial intervals. The experiments
+with outliers are in ``results_outliers.py``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import results_outliers
 import torch
 from torch import Tensor, nn
 
@@ -325,7 +327,7 @@ OVERFITTING: dict[str, Any] = {
     "batch_size": 64,
 }
 
-EXPERIMENTS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] = {
+CLASSIFIERS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] = {
     "fiveseven": (fiveseven, {"test_eps": [0.0, 0.1, 0.2, 0.3], "weak": "|correlation| < 0.3"}),
     "gradients": (gradients, {"size": [12, 12], "train_steps": 600}),
     "overfitting": (overfitting, OVERFITTING),
@@ -338,6 +340,8 @@ EXPERIMENTS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] =
     ),
     "tradeoff_l2": (tradeoff_l2, {"test_eps": L2_RADII}),
 }
+EXPERIMENTS = {name: (rows, RECIPE | more) for name, (rows, more) in CLASSIFIERS.items()}
+EXPERIMENTS |= results_outliers.EXPERIMENTS
 
 # --- keeping
 
@@ -362,7 +366,7 @@ def measure(name: str, seed: int, *, again: bool) -> None:
         "name": f"digits_{name}",
         "what": (experiment.__doc__ or "").strip(),
         "scale": "digits",
-        "settings": plain(RECIPE | settings),
+        "settings": plain(settings),
         "versions": {"python": sys.version.split()[0]} | {p: version(p) for p in packages},
         "rows": [],
     }

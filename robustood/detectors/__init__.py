@@ -1,0 +1,35 @@
+r"""Scores that tell outliers: higher means more like the training distribution.
+
+A detector wraps a classifier and accepts an input where its score is at least a threshold. Each
+has two scores. ``score`` is the deployed one: unsaturated, in log space, so that two confident
+inputs never tie and a gradient is left to follow. ``published`` is the number that the paper
+prints, a strictly increasing map of it. ``climbs`` lists the objectives that an attack on the
+score should try.
+
+Notation: outputs $z \in \mathbb R^K$ of the network, $p = \mathrm{softmax}(z)$,
+$\mathrm{LSE}(z) = \log \sum_k e^{z_k}$, penultimate features $h$, head $z = W h + b$. Only the class
+outputs of a network with reject outputs are read, except by :class:`RejectClass`.
+
+A detector is a ``torch.nn.Module`` that holds its network: :func:`robustood.models.frozen`, ``.to``
+and ``state_dict`` work on both. Scores do not change the network's mode; put it in eval mode.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from robustood.detectors.base import Detector, Direction, Inputs, Labels, log_odds, to_uniform
+from robustood.detectors.features import KNN, GradNorm, Mahalanobis, ReAct, ViM
+from robustood.detectors.outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
+
+__all__ = [
+    "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "GradNorm", "Mahalanobis",
+    "MaxLogit", "ReAct", "RejectClass", "ViM", "log_odds", "post_hoc", "to_uniform",
+]  # fmt: skip
+
+
+def post_hoc(model: nn.Module, x: Inputs, y: Labels) -> dict[str, Detector]:
+    """Every detector that needs nothing but a trained classifier, fitted on its training data."""
+    plain = [MSP(model), MaxLogit(model), Energy(model), Entropy(model), ODIN(model)]
+    learned = [Mahalanobis(model), KNN(model), ViM(model), ReAct(model), GradNorm(model)]
+    return {type(d).__name__: d.fit(x, y) for d in [*plain, *learned]}

@@ -1,0 +1,138 @@
+"""What every detector shares, and the few formulas that several use."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from robustood.inputs import check_choice, check_labels, check_values
+from robustood.models import frozen
+
+Inputs = Float[Tensor, "batch *shape"]
+Labels = Int[Tensor, " batch"]
+Values = Float[Tensor, " batch"]
+Columns = Float[Tensor, "batch objectives"]
+Direction = Literal["raise", "lower"]
+FIT_BATCH = 512  # images of one forward while fitting
+
+
+class Detector(nn.Module, ABC):
+    """What every detector shares.
+
+    Args:
+        model: maps inputs (batch, ...) to outputs (batch, classes + reject).
+    """
+
+    model: Any
+    needs: str | None = None  # the attribute that fit sets, where a detector must be fitted
+    general: int = 1  # how many columns of climbs are not about one class
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def score(self, x: Inputs) -> Values:
+        """The deployed score; differentiable, through pre-processing and clipping too."""
+
+    @abstractmethod
+    def published(self, x: Inputs) -> Values:
+        """The score as the paper prints it."""
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """Objectives that an attack should climb to raise (or lower) the score, one a column.
+
+        The first column is the score itself, negated where it is to be lowered. ``general`` columns are
+        for every input; those after them pull towards one class each.
+        """
+        return signed(self.score(x), direction)[:, None]
+
+    def fit(self, x: Inputs, y: Labels | None = None) -> Detector:
+        """Learn from in-distribution data, in a stream of batches; here there is nothing to learn."""
+        return self
+
+    def forward(self, x: Inputs) -> Values:
+        return self.score(x)
+
+    def logits(self, x: Inputs) -> Tensor:
+        """The class outputs (batch, classes)."""
+        return self.classes(self.model(x))
+
+    def classes(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
+        """Outputs without those that reject."""
+        return z[:, : getattr(self.model, "classes", None)]
+
+    def ready(self) -> None:
+        """Refuse to score before fit."""
+        if self.needs and getattr(self, self.needs) is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} is not fitted; call fit(x, y) on training images first")
+
+    def device(self, x: Inputs) -> torch.device:
+        """Where the network lives; where x does if it has no parameters."""
+        return next((p.device for p in self.model.parameters()), x.device)
+
+    def stream(
+        self, read: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """What ``read`` sees in each batch, with the labels; on the network's device.
+
+        Nothing stays switched off between batches: a fit that fails half-way leaves no trace.
+        """
+        device = self.device(x)
+        y = torch.zeros(len(x), dtype=torch.int64) if y is None else y
+        for part, labels in zip(x.split(FIT_BATCH), y.split(FIT_BATCH), strict=True):
+            with frozen(self.model), torch.no_grad():
+                seen = read(part.to(device))
+            yield seen, labels.to(device)
+
+
+def signed(values: Tensor, direction: Direction) -> Tensor:
+    """The values, or their negative where an attack lowers the score."""
+    check_choice(direction, "direction", ("raise", "lower"))
+    return values if direction == "raise" else -values
+
+
+def log_odds(z: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    r"""$\log \frac{p_t}{1 - p_t} = z_t - \mathrm{LSE}_{j \ne t}(z_j)$ of every class, without cancellation."""
+    top = one_hot(z.argmax(1), z.shape[1]).bool()
+    # 1 - p_t cancels for the largest alone; the others' p_t is at most 1/2.
+    p = z.softmax(1).masked_fill(top, 0)
+    rest = z.logsumexp(1, keepdim=True) + torch.log1p(-p)
+    rest_of_top = z.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)
+    return z - torch.where(top, rest_of_top, rest)
+
+
+def to_uniform(z: Float[Tensor, "batch classes"]) -> Values:
+    r"""$\ell_{OE} = \mathrm{LSE}(z) - \bar z$: the cross-entropy from the uniform distribution.
+
+    At least $\log K$, with equality where the softmax is uniform (Hendrycks et al. 2019, section 4.3).
+    """
+    return z.logsumexp(1) - z.mean(1)
+
+
+def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:
+    """x minus a sign step on a summed loss, with sgn(0) = 1 and the identity as its gradient."""
+    if step == 0:
+        return x
+    with torch.inference_mode(False), torch.enable_grad():
+        probe = x.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(probe), probe)
+    return x - step * (2 * (grad >= 0).to(x) - 1)
+
+
+def check_fit(x: Inputs, y: Labels | None, labelled: bool = True) -> int:
+    """Refuse to fit on nothing, on NaN, and without labels where they are needed; count the classes."""
+    check_values(x, None)
+    if y is not None:
+        check_labels(y, x)
+        return int(y.max()) + 1
+    if labelled:
+        raise ValueError("y is missing: this detector learns from labels; call fit(x, y)")
+    return 0

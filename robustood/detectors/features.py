@@ -1,0 +1,422 @@
+"""Scores of the penultimate features, or of the features of every stage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from robustood.detectors.base import (
+    Columns,
+    Detector,
+    Direction,
+    Inputs,
+    Labels,
+    Values,
+    check_fit,
+    downhill,
+    log_odds,
+    signed,
+    to_uniform,
+)
+from robustood.detectors.gaussian import Gaussian, Moments
+from robustood.inputs import check_choice, check_count, check_number, check_values
+
+
+class Mahalanobis(Detector):
+    r"""Distance to the nearest class mean under one tied covariance (Lee et al. 2018, eq. 2).
+
+    $M = \max_c -\tfrac12 (h - \mu_c)^\top \Sigma^{-1} (h - \mu_c)$, on the penultimate features or
+    on the channel means of every stage. The stages are added until :meth:`combine` weighs them by a
+    logistic regression $t = w^\top M + b$ with label 1 for outliers; then ``published`` is
+    $-\sigma(t)$ and the deployed score $-t$.
+
+    Args:
+        layers: ``"last"`` or ``"all"``.
+        step: $\eta$ of the input step $x - \eta\,\mathrm{sgn} \nabla_x (-M)$, each layer its own; its
+            gradient is taken as that of a constant.
+
+    >>> from robustood.models import readout
+    >>> spread = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
+    >>> h, y = torch.cat([spread, spread + torch.tensor([4.0, 0])]), torch.arange(8) // 4
+    >>> detector = Mahalanobis(readout(torch.eye(2))).fit(h, y)
+    >>> print(f"{detector.published(torch.tensor([[1.0, 1.0]])).item():.2f}")
+    -1.25
+    """
+
+    needs = "layer_fits"
+    layer_fits: Any
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, model: nn.Module, layers: Literal["last", "all"] = "last", step: float = 0.0
+    ):
+        super().__init__(model)
+        check_choice(layers, "layers", ("last", "all"))
+        check_number(step, "step", 0)
+        self.layers, self.step = layers, step
+        self.layer_fits = None
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
+
+    def parts(self, x: Inputs) -> list[Tensor]:
+        """The feature vector of each layer."""
+        if self.layers == "last":
+            return [self.model.features(x)]
+        return [m.flatten(2).mean(2) if m.ndim > 2 else m for m in self.model.stages(x)]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(self, x: Inputs, y: Labels | None = None) -> Mahalanobis:
+        """Class means and tied covariance of each layer, in one pass over (x, y)."""
+        classes = check_fit(x, y)
+        moments: list[Moments] = []
+        for features, labels in self.stream(self.parts, x, y):
+            moments = moments or [Moments(classes, h) for h in features]
+            for seen, h in zip(moments, features, strict=True):
+                seen.update(h, labels)
+        if missing := (moments[0].count == 0).nonzero().flatten().tolist():
+            raise ValueError(f"y has no sample of class {missing}; every class needs some")
+        self.layer_fits = nn.ModuleList(
+            Gaussian(m.mean, m.scatter / m.count.sum()) for m in moments
+        ).to(features[0].dtype)
+        return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
+        """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
+        self.ready()
+        both = torch.cat([x, outliers])
+        check_values(both, None, "x")
+        scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
+        scale = scores.std(0).clamp_min(1e-12)
+        labels = torch.arange(len(both)) >= len(x)
+        fitted = LogisticRegression(max_iter=1000).fit((scores / scale).numpy(), labels.numpy())
+        like = self.layer_fits[0].means
+        self.weight = (torch.tensor(fitted.coef_[0]) / scale).to(like)
+        self.bias = torch.tensor(fitted.intercept_[0]).to(like)
+        return self
+
+    def by_class(self, x: Inputs, layer: int) -> Float[Tensor, "batch classes"]:
+        """The layer's distances after its own input step."""
+        gaussian = self.layer_fits[layer]
+        moved = downhill(lambda v: -gaussian(self.parts(v)[layer]).amax(1).sum(), x, self.step)
+        return gaussian(self.parts(moved)[layer])
+
+    def distances(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
+        """All layers; one forward where there is no input step."""
+        self.ready()
+        if self.step:
+            return torch.stack([self.by_class(x, i) for i in range(len(self.layer_fits))], 1)
+        fits = zip(self.layer_fits, self.parts(x), strict=True)
+        return torch.stack([gaussian(h) for gaussian, h in fits], 1)
+
+    def layer_scores(self, x: Inputs) -> Float[Tensor, "batch layers"]:
+        """$M_l$ of each layer."""
+        return self.distances(x).amax(2)
+
+    def weighed(self, scores: Float[Tensor, "batch layers *classes"]) -> Tensor:
+        """$-t$, or the sum where no weights were fitted."""
+        if self.weight is None:
+            return scores.sum(1)
+        return -(torch.tensordot(scores, self.weight, ([1], [0])) + self.bias)
+
+    def plain(self, x: Inputs) -> Values:
+        """$t$ of the fitted regression without the input step: what the papers' attack sees."""
+        self.ready()
+        fits = zip(self.layer_fits, self.parts(x), strict=True)
+        return -self.weighed(torch.stack([fit(h).amax(1) for fit, h in fits], 1))
+
+    def score(self, x: Inputs) -> Values:
+        return self.weighed(self.layer_scores(x))
+
+    def published(self, x: Inputs) -> Values:
+        score = self.score(x)
+        return score if self.weight is None else -torch.sigmoid(-score)
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """Raise: the score and, for each class, all layers' closeness to it. Lower: the score, and smooth."""
+        distances = self.distances(x)
+        score = self.weighed(distances.amax(2))
+        if direction == "raise":
+            return torch.cat([score[:, None], self.weighed(distances)], 1)
+        return signed(torch.stack([score, self.weighed(distances.logsumexp(2))], 1), direction)
+
+
+class KNN(Detector):
+    r"""Distance to the k-th nearest training feature on the unit sphere, negated (Sun et al. 2022).
+
+    $-\|\hat h - \hat h_{(k)}\|_2$ with $\hat h = h / \|h\|_2$. The neighbours are searched anew at
+    every call, so an attack always meets the current ones.
+
+    Args:
+        k: which neighbour; the paper takes 50 for CIFAR-10, 200 for CIFAR-100.
+
+    >>> from robustood.models import readout
+    >>> bank = torch.tensor([[3.0, 4], [1, 0], [0, 2]]).double()
+    >>> for k in (1, 2):
+    ...     knn = KNN(readout(torch.eye(2).double()), k).fit(bank, torch.tensor([0, 1, 1]))
+    ...     print(f"{knn.published(torch.tensor([[6.0, 8.1]]).double()).item():.5f}")
+    -0.00595
+    -0.62681
+    """
+
+    needs = "bank"
+    general = 2
+    bank: Tensor
+    prototypes: Tensor
+
+    def __init__(self, model: nn.Module, k: int = 50):
+        super().__init__(model)
+        check_count(k, "k", low=1)
+        self.k = k
+        self.register_buffer("bank", None)
+        self.register_buffer("prototypes", None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(self, x: Inputs, y: Labels | None = None) -> KNN:
+        """Keep the features of all training images: the one fit whose memory grows with them."""
+        classes = check_fit(x, y)
+        if len(x) < self.k:
+            raise ValueError(f"x must hold at least k = {self.k} samples, got {len(x)}")
+        parts = [(normalize(h), c) for h, c in self.stream(self.model.features, x, y)]
+        self.bank, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        means = self.bank.new_zeros(classes, self.bank.shape[1]).index_add_(0, labels, self.bank)
+        self.prototypes = normalize(means)
+        return self
+
+    def query(self, x: Inputs) -> Float[Tensor, "batch width"]:
+        self.ready()
+        return normalize(self.model.features(x))
+
+    def to_nearest(self, q: Tensor, among: Tensor, k: int) -> Float[Tensor, "batch k"]:
+        """Distances to the k nearest; candidates by product, then each distance without cancellation."""
+        with torch.no_grad():
+            nearest = (q @ among.T).topk(min(k, len(among)), dim=1).indices
+        apart = q[:, None] - among[nearest]
+        return apart.square().sum(2).clamp_min(1e-30).sqrt().sort(1).values
+
+    def score(self, x: Inputs) -> Values:
+        return -self.to_nearest(self.query(x), self.bank, self.k)[:, -1]
+
+    def published(self, x: Inputs) -> Values:
+        return self.score(x)
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """The score and the mean closeness to the k nearest; to raise it, also to each class's mean."""
+        q = self.query(x)
+        all_k = -self.to_nearest(q, self.bank, self.k)
+        columns = [all_k[:, -1], all_k.mean(1)]
+        if direction == "raise":
+            columns += (q @ self.prototypes.T).unbind(1)
+        return signed(torch.stack(columns, 1), direction)
+
+
+class ViM(Detector):
+    r"""Virtual-logit matching, $\mathrm{LSE}(z) - \alpha r$ (Wang et al. 2022, eq. 7).
+
+    $r = \|R^\top (h - o)\|_2$ is the length outside the principal subspace of the training
+    features about $o = -W^+ b$, and $\alpha$ scales its mean to that of the largest output.
+
+    Args:
+        dims: width of the principal subspace; default 1000 of at least 2048 features, 512 of at least
+            1000, else half of them.
+
+    >>> from robustood.models import readout
+    >>> head = torch.eye(2, 3), torch.tensor([0.5, -0.5])
+    >>> o = torch.tensor([-0.5, 0.5, 0])
+    >>> h = o + torch.tensor([[3.0, 0, 0.1], [-3, 0, 0.1], [0, 2, -0.1], [0, -2, -0.1]])
+    >>> vim = ViM(readout(*head), dims=2).fit(h)
+    >>> print(f"{vim.alpha.item():.2f} {vim.published(torch.tensor([[2.0, 1, 0.5]])).item():.5f}")
+    12.50 -3.62307
+    """
+
+    needs = "alpha"
+    general = 3
+    origin: Tensor
+    outside: Tensor
+    alpha: Tensor
+
+    def __init__(self, model: nn.Module, dims: int | None = None):
+        super().__init__(model)
+        if dims is not None:
+            check_count(dims, "dims", low=1)
+        self.dims = dims
+        for name in ("origin", "outside", "alpha"):
+            self.register_buffer(name, None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(self, x: Inputs, y: Labels | None = None) -> ViM:
+        """Two passes over x: the principal subspace, then the scale; labels are not used."""
+        check_fit(x, y, labelled=False)
+        head = self.model.head
+        width = head.in_features
+        dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
+        if dims > width:
+            raise ValueError(f"dims must be at most the {width} features, got {dims}")
+        weight, bias = self.classes(head.weight.T).T.double(), self.classes(head.bias[None])[0]
+        origin = -torch.linalg.pinv(weight) @ bias.double()
+        second = origin.new_zeros(width, width)
+        for h, _ in self.stream(self.model.features, x):
+            own = h.double() - origin
+            second += own.T @ own
+        energy, axes = torch.linalg.eigh(second)
+        if dims < width and energy[: width - dims].sum() <= 1e-12 * energy.sum():
+            raise ValueError(
+                f"the features of x lie in a subspace of {dims} dims, so nothing is left outside; "
+                "take fewer dims"
+            )
+        self.outside = axes[:, : width - dims].to(head.weight)
+        self.origin, self.alpha = origin.to(head.weight), head.weight.new_ones(())
+        total = origin.new_zeros(2)
+        for h, _ in self.stream(self.model.features, x):
+            top = self.of(h)[0].amax(1)
+            total += torch.stack([top.double().sum(), self.residual(h).double().sum()])
+        ratio = total[0] / total[1] if dims < width else origin.new_zeros(())
+        self.alpha = ratio.to(head.weight)
+        return self
+
+    def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Class outputs and the virtual logit of features."""
+        z = self.classes(self.model.head(h))
+        return z, self.alpha * self.residual(h)
+
+    def residual(self, h: Float[Tensor, "batch width"]) -> Values:
+        """$r$; its gradient at 0 is 0."""
+        return ((h - self.origin) @ self.outside).square().sum(1).clamp_min(1e-30).sqrt()
+
+    def score(self, x: Inputs) -> Values:
+        self.ready()
+        z, virtual = self.of(self.model.features(x))
+        return z.logsumexp(1) - virtual
+
+    def published(self, x: Inputs) -> Values:
+        return self.score(x)
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """The score and its two terms; to raise it, also each class output minus the virtual one."""
+        self.ready()
+        z, virtual = self.of(self.model.features(x))
+        energy = z.logsumexp(1)
+        columns = torch.stack([energy - virtual, energy, -virtual], 1)
+        if direction == "raise":
+            return torch.cat([columns, z - virtual[:, None]], 1)
+        return signed(columns, direction)
+
+
+class ReAct(Detector):
+    r"""Energy of clipped features, $\mathrm{LSE}(W \min(h, c) + b)$ (Sun et al. 2021, eq. 3).
+
+    A clipped unit has no gradient, which hides it from a plain attack. The gradient of ``score``
+    passes the clip as if it were not there; ``climbs`` holds both.
+
+    Args:
+        clip: c; None to take it from data.
+        share: the share of training activations below c that :meth:`fit` sets.
+
+    >>> from robustood.models import readout
+    >>> h, head = torch.tensor([[0.5, 4, 1]]), readout([[1.0, 1, 0], [0, 1, 1]])
+    >>> for c in (float("inf"), 1.0):
+    ...     print(f"{ReAct(head, clip=c).published(h).item():.6f}")
+    5.474077
+    2.474077
+    """
+
+    needs = "clip"
+    general = 2
+    clip: Tensor
+
+    def __init__(self, model: nn.Module, clip: float | None = None, share: float = 0.9):
+        super().__init__(model)
+        check_number(share, "share", 0, 1)
+        self.share = share
+        self.register_buffer("clip", None if clip is None else torch.tensor(float(clip)))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(self, x: Inputs, y: Labels | None = None) -> ReAct:
+        """The quantile of all activations, up to a millionth of their range, in two passes."""
+        check_fit(x, y, labelled=False)
+        features = lambda: (h.float() for h, _ in self.stream(self.model.features, x))  # noqa: E731
+        ends = torch.stack([torch.stack(h.aminmax()) for h in features()])
+        low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+        bins, count = 2**20, torch.zeros(2**20, dtype=torch.float64)
+        for h in features():
+            count += torch.histc(h, bins, low, high).cpu().double()
+        below = count.cumsum(0)
+        place = int(torch.searchsorted(below, self.share * below[-1]))
+        self.clip = ends.new_tensor(low + (high - low) * (min(place, bins - 1) + 0.5) / bins)
+        return self
+
+    def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Class outputs of clipped features: with the gradient passed through the clip, and as is."""
+        self.ready()
+        h = self.model.features(x)
+        clipped = h.minimum(self.clip.to(h))
+        through = clipped.detach() + (h - h.detach())  # the values exactly, h's gradient
+        return self.classes(self.model.head(through)), self.classes(self.model.head(clipped))
+
+    def score(self, x: Inputs) -> Values:
+        return self.outputs(x)[0].logsumexp(1)
+
+    def published(self, x: Inputs) -> Values:
+        return self.outputs(x)[1].logsumexp(1)
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """The score with both gradients; to raise it, also each output."""
+        z, clipped = self.outputs(x)
+        columns = torch.stack([z.logsumexp(1), clipped.logsumexp(1)], 1)
+        if direction == "raise":
+            return torch.cat([columns, z], 1)
+        return signed(columns, direction)
+
+
+class GradNorm(Detector):
+    r"""Norm of a gradient, $\|h\|_1 \, \|p - \tfrac1K \mathbf 1\|_1$ (Huang et al. 2021, eq. 5 to 8).
+
+    That is the $\ell_1$ norm of $\partial\,\mathrm{CE}(U, p) / \partial W$ with the mean over classes; no
+    backward pass is needed. The deployed score is its logarithm.
+
+    >>> from robustood.models import readout
+    >>> norm = GradNorm(readout([[1.0, 1, 0], [0, 1, 1]]))
+    >>> print(f"{norm.published(torch.tensor([[0.5, 4, 1]])).item():.6f}")
+    1.347053
+    """
+
+    general = 3
+
+    def factors(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        r"""$\|h\|_1$, $\|p - 1/K\|_1$ and the class outputs."""
+        h = self.model.features(x)
+        z = self.classes(self.model.head(h))
+        return h.abs().sum(1), (z.softmax(1) - 1 / z.shape[1]).abs().sum(1), z
+
+    def logs(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors' logarithms, which stay finite at 0, and the class outputs."""
+        size, peak, z = self.factors(x)
+        tiny = torch.finfo(size.dtype).tiny
+        return size.clamp_min(tiny).log(), peak.clamp_min(tiny).log(), z
+
+    def score(self, x: Inputs) -> Values:
+        size, peak, _ = self.logs(x)
+        return size + peak
+
+    def published(self, x: Inputs) -> Values:
+        size, peak, _ = self.factors(x)
+        return size * peak
+
+    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+        """The two factors apart and together; to raise them, also the log-odds of each class."""
+        size, peak, z = self.logs(x)
+        columns = torch.stack([size + peak, size, peak], 1)
+        if direction == "raise":
+            return torch.cat([columns, size[:, None] + log_odds(z)], 1)
+        return signed(torch.cat([columns, (size + to_uniform(z))[:, None]], 1), direction)

@@ -1,0 +1,37 @@
+r"""What survives an attack on the score: adaptive attacks, the papers' own, and the report.
+
+An attack on a detector searches the perturbation set for the input with the highest score (outliers
+that want to be let in) or the lowest (in-distribution inputs that are to be turned away):
+
+$$\max_{z \in Z} S(\mathrm{apply}(x, z)) \quad\text{or}\quad \min_{z \in Z} S(\mathrm{apply}(x, z)).$$
+
+*Adaptive* means: climb what the detector itself says should be climbed
+(:meth:`robustood.detectors.Detector.climbs`), keep the best by the deployed score, and start more than
+once. The papers' attacks climb surrogates instead; :func:`paper_attack` repeats them, so that both can
+stand side by side. Any attack is a lower bound on the damage.
+"""
+
+from __future__ import annotations
+
+from robustood.evaluate.attack import (
+    PAPERS,
+    Protocol,
+    attack_score,
+    mahalanobis_surrogate,
+    objectives,
+    paper_attack,
+    surrogate,
+)
+from robustood.evaluate.report import (
+    Report,
+    epsilon_curve,
+    four_sides,
+    measure,
+    ood_report,
+    scores,
+)
+
+__all__ = [
+    "PAPERS", "Protocol", "Report", "attack_score", "epsilon_curve", "four_sides",
+    "mahalanobis_surrogate", "measure", "objectives", "ood_report", "paper_attack", "scores", "surrogate",
+]  # fmt: skip

@@ -1,0 +1,197 @@
+"""Attacks on a score: what the detector says should be climbed, and what the papers climb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
+from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
+from robustood.inputs import check_choice, check_count, check_values
+from robustood.models import frozen
+from robustood.perturbations import PerturbationSet
+
+Inputs = Float[Tensor, "batch *shape"]
+
+
+def attack_score(
+    detector: Detector,
+    x: Inputs,
+    within: PerturbationSet,
+    *,
+    direction: Direction,
+    steps: int = 40,
+    restarts: int = 1,
+    targets: int | None = None,
+    rule: Rule | None = None,
+    step_size: float | None = None,
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+) -> Inputs:
+    """Attack the deployed score adaptively: every objective of ``climbs``, best-of by the score.
+
+    Pre-processing, clipping and neighbours are those of the attacked point at each step, because they
+    are part of ``climbs``. A start takes steps + 1 forwards of the detector for each objective.
+
+    Args:
+        detector: fitted where it needs to be; its mode and its network's are restored.
+        x: clean inputs (batch, ...).
+        within: the perturbation set, such as ``Linf(8/255)``.
+        direction: ``"raise"`` for outliers that want to be accepted, ``"lower"`` for in-distribution
+            inputs that are to be rejected.
+        steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
+            is kept.
+        targets: of the objectives that pull towards one class, climb the likeliest on the clean input
+            only; default all of them.
+        rule: default :class:`robustood.attacks.APGD`.
+        batch_size: inputs attacked at one time.
+        generator: source of the random starts; default: a fresh one with seed 0.
+
+    Returns:
+        Perturbed inputs, shaped like x.
+
+    Raises:
+        ValueError: for inputs outside the set's box, or bad settings.
+        RuntimeError: for a detector that is not fitted.
+    """
+    check_values(x, getattr(within, "box", (0, 1)))
+    check_choice(direction, "direction", ("raise", "lower"))
+    check_count(batch_size, "batch_size", low=1)
+    if targets is not None:
+        check_count(targets, "targets")
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    search = partial(
+        maximise, within=within, steps=steps, restarts=restarts, step_size=step_size,
+        rule=rule or APGD(), generator=generator, checked=True,
+    )  # fmt: skip
+    with torch.inference_mode(False), frozen(detector):
+        found = [
+            search(objectives(detector, v, direction, targets), v) for v in x.split(batch_size)
+        ]
+    return torch.cat(found)
+
+
+def objectives(
+    detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
+) -> list[Objective]:
+    """What an adaptive attack climbs in turn, each judged by the deployed score."""
+    with torch.no_grad():
+        clean = detector.climbs(x, direction)
+    general = detector.general if direction == "raise" else clean.shape[1]
+    order = clean[:, general:].argsort(1, descending=True)[:, :targets] + general
+    always = torch.arange(general, device=x.device).expand(len(x), -1)
+    columns = torch.cat([always, order], 1)
+
+    def objective(column: Tensor) -> Objective:
+        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
+            values = detector.climbs(v, direction)
+            return values.gather(1, column)[:, 0], values[:, 0]
+
+        return climb
+
+    return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
+
+
+# --- the papers' own attacks
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Budget of a paper's attack: steps of ``share`` of the radius, and where it starts."""
+
+    steps: int
+    share: float
+    restarts: int
+    keep: Literal["best", "last"]
+
+
+PAPERS = {
+    # 10 steps of eps = 1/255. Its random start is truncated to the 8-bit grid, which leaves zero.
+    "aloe": Protocol(steps=10, share=1.0, restarts=0, keep="last"),
+    # 40 steps of 1/255 at eps = 8/255, from one random start, the best by the surrogate.
+    "atom": Protocol(steps=40, share=1 / 8, restarts=1, keep="best"),
+}
+
+
+def paper_attack(
+    detector: Detector,
+    x: Inputs,
+    within: PerturbationSet,
+    *,
+    direction: Direction,
+    paper: Literal["aloe", "atom"],
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+) -> Inputs:
+    """Attack as the code of ALOE (Chen et al. 2020) or ATOM (Chen et al. 2021) does.
+
+    Step sizes scale with the radius from the papers' own, 1/255 and 8/255; the rounding to 8 bits is left
+    out. ATOM attacks outliers only; its surrogate for the other side is the negative one.
+
+    Args:
+        detector, x, within, direction, batch_size, generator: as in :func:`attack_score`.
+        paper: whose surrogate, steps, starts and choice of iterate.
+    """
+    check_choice(paper, "paper", tuple(PAPERS))
+    check_choice(direction, "direction", ("raise", "lower"))
+    check_values(x, getattr(within, "box", (0, 1)))
+    plan, climbed = PAPERS[paper], surrogate(detector, direction, paper)
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    found = []
+    with torch.inference_mode(False), frozen(detector):
+        for part in x.split(batch_size):
+            moved = maximise(
+                climbed, part, within, steps=plan.steps, step_size=plan.share * within.radius,
+                restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator, checked=True,
+            )  # fmt: skip
+            if plan.keep == "best":  # the clean image competes, and wins ties
+                with torch.no_grad():
+                    gained = climbed(moved) > climbed(part)
+                moved = torch.where(gained.view(-1, *[1] * (part.ndim - 1)), moved, part)
+            found.append(moved)
+    return torch.cat(found)
+
+
+def surrogate(
+    detector: Detector, direction: Direction, paper: Literal["aloe", "atom"]
+) -> Callable[[Tensor], Tensor]:
+    r"""What the papers' code climbs in place of the score.
+
+    For a reject class, $\log F_{K+1}$ down (or up). For Mahalanobis with a logistic regression, the
+    cross-entropy of $(1 - \pi, \pi)$ *taken as logits*, $\pi = \sigma(t)$, without the input step. For
+    all other detectors the softmax's: ALOE lowers the entropy of outliers, ATOM raises
+    $\ell_{OE} = \mathrm{LSE}(z) - \bar z$ of them, and both lower $\ell_{OE}$ of in-distribution inputs.
+    """
+    up = direction == "raise"
+    if isinstance(detector, RejectClass):
+
+        def reject(x: Tensor) -> Tensor:
+            log_f = detector.model(x).log_softmax(1)[:, detector.model.classes :].logsumexp(1)
+            return -log_f if up else log_f
+
+        return reject
+    if isinstance(detector, Mahalanobis) and detector.weight is not None:
+        return lambda x: mahalanobis_surrogate(detector.plain(x), up)
+    if up and paper == "aloe":
+        log_p = lambda x: detector.logits(x).log_softmax(1)  # noqa: E731
+        return lambda x: ((p := log_p(x)).exp() * p).sum(1)
+    sign = 1 if up else -1
+    return lambda x: sign * to_uniform(detector.logits(x))
+
+
+def mahalanobis_surrogate(t: Float[Tensor, " batch"], up: bool) -> Float[Tensor, " batch"]:
+    r"""Cross-entropy of $(1 - \pi, \pi)$ fed as logits, with $\pi = 1 / (1 + e^{-t})$ by hand, as released.
+
+    In float32 its gradient in t is 0 below about -52 and NaN below about -89: an attack on a confident
+    in-distribution input does nothing.
+    """
+    pi = 1 / (1 + torch.exp(-t))
+    label = torch.full_like(t, float(up)).long()
+    return cross_entropy(torch.stack([1 - pi, pi], 1), label, reduction="none")

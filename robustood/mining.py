@@ -1,0 +1,135 @@
+r"""Which outliers matter: those that the network finds hardest to tell from its classes.
+
+Before an epoch the whole pool is scored, sorted from the most in-distribution-like, the hardest share
+q is left out, because some of it may *be* in-distribution, and the next n are kept (Chen et al. 2021,
+section 3 and algorithm 1): ranks $[\lfloor qN \rfloor, \lfloor qN \rfloor + n)$ of N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from robustood.data import Data, pixels
+from robustood.inputs import check_choice, check_count, check_number
+from robustood.models import frozen
+
+Margins = Float[Tensor, " pool"]
+
+
+@torch.no_grad()
+def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
+    r"""How in-distribution-like each image looks, in eval mode; higher is harder.
+
+    With reject outputs the log-odds $\mathrm{LSE}(z_{1..K}) - \mathrm{LSE}(z_{K+1..})$, which orders as
+    $1 - F_{K+1}$ does where that rounds to one number. Without them the largest log-odds of a class.
+
+    Args:
+        pool: images (pool, ...), floats in [0, 1] or 8-bit.
+    """
+    classes = getattr(model, "classes", None)
+    reject = getattr(model, "reject", 0)
+    device = next(model.parameters()).device
+    with frozen(model):
+        z = torch.cat([model(pixels(part.to(device))) for part in pool.split(batch_size)])
+    if reject:
+        return z[:, :classes].logsumexp(1) - z[:, classes:].logsumexp(1)
+    top = z.topk(2, dim=1)
+    rest = z.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(1)
+    return top.values[:, 0] - rest
+
+
+def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
+    """Indices of the n hardest outliers after the hardest share q, hardest first.
+
+    Deterministic: equal margins keep the order of the pool.
+
+    Args:
+        pool: images (N, ...), floats in [0, 1] or 8-bit.
+        n: how many to keep.
+        q: share of the pool to leave out at the hard end.
+
+    Raises:
+        ValueError: if q + n/N is above 1: there would be too few.
+    """
+    check_window(n, q, len(pool))
+    first = int(q * len(pool))
+    return margins(model, pool).argsort(descending=True, stable=True)[first : first + n]
+
+
+def check_window(n: int, q: float, pool: int) -> None:
+    """Refuse a window that does not fit into the pool."""
+    check_count(n, "n", low=1)
+    check_number(q, "q", 0, 1)
+    if int(q * pool) + n > pool:
+        raise ValueError(
+            f"q + n/N must be at most 1, got {q:g} + {n}/{pool}; take q of at most "
+            f"{max(0.0, 1 - n / pool):.3g}, fewer outliers n, or a larger pool"
+        )
+
+
+def contamination(margins_in: Margins, margins_pool: Margins) -> float:
+    r"""Estimated share of the pool that is in-distribution.
+
+    Half of an in-distribution sample lies above its median margin, and next to no other image if the
+    network is any good: $\hat c = 2\, \Pr_{pool}[m \ge \mathrm{median}_{in}(m)]$, at most 1. Outliers
+    above the median make it too large, which is the safe side for q.
+
+    Args:
+        margins_in: of held-out in-distribution images.
+        margins_pool: of the pool, by the same network.
+    """
+    return min(1.0, 2 * float((margins_pool >= margins_in.median()).double().mean()))
+
+
+@dataclass(frozen=True)
+class Mining:
+    """The rule as a part of an objective: called before each epoch.
+
+    Attributes:
+        q: share left out at the hard end; ``"auto"`` takes :func:`contamination`, measured on
+            ``data.val`` each epoch.
+        share: n/N; the papers take a quarter. The mined images are repeated to fill the epoch.
+        sample: score a fresh random part of the pool of this size only; None for all of it.
+    """
+
+    q: float | Literal["auto"] = 0.125
+    share: float = 0.25
+    sample: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.share, "share", 1e-9, 1)
+        if isinstance(self.q, str):
+            check_choice(self.q, "q", ("auto",))
+        else:
+            check_number(self.q, "q", 0, 1)
+            if self.q + self.share > 1 + 1e-12:
+                raise ValueError(
+                    f"q + share must be at most 1, got {self.q:g} + {self.share:g}; lower one of them"
+                )
+        if self.sample is not None:
+            check_count(self.sample, "sample", low=1)
+
+    def __call__(self, model: nn.Module, data: Data, generator: torch.Generator) -> Data:
+        """The data with the mined outliers, and notes on the pool for the run's log."""
+        pool = data.outliers
+        if self.sample is not None and self.sample < len(pool):
+            order = torch.randperm(len(pool), generator=generator, device=generator.device)
+            pool = pool[order[: self.sample].to(pool.device)]
+        m, n = margins(model, pool), max(1, int(self.share * len(pool)))
+        q = self.q
+        if isinstance(q, str):
+            q = min(contamination(margins(model, data.val.x), m), 1 - n / len(pool))
+        check_window(n, q, len(pool))
+        first = int(q * len(pool))
+        kept = m.argsort(descending=True, stable=True)[first : first + n]
+        notes = {
+            "pool": len(pool), "mined": n, "q": q, "pool margin": float(m.mean()),
+            "pool easy": float((m < -5).double().mean()), "mined hardest": float(m[kept[0]]),
+            "mined easiest": float(m[kept[-1]]),
+        }  # fmt: skip
+        return replace(data, outliers=pool[kept.to(pool.device)], notes={**data.notes, **notes})

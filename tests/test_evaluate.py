@@ -1,0 +1,405 @@
+"""Attacks on scores against closed forms and surrogates; reports against the scores behind them."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustood import metrics
+from robustood.attacks import APGD, Ascent, frozen
+from robustood.data import digits
+from robustood.detectors import (
+    KNN,
+    MSP,
+    ODIN,
+    Energy,
+    Mahalanobis,
+    MaxLogit,
+    RejectClass,
+    post_hoc,
+    to_uniform,
+)
+from robustood.evaluate import (
+    Report,
+    attack_score,
+    epsilon_curve,
+    four_sides,
+    mahalanobis_surrogate,
+    measure,
+    objectives,
+    ood_report,
+    paper_attack,
+    scores,
+    surrogate,
+)
+from robustood.models import readout, small_cnn
+from robustood.objectives import Standard
+from robustood.perturbations import L2, Linf
+from robustood.training import fit
+
+
+@pytest.fixture(scope="module")
+def book():
+    return digits()
+
+
+@pytest.fixture(scope="module")
+def net(book):
+    model = small_cnn()
+    fit(model, Standard(), book, epochs=12, batch_size=64)
+    return model
+
+
+@pytest.fixture(scope="module")
+def zoo(net, book):
+    x, y = book.train.x, book.train.y
+    layers = Mahalanobis(net, "all").fit(x, y).combine(book.val.x, book.outliers[::10])
+    more = {"layers": layers, "step": Mahalanobis(net, step=0.005).fit(x, y)}
+    return post_hoc(net, x, y) | more
+
+
+NAMES = ["MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",
+         "GradNorm", "layers", "step"]  # fmt: skip
+each_detector = pytest.mark.parametrize("name", NAMES)
+both_directions = pytest.mark.parametrize("direction", ["raise", "lower"])
+
+
+# --- the adaptive attack
+
+
+@pytest.mark.parametrize(("within", "dual"), [(Linf(0.03), 1), (L2(0.1), 2)], ids=["linf", "l2"])
+def test_a_linear_score_moves_by_radius_times_dual_norm(within, dual):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(3, 16, generator=generator)
+    model, x = readout(weight), 0.5 + 0.1 * torch.rand(20, 1, 4, 4, generator=generator)
+    clean = model(x).detach()
+    best = (clean + within.radius * weight.norm(dual, dim=1)).amax(1)
+    moved = attack_score(MaxLogit(model), x, within, direction="raise", steps=20)
+    assert torch.allclose(MaxLogit(model).score(moved), best, atol=1e-4)
+    shared = readout(weight[:1].expand(3, -1).contiguous(), torch.tensor([0.0, 1.0, 2.0]))
+    moved = attack_score(MaxLogit(shared), x, within, direction="lower", steps=20)
+    worst = clean[:, 0] + 2 - within.radius * weight[0].norm(dual)
+    assert torch.allclose(MaxLogit(shared).score(moved), worst, atol=1e-4)
+
+
+def test_a_reject_class_is_pulled_both_ways_in_closed_form():
+    weight = torch.tensor([[1.0, -2, 0.5], [1.0, -2, 0.5], [0.0, 1, 1]])
+    detector, x = RejectClass(readout(weight, reject=1)), torch.full((4, 3), 0.5)
+    gap = 0.1 * (weight[0] - weight[2]).abs().sum()
+    for direction, sign in (("raise", 1), ("lower", -1)):
+        moved = attack_score(detector, x, Linf(0.1), direction=direction, steps=10)
+        wanted = detector.score(x) + sign * gap
+        assert torch.allclose(detector.score(moved), wanted, atol=1e-5)
+
+
+@each_detector
+@both_directions
+def test_no_attack_leaves_the_set_or_makes_its_own_score_worse(zoo, book, name, direction):
+    x = book.ood["letters"][:24] if direction == "raise" else book.test.x[:24]
+    sign, detector = (1 if direction == "raise" else -1), zoo[name]
+    moved = attack_score(detector, x, Linf(0.1), direction=direction, steps=8, restarts=2)
+    assert (moved - x).abs().max() <= 0.1 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    gain = sign * (scores(detector, moved) - scores(detector, x))
+    assert gain.min() >= -1e-5 * np.abs(scores(detector, x)).max()
+    assert np.mean(gain > 0) > 0.9
+
+
+@each_detector
+def test_radius_zero_is_the_identity(zoo, book, name):
+    x = book.ood["patches"][:5]
+    assert torch.equal(attack_score(zoo[name], x, Linf(0.0), direction="raise", steps=3), x)
+
+
+def mean_gain(detector, x, **how):
+    moved = attack_score(detector, x, Linf(0.1), direction="raise", **how)
+    return float(np.mean(scores(detector, moved) - scores(detector, x)))
+
+
+def test_more_steps_restarts_and_targets_are_no_weaker(zoo, book):
+    x = book.ood["letters"][:40]
+    for name in ("MSP", "KNN", "ODIN"):
+        gain = partial(mean_gain, zoo[name], x)
+        assert gain(steps=25) >= gain(steps=3) - 0.01
+        assert gain(steps=10, restarts=3) >= gain(steps=10, restarts=1) - 1e-6
+        some, more = gain(steps=10, targets=0), gain(steps=10, targets=3)
+        assert gain(steps=10) >= some - 0.01 and more >= some - 0.01
+
+
+def test_the_likeliest_targets_are_climbed_first(net, book):
+    detector, x = MSP(net), book.ood["noise"][:6]
+    with torch.no_grad():
+        columns = detector.climbs(x)
+        order = columns[:, 1:].argsort(1, descending=True)
+        found = objectives(detector, x, "raise", targets=2)
+        assert len(found) == 3
+        assert torch.equal(found[0](x)[0], columns[:, 0])
+        for j in (0, 1):
+            climb, judge = found[1 + j](x)
+            assert torch.equal(climb, columns[:, 1:].gather(1, order[:, [j]])[:, 0])
+            assert torch.equal(judge, detector.score(x))
+        assert len(objectives(detector, x, "lower", targets=0)) == 2
+
+
+@both_directions
+def test_batches_do_not_matter_without_random_starts(zoo, book, direction):
+    how = {"within": Linf(0.1), "direction": direction, "steps": 6, "restarts": 0}
+    x = book.test.x[:10]
+    for name in ("Energy", "Mahalanobis", "KNN"):
+        whole = attack_score(zoo[name], x, **how)
+        parts = attack_score(zoo[name], x, batch_size=3, **how)
+        assert torch.allclose(whole, parts, atol=1e-5), name
+
+
+def test_nothing_else_moves(book):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    )
+    model.train()
+    detector = MSP(model)
+    state = {k: v.clone() for k, v in detector.state_dict().items()}
+    rng = torch.get_rng_state()
+    with torch.inference_mode():
+        attack_score(detector, book.test.x[:8], Linf(0.1), direction="lower", steps=3)
+    with torch.no_grad():
+        paper_attack(detector, book.test.x[:8], Linf(0.1), direction="lower", paper="atom")
+        ood_report(detector, book.test.x[:8], {"a": book.ood["noise"][:8]})
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in detector.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_apgd_is_the_default_and_another_rule_may_be_chosen(zoo, book):
+    x = book.ood["letters"][:20]
+    how = {"within": Linf(0.1), "direction": "raise", "steps": 10}
+    own = attack_score(zoo["Energy"], x, **how)
+    assert torch.equal(own, attack_score(zoo["Energy"], x, rule=APGD(), **how))
+    assert not torch.equal(own, attack_score(zoo["Energy"], x, rule=Ascent(), **how))
+
+
+# --- the papers' attacks
+
+
+def test_surrogates_are_the_papers_formulas(net, zoo, book):
+    x = book.ood["letters"][:9]
+    z = net(x).detach()
+    p = z.softmax(1)
+    assert torch.allclose(surrogate(MSP(net), "raise", "aloe")(x), (p * p.log()).sum(1), atol=1e-5)
+    for paper in ("aloe", "atom"):
+        assert torch.allclose(surrogate(ODIN(net), "lower", paper)(x), -to_uniform(z), atol=1e-5)
+    assert torch.allclose(surrogate(Energy(net), "raise", "atom")(x), to_uniform(z), atol=1e-5)
+    reject = small_cnn(reject=1)
+    log_f = reject(x).log_softmax(1)[:, -1]
+    assert torch.allclose(surrogate(RejectClass(reject), "raise", "atom")(x), -log_f, atol=1e-5)
+    assert torch.allclose(surrogate(RejectClass(reject), "lower", "atom")(x), log_f, atol=1e-5)
+    t = zoo["layers"].plain(x)
+    pi = torch.sigmoid(t)
+    for direction, label in (("raise", 1), ("lower", 0)):
+        wanted = torch.logsumexp(torch.stack([1 - pi, pi]), 0) - (pi if label else 1 - pi)
+        assert torch.allclose(surrogate(zoo["layers"], direction, "aloe")(x), wanted, atol=1e-5)
+
+
+def test_alOE_starts_at_the_clean_image_and_keeps_the_last_iterate(net, book):  # noqa: N802
+    x = book.ood["letters"][:6]
+    detector = MSP(net)
+    moved = paper_attack(detector, x, Linf(0.1), direction="raise", paper="aloe")
+    z = x.clone()
+    with frozen(net):
+        for _ in range(10):
+            z = z.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(surrogate(detector, "raise", "aloe")(z).sum(), z)
+            z = torch.clamp(x + (z + 0.1 * grad.sign() - x).clamp(-0.1, 0.1), 0, 1)
+    assert torch.allclose(moved, z, atol=1e-6)
+
+
+def test_atom_never_returns_less_than_the_clean_image_by_its_own_loss(net, book):
+    x, detector = book.ood["patches"][:30], MSP(net)
+    loss = surrogate(detector, "raise", "atom")
+    moved = paper_attack(detector, x, Linf(0.1), direction="raise", paper="atom")
+    assert (loss(moved) >= loss(x) - 1e-6).all() and (loss(moved) > loss(x)).any()
+
+
+def test_the_released_mahalanobis_loss_has_no_gradient_where_the_detector_is_sure():
+    t = torch.tensor([-100.0, -60.0, -17.0, 0.0, 20.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(mahalanobis_surrogate(t, up=False).sum(), t)
+    assert grad[0].isnan() and grad[1] == 0
+    assert (grad[2:] > 0).all()
+
+
+def test_an_attack_that_the_released_loss_cannot_make():
+    """A quadratic score whose regression logit lies near -60: the released attack moves nothing."""
+    generator = torch.Generator().manual_seed(5)
+    y = torch.arange(400) % 2
+    x = (0.35 + 0.3 * y[:, None] + 0.02 * torch.randn(400, 8, generator=generator)).clamp(0, 1)
+    detector = Mahalanobis(readout(torch.eye(8)), "all").fit(x, y)
+    detector.weight, detector.bias = torch.tensor([-1.0]), torch.tensor(-70.0)
+    within = Linf(0.05)
+    t = detector.plain(x)
+    assert (t < -52).all() and (t > -88).all()
+    paper = paper_attack(detector, x, within, direction="lower", paper="aloe")
+    assert torch.equal(paper, x)
+    own = attack_score(detector, x, within, direction="lower", steps=10)
+    assert (detector.score(own) < detector.score(x) - 1).all()
+
+
+@pytest.mark.parametrize("paper", ["aloe", "atom"])
+@pytest.mark.parametrize("name", ["MSP", "Mahalanobis", "KNN", "ViM", "layers"])
+@both_directions
+def test_the_adaptive_attack_is_at_least_as_strong_as_the_papers(zoo, book, name, paper, direction):
+    inside, outside = book.test.x[:60], book.ood["letters"][:60]
+    x = outside if direction == "raise" else inside
+    how = {"within": Linf(0.05), "direction": direction}
+    left = [
+        attack_score(zoo[name], x, steps=25, **how),
+        paper_attack(zoo[name], x, paper=paper, **how),
+    ]
+    s = [scores(zoo[name], v) for v in left]
+    still = scores(zoo[name], inside if direction == "raise" else outside)
+    own, other = [
+        metrics.auroc(still, v) if direction == "raise" else metrics.auroc(v, still) for v in s
+    ]
+    assert own <= other + 0.005
+
+
+# --- reports
+
+
+@pytest.fixture(scope="module")
+def sets(book):
+    return book.test.x[:50], {name: x[:40] for name, x in book.ood.items()}
+
+
+def test_rows_are_the_metrics_of_the_scores(net, sets):
+    x_in, x_out = sets
+    report = ood_report(Energy(net), x_in, x_out, Linf(0.05), side="both", steps=5, tpr=0.9)
+    clean, came = report.scores["in (clean)"], report.scores["in"]
+    assert np.allclose(clean, scores(Energy(net), x_in))
+    assert (came <= clean + 1e-6).all()
+    for name, x in x_out.items():
+        row, out = report[name], report.scores[name]
+        assert (out >= scores(Energy(net), x) - 1e-6).all()
+        assert float(row["auroc"]) == metrics.auroc(came, out)
+        fixed, moved = metrics.threshold_at_tpr(clean, 0.9), metrics.threshold_at_tpr(came, 0.9)
+        assert float(row["fpr"]) == np.mean(out >= fixed)
+        assert float(row["fpr_attacked"]) == np.mean(out >= moved)
+        assert float(row["rejected"]) == pytest.approx(np.mean(came < fixed))
+        assert row["rejected"].low <= row["rejected"].value <= row["rejected"].high
+        assert (row["n_in"], row["n_out"]) == (50, 40)
+        assert row["detection_error"] == metrics.detection_error(came, out)
+    assert report.mean("auroc") == np.mean([float(report[name]["auroc"]) for name in x_out])
+    with pytest.raises(KeyError, match="letters"):
+        report["lettres"]
+
+
+def test_each_attacked_side_lowers_auroc(zoo, sets):
+    x_in, x_out = sets
+    for name in ("MSP", "Mahalanobis"):
+        sides = four_sides(zoo[name], x_in, x_out, Linf(0.05), steps=8)
+        value = {side: report.mean("auroc") for side, report in sides.items()}
+        assert value["none"] > value["in"] > value["both"]
+        assert value["none"] > value["out"] > value["both"]
+        alone = ood_report(zoo[name], x_in, x_out, Linf(0.05), side="both", steps=8)
+        assert alone.rows == sides["both"].rows
+
+
+def test_a_report_goes_through_json(net, sets, tmp_path):
+    report = ood_report(MSP(net), *sets)
+    text = report.to_json(tmp_path / "report.json")
+    again = Report.from_json((tmp_path / "report.json").read_text("utf-8"))
+    assert again == report and again.to_json() == text
+    assert report.settings["attack"] == "none"
+
+
+def test_a_report_shows_itself_and_escapes_names(net, sets):
+    report = ood_report(MSP(net), sets[0], {"<b>": sets[1]["noise"]})
+    assert "&lt;b&gt;" in report._repr_html_() and "<b>" not in report._repr_html_()
+    lines = str(report).splitlines()
+    assert lines[0].startswith("outliers") and lines[1].startswith("<b>") and len(lines) == 2
+    assert f"{float(report['<b>']['auroc']):.3f} [" in lines[1]
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_report_that_was_interrupted_goes_on(net, sets, tmp_path):
+    calls = []
+
+    def attack(detector, x, within, *, direction, generator):
+        if len(calls) == 4:
+            raise StopError
+        calls.append(len(x))
+        return attack_score(detector, x, within, direction=direction, steps=3, generator=generator)
+
+    how = {"within": Linf(0.1), "side": "both", "batch_size": 16}
+    run = partial(ood_report, MSP(net), *sets, attack=attack, **how)
+    whole = ood_report(MSP(net), *sets, attack=attack_score, steps=3, **how)
+    with pytest.raises(StopError):
+        run(run_dir=tmp_path)
+    calls[:] = [0, 0, 0, 0, 0]  # lets every further call through
+    resumed = run(run_dir=tmp_path)
+    assert len(calls) == 5 + 4 + 3 * 3 - 4  # four of 13 batches were kept
+    assert all(np.array_equal(resumed.scores[k], whole.scores[k]) for k in whole.scores)
+    done = len(calls)
+    run(run_dir=tmp_path)
+    assert len(calls) == done
+    with pytest.raises(ValueError, match=r"run_dir .* holds a report with seed = 0, not 1"):
+        run(run_dir=tmp_path, seed=1)
+    with pytest.raises(ValueError, match="content"):
+        ood_report(MSP(small_cnn(seed=5)), *sets, attack=attack, run_dir=tmp_path, **how)
+
+
+def test_a_curve_starts_clean_and_never_rises(net, sets):
+    x_in, x_out = sets
+    radii = [0.0, 0.02, 0.05, 0.1, 0.2]
+    rows = epsilon_curve(MSP(net), x_in, x_out["letters"], Linf(0.1), radii, steps=4, targets=1)
+    values = [float(row["auroc"]) for row in rows]
+    assert [row["eps"] for row in rows] == radii
+    assert values[0] == float(ood_report(MSP(net), x_in, x_out)["letters"]["auroc"])
+    assert all(a >= b for a, b in zip(values, values[1:])) and values[-1] < 0.1
+    assert float(rows[-1]["fpr"]) > 0.9 and float(rows[-1]["rejected"]) > 0.9
+
+
+def test_measure_with_closed_form_thresholds():
+    clean, came, out = np.arange(100.0), np.arange(100.0) - 50, np.arange(100.0) - 30
+    row = measure(clean, came, out)
+    assert float(row["fpr"]) == np.mean(out >= 5)
+    assert float(row["fpr_attacked"]) == np.mean(out >= -45)
+    assert float(row["rejected"]) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda n, x: attack_score(MSP(n), x + 1, Linf(0.1), direction="raise"), "outside"),
+        (
+            lambda n, x: attack_score(MSP(n), x, Linf(0.1), direction="up"),
+            "direction must be one of",
+        ),
+        (lambda n, x: attack_score(MSP(n), x, Linf(0.1), direction="raise", targets=-1), "targets"),
+        (
+            lambda n, x: attack_score(MSP(n), x, Linf(0.1), direction="raise", batch_size=0),
+            "batch_size",
+        ),
+        (
+            lambda n, x: paper_attack(MSP(n), x, Linf(0.1), direction="raise", paper="pgd"),
+            "paper must",
+        ),
+        (lambda n, x: ood_report(MSP(n), x, {}), "x_out is empty"),
+        (lambda n, x: ood_report(MSP(n), x, {"a": x}, side="both"), "within is missing"),
+        (lambda n, x: ood_report(MSP(n), x, {"a": x * torch.nan}), r"x_out\['a'\] contains NaN"),
+        (lambda n, x: ood_report(MSP(n), x, {"a": x}, side="ood"), "side must be one of"),
+        (lambda n, x: ood_report(MSP(n), x, {"a": x}, tpr=1.5), "tpr must be"),
+        (lambda n, x: epsilon_curve(MSP(n), x, x, Linf(0.1), [0.1, 0.0]), "radii must be"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_bad_input_is_refused(net, book, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(net, book.test.x[:8])
+
+
+def test_a_detector_that_is_not_fitted_is_refused(net, book):
+    with pytest.raises(RuntimeError, match="KNN is not fitted"):
+        attack_score(KNN(net), book.test.x[:4], Linf(0.1), direction="raise")

@@ -18,7 +18,7 @@ from robustood.data import Data, pixels
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.models import frozen
 
-Margins = Float[Tensor, " pool"]
+Margins = Float[Tensor, " _"]
 
 
 @torch.no_grad()

@@ -8,13 +8,15 @@ many reject outliers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -279,3 +281,85 @@ def adapt(
     if head not in names:
         raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
     return Adapted(module, head, reject, normalise)
+
+
+class Mixture(nn.Module):
+    r"""Density of a mixture of isotropic Gaussians in given coordinates, all of it trainable.
+
+    Args:
+        axes: (inputs, width), coordinates $x^\top A$ of the metric.
+        centres: (components, width).
+        scales: (components,), standard deviations.
+    """
+
+    axes: Tensor
+
+    def __init__(self, axes: Tensor, centres: Tensor, scales: Tensor):
+        super().__init__()
+        self.register_buffer("axes", axes)
+        self.centres = nn.Parameter(centres.clone())
+        self.log_scales = nn.Parameter(scales.log())
+        self.log_shares = nn.Parameter(torch.zeros_like(scales))
+
+    def forward(self, x: Tensor) -> Float[Tensor, " batch"]:
+        """Log-density, up to the constant of the metric."""
+        apart = ((x.flatten(1) @ self.axes)[:, None] - self.centres).square().sum(2)
+        width = self.centres.shape[1]
+        bumps = -apart / (2 * (2 * self.log_scales).exp()) - width * self.log_scales
+        return (bumps + self.log_shares.log_softmax(0)).logsumexp(1)
+
+
+class DensityGuarded(nn.Module):
+    r"""A classifier that returns to the uniform distribution where no training data lie.
+
+    $p(y \mid x) = \frac{F_y(x)\, p_{in}(x) + \lambda\, p_{out}(x) / K}{p_{in}(x) + \lambda\, p_{out}(x)}$ (Meinke and
+    Hein 2020, eq. 5), in log space; the outputs are $\log p(y \mid x)$. Made by :func:`guarded`.
+    """
+
+    reject = 0
+
+    def __init__(self, base: Classifier, inside: Mixture, outside: Mixture, weight: float = 1.0):
+        super().__init__()
+        self.base, self.inside, self.outside = base, inside, outside
+        self.weight, self.classes = weight, base.classes
+
+    def forward(self, x: Tensor) -> Float[Tensor, "batch classes"]:
+        log_in = self.inside(x)[:, None]
+        log_out = self.outside(x)[:, None] + math.log(self.weight)
+        both = torch.logaddexp(log_in, log_out)
+        flat = log_out - math.log(self.classes)
+        return torch.logaddexp(self.base(x).log_softmax(1) + log_in, flat) - both
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The network at the run's learning rate, the densities at a hundredth of it."""
+        densities = [*self.inside.parameters(), *self.outside.parameters()]
+        return [{"params": [*self.base.parameters()]}, {"params": densities, "scale": 0.01}]
+
+
+def guarded(
+    base: Classifier, x: Tensor, outliers: Tensor, components: int = 20, seed: int = 0
+) -> DensityGuarded:
+    """Guard a classifier by two mixtures, set up by k-means in the PCA coordinates of x.
+
+    Args:
+        base: the network.
+        x, outliers: training images of both sides.
+        components: of each mixture; the paper takes 100.
+        seed: of k-means.
+    """
+    check_count(components, "components", low=1)
+    flat = x.flatten(1).double()
+    _, values, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    spread = values / math.sqrt(len(x))
+    # Directions without variance would have no scale; they get the smallest that counts.
+    whitened = (axes / spread.clamp_min(0.05 * float(spread[0]))[:, None]).T.float()
+
+    def mixture(images: Tensor) -> Mixture:
+        points = images.flatten(1) @ whitened
+        found = KMeans(components, n_init=1, random_state=seed).fit(points.numpy())
+        centres = torch.tensor(found.cluster_centers_, dtype=points.dtype)
+        typical = torch.cdist(points, centres).amin(1).square().mean().sqrt()
+        scale = typical / math.sqrt(points.shape[1])
+        return Mixture(whitened, centres, scale.expand(components).clone())
+
+    return DensityGuarded(base, mixture(x), mixture(outliers))

@@ -26,7 +26,7 @@ from robustood.data import Batch, Data
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
-from robustood.models import batch_statistics, frozen
+from robustood.models import DensityGuarded, batch_statistics, frozen
 from robustood.perturbations import Ball, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -336,3 +336,99 @@ def RobustMining(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> O
 def best_of(within: Set, steps: int) -> Attacked:
     """An inner maximum that keeps the best iterate."""
     return within if isinstance(within, Attacked) else Attacked(within, steps=steps, keep="best")
+
+
+@dataclass(frozen=True)
+class SOFL:
+    r"""Self-supervised outlier classes (Mohseni et al. 2020), for a network with R reject outputs.
+
+    First plain cross-entropy on the classes; then $\mathrm{CE}(x, y) + \lambda\,\mathrm{CE}(u, \hat r)$, where
+    $\hat r$ is the network's own answer if it is a reject output and a random reject output if not.
+
+    Attributes:
+        weight: $\lambda$ on the mean over a step's outliers.
+        start: share of the training before outliers are used; half, as in the papers' 100 + 100 epochs.
+    """
+
+    weight: float = 5.0
+    start: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(self.weight, "weight", 0)
+        check_number(self.start, "start", 0, 1)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+        if batch.progress < self.start or batch.outliers is None:
+            return cross_entropy(model(batch.x), batch.y)
+        classes, rejects = reject_outputs(model)
+        z = model(torch.cat([batch.x, batch.outliers]))
+        z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
+        answer = z_out.argmax(1)
+        how: dict[str, Any] = {"device": z.device, "generator": batch.generator}
+        drawn = torch.randint(classes, classes + rejects, answer.shape, **how)
+        pseudo = torch.where(answer >= classes, answer, drawn)
+        return cross_entropy(z_in, batch.y) + self.weight * cross_entropy(z_out, pseudo)
+
+
+def reject_outputs(model: nn.Module) -> tuple[int, int]:
+    """Numbers of classes and of reject outputs, of which there must be some."""
+    rejects = int(getattr(model, "reject", 0))
+    if not rejects:
+        raise ValueError("model has no reject output; build it with reject=1")
+    return int(model.classes), rejects  # ty: ignore
+
+
+@dataclass(frozen=True)
+class ROWL:
+    r"""Robust open-world learning (Sehwag et al. 2019): one more class, everything attacked.
+
+    Outliers are class K + 1. The mean of the clean cross-entropy and that of inputs pushed towards a random
+    wrong one of the K + 1 classes, each with its own label. The papers' code gives it only 5,000 outliers.
+
+    Attributes:
+        inner: set of the targeted attack, an :class:`Attacked` for full control.
+        steps: where ``inner`` is a set or a number.
+    """
+
+    inner: Attacked | PerturbationSet | float
+    steps: int = 5
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+        classes, _ = reject_outputs(model)
+        if batch.outliers is None:
+            raise ValueError("data.outliers is empty; this objective learns from outliers")
+        x = torch.cat([batch.x, batch.outliers])
+        y = torch.cat([batch.y, torch.full_like(batch.outliers[:, 0, 0, 0], classes).long()])
+        how: dict[str, Any] = {"device": x.device, "generator": batch.generator}
+        wrong = (y + torch.randint(1, classes + 1, y.shape, **how)) % (classes + 1)
+        inner = self.inner if isinstance(self.inner, Attacked) else Attacked(self.inner, self.steps)
+        toward = lambda v: -attacks.cross_entropy(model(v), wrong)  # noqa: E731
+        moved = inner.worst(model, x, toward, batch.generator, batch.progress)
+        return cross_entropy(model(torch.cat([x, moved])), torch.cat([y, y]))
+
+
+@dataclass(frozen=True)
+class CCU:
+    r"""Certified certain uncertainty (Meinke and Hein 2020, eq. 8), for :class:`~robustood.models.DensityGuarded`.
+
+    $\tfrac12(-\log p(y \mid x) - \log p_{in}(x)) + \tfrac{\lambda}{2}(\ell_{OE}(u) - \log p_{out}(u))$ with the
+    guarded posterior, all four averaged. The densities learn too, at a rate of their own. The code of ATOM
+    trains this and then scores the bare network.
+
+    Attributes:
+        weight: $\lambda$.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.weight, "weight", 0)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+        if not isinstance(model, DensityGuarded):
+            raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
+        if batch.outliers is None:
+            raise ValueError("data.outliers is empty; this objective learns from outliers")
+        inside = cross_entropy(model(batch.x), batch.y) - model.inside(batch.x).mean()
+        outside = to_uniform(model(batch.outliers)).mean() - model.outside(batch.outliers).mean()
+        return 0.5 * inside + 0.5 * self.weight * outside

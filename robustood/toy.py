@@ -319,3 +319,112 @@ def _bin_masses(dist: TsiprasDistribution, eps: float, bins: int) -> tuple[np.nd
     return np.concatenate(
         [dist.p * up, (1 - dist.p) * up, (1 - dist.p) * down, dist.p * down]
     ), steps
+
+
+@dataclass(frozen=True)
+class GaussianOutliers:
+    r"""Which outliers a linear detector should learn from, in closed form (after Chen et al. 2021, section 5).
+
+    In-distribution inputs are $N(\mu, \sigma^2 I_d)$ with $\mu = (1, .., 1)$; test outliers $N(-\mu + v,
+    \sigma^2 I_d)$ with any $\|v\|_2 \le \nu$, moved by at most ``eps`` a coordinate. The detector accepts where
+    $\theta^\top x > 0$. The pool of auxiliary outliers holds a share ``rho`` of informative ones from
+    $N(-\mu, \sigma^2 I)$; the others, far away, come from $N(-a \mu + b u, \sigma^2 I)$ with a unit vector u
+    orthogonal to $\mu$. The paper proves bounds for such a model; this version is exact.
+
+    Args:
+        d: dimensions.
+        sigma: standard deviation of every coordinate.
+        eps: attack on outliers, per coordinate.
+        nu: how far the mean of the test outliers may move.
+        rho: share of informative outliers in the pool.
+        a, b: where the others lie, along -mu and across.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    d: int = 1000
+    sigma: float = 10.0
+    eps: float = 0.5
+    nu: float = 2.0
+    rho: float = 0.25
+    a: float = 3.0
+    b: float = 100.0
+
+    def __post_init__(self) -> None:
+        check_count(self.d, "d", 2)
+        check_number(self.sigma, "sigma", 1e-9)
+        check_number(self.rho, "rho", 0, 1)
+        for name in ("eps", "nu", "b"):
+            check_number(getattr(self, name), name, 0)
+
+    @property
+    def mu(self) -> Float[np.ndarray, " d"]:
+        """Mean of the in-distribution inputs."""
+        return np.ones(self.d)
+
+    @property
+    def u(self) -> Float[np.ndarray, " d"]:
+        """Direction of the far outliers: a Gaussian draw, always the same, made orthogonal to mu."""
+        drawn = np.random.default_rng(0).standard_normal(self.d)
+        drawn -= drawn.mean()
+        return drawn / np.linalg.norm(drawn)
+
+    def fnr(self, theta: Float[np.ndarray, " d"]) -> float:
+        r"""Share of in-distribution inputs rejected: $\Phi(-\theta^\top\mu / \sigma\|\theta\|_2)$."""
+        return float(Phi(-theta.sum() / (self.sigma * np.linalg.norm(theta))))
+
+    def robust_fpr(self, theta: Float[np.ndarray, " d"]) -> float:
+        r"""Worst share of attacked outliers accepted, over all allowed v:
+
+        $\Phi\big((-\theta^\top\mu + \nu\|\theta\|_2 + \varepsilon\|\theta\|_1) / \sigma\|\theta\|_2\big)$.
+        The worst v lies along $\theta$, the worst perturbation is $\varepsilon\,\mathrm{sgn}\,\theta$.
+        """
+        size = np.linalg.norm(theta)
+        reach = self.nu * size + self.eps * np.abs(theta).sum()
+        return float(Phi((-theta.sum() + reach) / (self.sigma * size)))
+
+    def limit_cosine(self) -> float:
+        r"""$\cos(\theta_\infty, \mu)$ of the estimate from ever more random outliers of the pool: below 1.
+
+        $\theta_\infty \propto (\rho + (1 - \rho) a) \mu - (1 - \rho) b u$.
+        """
+        along = (self.rho + (1 - self.rho) * self.a) * np.sqrt(self.d)
+        return float(along / np.hypot(along, (1 - self.rho) * self.b))
+
+    def limit_fnr(self) -> float:
+        """The share of in-distribution inputs rejected in that limit."""
+        return float(Phi(-self.limit_cosine() * np.sqrt(self.d) / self.sigma))
+
+    def inside(self, n: int, rng: np.random.Generator) -> Float[np.ndarray, "n d"]:
+        """In-distribution inputs."""
+        return self.mu + self.sigma * rng.standard_normal((n, self.d))
+
+    def pool(
+        self, n: int, rng: np.random.Generator, contamination: float = 0.0
+    ) -> tuple[Float[np.ndarray, "n d"], np.ndarray]:
+        """Auxiliary outliers (n, d), and of what kind each is: 0 informative, 1 far, 2 in-distribution.
+
+        Args:
+            contamination: share that is drawn from the in-distribution law in place of far ones.
+        """
+        check_number(contamination, "contamination", 0, 1 - self.rho)
+        shares = [self.rho, 1 - self.rho - contamination, contamination]
+        kind = rng.choice(3, n, p=shares)
+        centres = np.stack([-self.mu, -self.a * self.mu + self.b * self.u, self.mu])
+        return centres[kind] + self.sigma * rng.standard_normal((n, self.d)), kind
+
+    @staticmethod
+    def estimate(
+        inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
+    ) -> Float[np.ndarray, " d"]:
+        r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
+        return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
+
+    @staticmethod
+    def hardest(
+        inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
+    ) -> Int[np.ndarray, " n_kept"]:
+        r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most alike first."""
+        order = np.argsort(-(pool @ inside.mean(0)), kind="stable")
+        return order[int(q * len(pool)) :][:n]

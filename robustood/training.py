@@ -77,8 +77,10 @@ def fit(
     """Train a model in place and leave it in eval mode.
 
     Args:
-        model: the network; it stays on ``device``.
-        objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``.
+        model: the network; it stays on ``device``. Where it has ``parameter_groups()``, a group's ``scale``
+            multiplies the learning rate.
+        objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``. Where it has
+            ``prepare(model, data, epoch, generator)``, that chooses the data of each epoch.
         data: ``data.train`` and ``data.outliers`` are used.
         epochs: passes over the training set; each leaves out the samples of a last batch that is
             not full, other ones each time.
@@ -129,9 +131,10 @@ def fit(
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
+    parameters: Any = getattr(model, "parameter_groups", model.parameters)
     run = Run(
         model=model,
-        adapt=optimiser(model.parameters(), lr=lr, weight_decay=weight_decay),
+        adapt=optimiser(parameters(), lr=lr, weight_decay=weight_decay),
         mean=None if average is None else Average(model, average),
         steps=len(data.train) // batch_size,
         epochs=epochs,
@@ -215,7 +218,7 @@ class Run:
                 return False
             done = self.epoch * self.steps + self.step
             for group in self.adapt.param_groups:
-                group["lr"] = rate(done)
+                group["lr"] = rate(done) * group.get("scale", 1.0)
             loss = objective(self.model, batch.at(done / (self.epochs * self.steps)))
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()

@@ -411,10 +411,8 @@ def test_score_and_published_rank_alike(detector, inputs):
         deployed, printed = detector.score(x), detector.published(x)
     rise = lambda s: (s[:, None] - s).sign()  # noqa: E731
     assert (rise(deployed) * rise(printed) < 0).sum() == 0
-    if not (printed.unique().numel() < len(x) // 2):
-        assert auroc(deployed[:150], deployed[150:]) == pytest.approx(
-            auroc(printed[:150], printed[150:]), abs=1e-3
-        )
+    areas = [auroc(values[:150], values[150:]) for values in (deployed, printed)]
+    assert areas[0] == pytest.approx(areas[1], abs=1e-3)  # a tie of the published one is half
     assert deployed.unique().numel() >= printed.unique().numel()
 
 
@@ -916,6 +914,7 @@ def test_a_dead_layer_is_refused():
     refused(lambda: ViM(dead, 2).fit(torch.zeros(9, 4)))
 
 
-def test_unknown_names_are_not_there():
-    assert not hasattr(detectors, "Maha")
-    assert set(detectors.__all__) <= set(dir(detectors))
+def test_the_package_exports_every_detector():
+    kinds = detectors.Detector.__subclasses__()
+    own = {kind.__name__ for kind in kinds if kind.__module__.startswith(detectors.__name__)}
+    assert len(own) == 11 and own | {"post_hoc", "log_odds"} <= {*detectors.__all__}

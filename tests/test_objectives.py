@@ -1,5 +1,6 @@
 """Training rules: reductions, closed forms and the price of a step."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustood.attacks import pgd
 from robustood.data import Batch, digits
-from robustood.models import mlp, small_cnn
-from robustood.objectives import TRADES, Adversarial, Objective, Standard
+from robustood.models import guarded, mlp, small_cnn
+from robustood.objectives import (
+    ACET,
+    ADV,
+    ALOE,
+    AOE,
+    ATOM,
+    CCU,
+    NTOM,
+    ROWL,
+    SOFL,
+    TRADES,
+    Adversarial,
+    Attacked,
+    Objective,
+    OutlierExposure,
+    OutlierTraining,
+    RobustMining,
+    Standard,
+    to_reject,
+    to_uniform,
+)
 from robustood.perturbations import L2, Corruption, Linf, Spatial, Then
 from robustood.training import fit
 
@@ -207,3 +228,234 @@ def test_trains_against_any_set(data, within):
 def test_bad_settings_are_refused(untyped, make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+# --- outliers -----------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A small network with batch normalisation and a reject output."""
+
+    classes, reject = 10, 1
+
+    def __init__(self, outputs: int = 11):
+        super().__init__()
+        torch.manual_seed(5)
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, outputs)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.fixture
+def mixed(data):
+    return Batch(
+        data.train.x[:32], data.train.y[:32], data.outliers[:64], torch.Generator().manual_seed(1)
+    )
+
+
+def run(objective, data, model):
+    fit(model, objective, data, epochs=2, batch_size=64)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("net", [lambda: small_cnn(reject=1), Normed], ids=["plain", "batch norm"])
+@pytest.mark.parametrize(
+    ("at_zero", "limit"),
+    [
+        (ALOE(0.0), OutlierExposure()),
+        (AOE(0.0), OutlierExposure()),
+        (ADV(0.0), Standard()),
+        (ATOM(0.0), NTOM()),
+        (RobustMining(0.0), NTOM()),
+        (ACET(0.0), OutlierExposure(weight=1.0)),
+    ],
+    ids=["ALOE", "AOE", "ADV", "ATOM", "RobustMining", "ACET"],
+)
+def test_radius_zero_is_the_clean_method_bit_for_bit(data, net, at_zero, limit):
+    one, other = run(at_zero, data, net()), run(limit, data, net())
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_train_mode_attacks_move_the_running_statistics_and_nothing_else_at_radius_zero(data):
+    one = run(ALOE(0.0, bn="train"), data, Normed())
+    other = run(OutlierExposure(), data, Normed())
+    moved = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    assert moved == ["body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"]
+
+
+def test_weight_zero_skips_the_outliers_and_is_adversarial_training(data, mixed):
+    assert torch.equal(trained(ADV(0.1), data), trained(Adversarial(0.1, steps=2), data))
+    model = small_cnn()
+    with torch.no_grad():
+        one = flops(partial(model, mixed.x))
+    assert flops(partial(ALOE(0.1, weight=0.0), model, mixed)) == pytest.approx(5 * one, rel=0.03)
+
+    def gradient(weight):
+        fresh = replace(mixed, generator=torch.Generator().manual_seed(1))
+        loss = ALOE(0.1, weight=weight)(model, fresh)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+
+    assert torch.allclose(gradient(0.0), gradient(1e-12), atol=1e-6)
+
+
+def test_the_formula_by_hand(mixed):
+    """Both inner maxima, the shares and the weight, term by term."""
+    model = small_cnn(reject=1)
+    objective = OutlierTraining(
+        inside=Attacked(0.1, steps=3, restarts=0), outside=Attacked(0.05, steps=2, restarts=0),
+        outlier_loss=to_reject, weight=0.7, attacked_share=0.25,
+    )  # fmt: skip
+    x = pgd(model, mixed.x, mixed.y, Linf(0.1), steps=3, restarts=0, keep="last")
+    u, hard = mixed.outliers[:48], mixed.outliers[48:]
+    reject = torch.full((64,), 10)
+    v = pgd(model, hard, reject[48:], Linf(0.05), steps=2, restarts=0, keep="last")
+    expected = cross_entropy(model(x), mixed.y) + 0.7 * (
+        0.75 * cross_entropy(model(u), reject[:48]) + 0.25 * cross_entropy(model(v), reject[48:])
+    )
+    assert objective(model, mixed).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_outlier_losses_are_cross_entropies():
+    z = torch.randn(20, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    uniform = torch.full((20, 6), 1 / 6, dtype=torch.float64)
+    expected = cross_entropy(z, uniform, reduction="none")
+    assert torch.allclose(to_uniform(z), expected)
+    assert torch.allclose(to_reject(z), cross_entropy(z, torch.full((20,), 5), reduction="none"))
+
+
+def test_an_attacked_outlier_is_worse_and_the_first_ones_stay_clean(mixed):
+    model = small_cnn(reject=1)
+    objective = ATOM(0.1)
+    u = objective.worst_outside(model, mixed)
+    assert torch.equal(u[:32], mixed.outliers[:32])
+    with torch.no_grad():
+        gain = to_reject(model(u[32:])) - to_reject(model(mixed.outliers[32:]))
+    assert (gain > 0).all() and (u - mixed.outliers).abs().max() <= 0.1 + 1e-6
+
+
+def test_separate_statistics_come_from_the_inputs_alone(mixed):
+    model, alone = Normed(), Normed()
+    OutlierTraining(bn="separate")(model.train(), mixed)
+    alone.train()(mixed.x)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(model.body[1], name), getattr(alone.body[1], name))
+    together = Normed()
+    OutlierTraining()(together.train(), mixed)
+    assert not torch.equal(together.body[1].running_mean, alone.body[1].running_mean)
+    attacked = Normed()
+    ALOE(0.1, bn="separate")(attacked.train(), mixed)
+    assert attacked.body[1].num_batches_tracked == 1
+
+
+def test_lean_costs_of_a_step(data):
+    """ALOE at 64 + 128 images and two steps: 1344 forwards; ATOM adds one forward for its best-of."""
+    model = small_cnn(reject=1)
+    batch = Batch(
+        data.train.x[:64], data.train.y[:64], data.outliers[:128], torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        one = flops(partial(model, batch.x[:1]))
+
+    def step(objective):
+        return flops(lambda: objective(model, batch).backward()) / one
+
+    assert step(OutlierExposure()) <= 1.02 * 576
+    assert step(ADV(0.1)) <= 1.02 * 448
+    assert step(AOE(0.1)) <= 1.02 * 832
+    assert 0.9 * 1344 <= step(ALOE(0.1)) <= 1.02 * 1344
+    assert step(ATOM(0.1)) <= 1.02 * (576 + 2 * 5 * 64 + 64)
+    assert step(RobustMining(0.1)) <= 1.02 * (576 + 2 * 5 * 64 + 2 * 5 * 64 + 64)
+
+
+def test_sofl_waits_then_answers_itself_or_at_random(mixed):
+    model = small_cnn(reject=2)
+    early = replace(mixed, progress=0.2)
+    plain = cross_entropy(model(mixed.x), mixed.y).item()
+    assert SOFL()(model, early).item() == plain
+    with torch.no_grad():
+        model.head.bias[11] += 50  # every answer is the second reject output
+    expected = cross_entropy(model(mixed.x), mixed.y) + 5 * cross_entropy(
+        model(mixed.outliers), torch.full((64,), 11)
+    )
+    assert SOFL()(model, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        model.head.bias[10:] -= 100  # no answer rejects: the labels are drawn
+    z = model(mixed.outliers)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(10, 12, (64,), generator=generator)
+    expected = cross_entropy(model(mixed.x), mixed.y) + 5 * cross_entropy(z, drawn)
+    fresh = replace(mixed, generator=torch.Generator().manual_seed(1))
+    assert SOFL()(model, fresh).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_sofl_with_one_reject_class_trains_the_k_plus_1_score(mixed):
+    model = small_cnn(reject=1)
+    expected = cross_entropy(model(mixed.x), mixed.y) + 5 * to_reject(model(mixed.outliers)).mean()
+    assert SOFL()(model, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rowl_at_radius_zero_is_k_plus_1_training(mixed):
+    model = small_cnn(reject=1)
+    everything = torch.cat([mixed.x, mixed.outliers])
+    labels = torch.cat([mixed.y, torch.full((64,), 10)])
+    expected = cross_entropy(model(everything), labels)
+    assert ROWL(0.0)(model, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ROWL(0.1)(model, mixed) > expected
+
+
+def test_the_guarded_posterior_in_closed_form(data, mixed):
+    base = small_cnn()
+    model = guarded(base, data.train.x, data.outliers, components=5)
+    x = mixed.outliers[:6]
+    p_in, p_out = model.inside(x).double().exp(), model.outside(x).double().exp()
+    f = base(x).softmax(1).double()
+    expected = (f * p_in[:, None] + p_out[:, None] / 10) / (p_in + p_out)[:, None]
+    assert torch.allclose(model(x).exp().double(), expected, atol=1e-5)
+    assert torch.allclose(model(x).exp().sum(1), torch.ones(6), atol=1e-5)
+    far = torch.full((2, 1, 8, 8), 30.0)
+    assert torch.isfinite(model(far)).all()
+
+
+def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
+    model = guarded(small_cnn(), data.train.x, data.outliers, components=5)
+    start = [p.detach().clone() for p in model.inside.parameters()]
+
+    def densities():
+        with torch.no_grad():
+            return float(model.inside(data.val.x).mean()), float(
+                model.outside(data.outliers).mean()
+            )
+
+    before = densities()
+    history = fit(model, CCU(), data, epochs=6, batch_size=64)
+    after = densities()
+    assert after[0] > before[0] and after[1] > before[1]
+    moved = max(
+        float((p.detach() - q).abs().max()) for p, q in zip(model.inside.parameters(), start)
+    )
+    assert 0 < moved < 0.02  # a hundredth of the network's rate
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda b: NTOM()(small_cnn(), b), "model has no reject output"),
+        (lambda b: SOFL()(small_cnn(), b), "model has no reject output"),
+        (lambda b: ROWL(0.1)(small_cnn(), b), "model has no reject output"),
+        (lambda b: CCU()(small_cnn(), b), "model must be a DensityGuarded network"),
+        (lambda b: ALOE(0.1)(small_cnn(), replace(b, outliers=None)), "data.outliers is empty"),
+        (lambda b: OutlierExposure(weight=-1.0), "weight must be .* got -1"),
+        (lambda b: OutlierTraining(attacked_share=1.5), "attacked_share must be .* got 1.5"),
+        (lambda b: OutlierTraining(bn="off"), "bn must be one of 'eval', 'train', 'separate'"),
+        (lambda b: ALOE(-0.1), "eps must be .* got -0.1"),
+        (lambda b: ATOM(0.1, q=0.9), r"q \+ share must be at most 1"),
+        (lambda b: SOFL(start=2.0), "start must be .* got 2"),
+    ],
+)
+def test_bad_outlier_training_is_refused(untyped, mixed, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(mixed)

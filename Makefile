@@ -51,10 +51,9 @@ pytest: $(STAMP)
 	@set -o pipefail; $(BIN)/pytest --nbval -n 2 --dist loadfile | tee $(LOG)
 
 check: $(STAMP) ## The slow suites and the comparisons with other libraries
-	$(BIN)/python -m pip install -q --no-deps torchattacks
+	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
 	$(BIN)/pytest tests -m "slow or oracle"
-	$(BIN)/python tests/benchmarks/bench_attacks.py
-	$(BIN)/python tests/benchmarks/bench_training.py
+	for each in attacks training metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done
 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale

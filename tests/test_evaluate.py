@@ -23,6 +23,7 @@ from robustood.detectors import (
 )
 from robustood.evaluate import (
     Report,
+    attack_in_turn,
     attack_score,
     epsilon_curve,
     four_sides,
@@ -36,7 +37,7 @@ from robustood.evaluate import (
 )
 from robustood.models import readout, small_cnn
 from robustood.objectives import Standard
-from robustood.perturbations import L2, Linf
+from robustood.perturbations import L2, Corruption, Linf
 from robustood.training import fit
 
 
@@ -176,6 +177,30 @@ def test_apgd_is_the_default_and_another_rule_may_be_chosen(zoo, book):
     own = attack_score(zoo["Energy"], x, **how)
     assert torch.equal(own, attack_score(zoo["Energy"], x, rule=APGD(), **how))
     assert not torch.equal(own, attack_score(zoo["Energy"], x, rule=Ascent(), **how))
+
+
+def test_of_a_finite_set_every_member_is_judged(zoo, book):
+    x, detector = book.ood["letters"][:6], zoo["KNN"]
+    names = ("gaussian_noise", "contrast")
+    set_ = Corruption(names=names, severities=(1, 3))
+    worst = attack_score(detector, x, set_, direction="raise")
+    members = [set_.apply(x, z) for z in set_.starts(x, 1, None)]
+    assert len(members) == 5
+    best = np.max([scores(detector, v) for v in members], 0)
+    assert np.allclose(scores(detector, worst), best, atol=1e-6)
+
+
+def test_sets_in_turn_are_no_weaker_than_the_first_and_stay_around_it(zoo, book):
+    x, detector = book.ood["letters"][:6], zoo["Energy"]
+    noisy, ball = Corruption(names=("gaussian_noise", "fog"), severities=(5,)), Linf(0.05)
+    how = {"direction": "raise", "steps": 5}
+    first = attack_score(detector, x, noisy, **how)
+    both = attack_in_turn(detector, x, [noisy, ball], **how)
+    assert (both - first).abs().max() <= 0.05 + 1e-6
+    assert (scores(detector, both) >= scores(detector, first) - 1e-6).all()
+    assert torch.equal(
+        attack_in_turn(detector, x, [ball], **how), attack_score(detector, x, ball, **how)
+    )
 
 
 # --- the papers' attacks

@@ -16,6 +16,7 @@ from __future__ import annotations
 from robustood.evaluate.attack import (
     PAPERS,
     Protocol,
+    attack_in_turn,
     attack_score,
     mahalanobis_surrogate,
     objectives,
@@ -32,6 +33,6 @@ from robustood.evaluate.report import (
 )
 
 __all__ = [
-    "PAPERS", "Protocol", "Report", "attack_score", "epsilon_curve", "four_sides",
+    "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
     "mahalanobis_surrogate", "measure", "objectives", "ood_report", "paper_attack", "scores", "surrogate",
 ]  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
+from robustood.detectors.base import signed
 from robustood.inputs import check_choice, check_count, check_values
 from robustood.models import frozen
 from robustood.perturbations import PerturbationSet
@@ -43,7 +44,7 @@ def attack_score(
     Args:
         detector: fitted where it needs to be; its mode and its network's are restored.
         x: clean inputs (batch, ...).
-        within: the perturbation set, such as ``Linf(8/255)``.
+        within: the perturbation set, such as ``Linf(8/255)``; of a finite one every member is judged.
         direction: ``"raise"`` for outliers that want to be accepted, ``"lower"`` for in-distribution
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
@@ -71,6 +72,10 @@ def attack_score(
         maximise, within=within, steps=steps, restarts=restarts, step_size=step_size,
         rule=rule or APGD(), generator=generator, checked=True,
     )  # fmt: skip
+    if not within.ascendable:  # nothing is climbed: one look at each member is enough
+        climbed = lambda v: signed(detector.score(v), direction)  # noqa: E731
+        with torch.no_grad(), frozen(detector):
+            return torch.cat([search(climbed, v) for v in x.split(batch_size)])
     with torch.inference_mode(False), frozen(detector):
         found = [
             search(objectives(detector, v, direction, targets), v) for v in x.split(batch_size)
@@ -97,6 +102,29 @@ def objectives(
         return climb
 
     return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
+
+
+def attack_in_turn(
+    detector: Detector,
+    x: Inputs,
+    within: Sequence[PerturbationSet],
+    *,
+    direction: Direction,
+    **how: Any,
+) -> Inputs:
+    """The compositional attack: each set is searched around the worst that the one before left.
+
+    With a :class:`~robustood.perturbations.Corruption` and an ``Linf`` ball it is the fourth test condition of
+    ATOM (Chen et al. 2021, section 4). Greedy, so not always worse than each set alone, and a lower bound on
+    the worst of :class:`~robustood.perturbations.Then`.
+
+    Args:
+        within: the sets in turn.
+        direction, how: as in :func:`attack_score`.
+    """
+    for each in within:
+        x = attack_score(detector, x, each, direction=direction, **how)
+    return x
 
 
 # --- the papers' own attacks

@@ -58,7 +58,7 @@ check: $(STAMP) ## The slow suites and the comparisons with other libraries
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale
 
-results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 25 minutes; AGAIN=--again)
+results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
 	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed

@@ -217,6 +217,31 @@ def gradients(seed: int) -> Iterator[Task]:
         yield {"train_eps": eps}, measure
 
 
+def splits(seed: int) -> Iterator[Task]:
+    """How far the cells of the trade-off move from one random split of the digits to another."""
+    if seed:  # a split sets everything
+        return
+    for number in range(12):
+        yield {"split": number, "train_digits": 1297}, partial(one_split, number)
+
+
+def one_split(number: int) -> dict[str, Any]:
+    own = load_digits(seed=1000 + number)
+    rest = Split(torch.cat([own.val.x, own.train.x]), torch.cat([own.val.y, own.train.y]))
+    data = replace(own, train=rest, outliers=own.outliers[:0])
+    cells = {"mlp 0": ("mlp", 0.0, (0.05, 0.1)), "mlp 0.3": ("mlp", 0.3, (0.0,)),
+             "linear 0.2": ("linear", 0.2, (0.0,)), "linear 0.3": ("linear", 0.3, (0.0,))}  # fmt: skip
+    row: dict[str, Any] = {}
+    began = time.process_time()
+    for key, (name, eps, tested) in cells.items():
+        model = network(name, number)
+        fit(model, rule(Linf(eps)), data, epochs=80, batch_size=128, seed=number)
+        for r in tested:
+            attack = partial(pgd, within=Linf(r), steps=40)
+            row[f"{key} at {r:g}"] = robust_accuracy(model, data.test.x, data.test.y, attack)
+    return row | {"seconds": time.process_time() - began}
+
+
 def large_eps(seed: int) -> Iterator[Task]:
     """Targeted l_2 PGD far beyond the training radius: do the images reach the target class?"""
     rules = {
@@ -331,6 +356,7 @@ CLASSIFIERS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] =
     "fiveseven": (fiveseven, {"test_eps": [0.0, 0.1, 0.2, 0.3], "weak": "|correlation| < 0.3"}),
     "gradients": (gradients, {"size": [12, 12], "train_steps": 600}),
     "overfitting": (overfitting, OVERFITTING),
+    "splits": (splits, {"train_digits": 1297}),
     "sample_size": (sample_size, {"train_steps": 300, "model": "mlp"}),
     "trades": (trades, {"eps": 0.15, "targets": "margin to each of 9 classes, 10 steps"}),
     "tradeoff_linf": (tradeoff_linf, {"test_eps": LINF, "targets": "9 classes, 10 steps"}),

@@ -180,6 +180,13 @@ METHODS: dict[str, Any] = {
     "ATOM": ATOM(EPS, 0.0),
     "RobustMining": RobustMining(EPS, 0.0),
 }
+MAIN = (
+    "standard",
+    "OE",
+    "ADV",
+    "AOE",
+    "ALOE",
+)  # attacked towards every class, the others towards 3
 REJECTS = {"SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "RobustMining": 1}
 
 
@@ -335,7 +342,8 @@ def ablated(change: dict[str, Any], seed: int) -> dict[str, Any]:
 EXPERIMENTS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] = {
     "transfer": (transfer, RECIPE | {"outliers": "67 letters, 67 patches, 66 noise; gap over 500 resamples"}),
     "fall": (fall, RECIPE),
-    "defences": (defences, ROBUST),
+    "defences": (defences, ROBUST | {"targets": "every class for standard, OE, ADV, AOE and ALOE; the 3 "
+                                     "likeliest for ODIN and the other methods"}),
     "conditions": (conditions, ROBUST | {"images_a_set": "100 a set of outliers, 200 digits"}),
     "pool": (pool, RECIPE | {"epochs": 25, "pool": 2000}),
     "ablations": (ablations, ROBUST | {"adaptive": "as elsewhere, but the 3 likeliest targets"}),

@@ -196,24 +196,27 @@ class KNN(Detector):
         self.ready()
         return normalize(self.model.features(x))
 
-    def to_nearest(self, q: Tensor, among: Tensor, k: int) -> Float[Tensor, "batch k"]:
-        """Distances to the k nearest; candidates by product, then each distance without cancellation."""
-        with torch.no_grad():
-            nearest = (q @ among.T).topk(min(k, len(among)), dim=1).indices
-        apart = q[:, None] - among[nearest]
-        return apart.square().sum(2).clamp_min(1e-30).sqrt().sort(1).values
+    def nearest(self, q: Tensor) -> tuple[Values, Float[Tensor, "batch k"]]:
+        r"""Distance to the k-th neighbour, and cosines with the k nearest.
+
+        $\sqrt{2 - 2\cos}$ cancels where two features nearly coincide, so the one distance that is the score is
+        taken from the difference.
+        """
+        cosines, places = (q @ self.bank.T).topk(self.k, dim=1)
+        apart = (q - self.bank[places[:, -1]]).square().sum(1)
+        return apart.clamp_min(1e-30).sqrt(), cosines
 
     def score(self, x: Inputs) -> Values:
-        return -self.to_nearest(self.query(x), self.bank, self.k)[:, -1]
+        return -self.nearest(self.query(x))[0]
 
     def published(self, x: Inputs) -> Values:
         return self.score(x)
 
     def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """The score and the mean closeness to the k nearest; to raise it, also to each class's mean."""
+        """The score and the mean cosine with the k nearest; to raise it, also with each class's mean."""
         q = self.query(x)
-        all_k = -self.to_nearest(q, self.bank, self.k)
-        columns = [all_k[:, -1], all_k.mean(1)]
+        farthest, cosines = self.nearest(q)
+        columns = [-farthest, cosines.mean(1)]
         if direction == "raise":
             columns += (q @ self.prototypes.T).unbind(1)
         return signed(torch.stack(columns, 1), direction)

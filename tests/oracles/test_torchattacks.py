@@ -175,6 +175,18 @@ def logits():
     return z, torch.randint(0, 10, (500,), generator=generator)
 
 
+@pytest.mark.parametrize(("norm", "within"), [("Linf", Linf(0.1)), ("L2", L2(0.5))])
+def test_apgd_agrees_with_apgd(torchattacks, robust, book, norm, within):
+    """The same rule from other starts: robust accuracy within a point, and ours no weaker by more."""
+    x, y = book.test.x, book.test.y
+    theirs = torchattacks.APGD(robust, norm=norm, eps=within.eps, steps=40, n_restarts=2, seed=0)
+    with torch.no_grad():
+        left = (robust(theirs(x, y)).argmax(1) == y).float().mean().item()
+    attack = partial(pgd, within=within, steps=40, restarts=2, rule=attacks.APGD())
+    ours = robust_accuracy(robust, x, y, attack).value
+    assert abs(ours - left) <= 0.01, (ours, left)
+
+
 def test_dlr_agrees_with_apgd(torchattacks, net, logits):
     z, y = logits
     theirs = torchattacks.APGD(net, loss="dlr").dlr_loss(z, y)

@@ -355,7 +355,7 @@ class GaussianOutliers:
         check_count(self.d, "d", 2)
         check_number(self.sigma, "sigma", 1e-9)
         check_number(self.rho, "rho", 0, 1)
-        for name in ("eps", "nu", "b"):
+        for name in ("a", "eps", "nu", "b"):
             check_number(getattr(self, name), name, 0)
 
     @property

@@ -103,7 +103,9 @@ def test_no_attack_leaves_the_set_or_makes_its_own_score_worse(zoo, book, name, 
     moved = attack_score(detector, x, Linf(0.1), direction=direction, steps=8, restarts=2)
     assert (moved - x).abs().max() <= 0.1 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
     gain = sign * (scores(detector, moved) - scores(detector, x))
-    assert gain.min() >= -1e-5 * np.abs(scores(detector, x)).max()
+    assert (
+        gain.min() >= -1e-6 * np.abs(scores(detector, x)).max()
+    )  # another batch, another rounding
     assert np.mean(gain > 0) > 0.9
 
 

@@ -430,14 +430,15 @@ def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
             )
 
     before = densities()
-    history = fit(model, CCU(), data, epochs=6, batch_size=64)
+    fit(model, CCU(), data, epochs=6, batch_size=64)
     after = densities()
     assert after[0] > before[0] and after[1] > before[1]
     moved = max(
         float((p.detach() - q).abs().max()) for p, q in zip(model.inside.parameters(), start)
     )
     assert 0 < moved < 0.02  # a hundredth of the network's rate
-    assert history.rows[-1]["loss"] < history.rows[0]["loss"]
+    with torch.no_grad():
+        assert cross_entropy(model(data.train.x), data.train.y) < 1.2  # log 10 = 2.3 before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The toy distribution: every closed form against an oracle that does not know it."""
+"""The toy distributions: every closed form against an oracle that does not know it."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from robustood.toy import (
+    GaussianOutliers,
     TsiprasDistribution,
     adversarial_linear,
     adversarial_svm,
@@ -423,3 +425,144 @@ def test_bad_parameters_are_named(arguments, message):
 def test_bad_calls_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- which outliers a linear detector should learn from ---------------------------------------
+
+OUTLIERS = GaussianOutliers()
+SMALL = GaussianOutliers(d=20, sigma=2.0, eps=0.3, nu=1.0, rho=0.3, a=2.0, b=6.0)
+directions = st.lists(
+    st.floats(-3, 3).filter(lambda v: abs(v) > 1e-3), min_size=20, max_size=20
+).map(np.array)
+
+
+def test_the_two_directions_of_the_pool_are_orthogonal():
+    for world in (OUTLIERS, SMALL):
+        assert world.mu @ world.mu == world.d
+        assert world.u @ world.u == pytest.approx(1)
+        assert world.mu @ world.u == pytest.approx(0, abs=1e-10)
+        assert np.array_equal(world.u, world.u)
+
+
+def test_the_pool_has_the_stated_kinds_and_centres():
+    n = 40_000
+    x, kind = SMALL.pool(n, np.random.default_rng(0), contamination=0.1)
+    assert x.shape == (n, 20) and set(kind) == {0, 1, 2}
+    centres = [-SMALL.mu, -2.0 * SMALL.mu + 6.0 * SMALL.u, SMALL.mu]
+    for each, share, centre in zip(range(3), (0.3, 0.6, 0.1), centres, strict=True):
+        rows = x[kind == each]
+        within_four_errors(len(rows) / n, share, n)
+        assert np.abs(rows.mean(0) - centre).max() < 5 * 2.0 / np.sqrt(len(rows))
+        assert (rows - centre).std() == pytest.approx(2.0, rel=0.02)
+    inside = SMALL.inside(n, np.random.default_rng(1))
+    assert np.abs(inside.mean(0) - SMALL.mu).max() < 5 * 2.0 / np.sqrt(n)
+    assert set(SMALL.pool(500, np.random.default_rng(2))[1]) == {0, 1}
+
+
+@given(directions, st.floats(0.01, 100))
+def test_the_rates_depend_on_the_direction_alone(theta, factor):
+    for rate in (SMALL.fnr, SMALL.robust_fpr):
+        assert rate(factor * theta) == pytest.approx(rate(theta), abs=1e-12)
+    assert SMALL.fnr(-theta) == pytest.approx(1 - SMALL.fnr(theta), abs=1e-12)
+    still = replace(SMALL, eps=0.0, nu=0.0)
+    assert still.robust_fpr(theta) == pytest.approx(still.fnr(theta), abs=1e-12)  # mirror images
+    assert SMALL.robust_fpr(theta) >= replace(SMALL, eps=0.1).robust_fpr(theta)
+    assert SMALL.robust_fpr(theta) >= replace(SMALL, nu=0.5).robust_fpr(theta)
+
+
+def test_the_rates_are_those_of_points_that_are_drawn_and_moved():
+    n, rng = 60_000, np.random.default_rng(0)
+    theta = SMALL.mu + 0.8 * rng.standard_normal(20)
+    within_four_errors((SMALL.inside(n, rng) @ theta <= 0).mean(), SMALL.fnr(theta), n)
+    v = SMALL.nu * theta / np.linalg.norm(theta)
+    outliers = -SMALL.mu + v + SMALL.sigma * rng.standard_normal((n, 20))
+    accepted = ((outliers + SMALL.eps * np.sign(theta)) @ theta > 0).mean()
+    within_four_errors(accepted, SMALL.robust_fpr(theta), n)
+
+
+def test_no_other_adversary_does_better():
+    """Random shifts of the mean and of each outlier; for given ones the rate is elementary."""
+    rng = np.random.default_rng(0)
+    theta = SMALL.mu + rng.standard_normal(20)
+    spread = SMALL.sigma * np.linalg.norm(theta)
+    worst = 0.0
+    for _ in range(2000):
+        v = rng.standard_normal(20) + rng.uniform(0, 3) * theta
+        v *= SMALL.nu / np.linalg.norm(v)
+        delta = SMALL.eps * np.where(rng.random(20) < 0.9, 1, -1) * np.sign(theta)
+        worst = max(worst, norm.cdf(theta @ (v + delta - SMALL.mu) / spread))
+    assert worst <= SMALL.robust_fpr(theta) + 1e-12
+    assert worst > SMALL.robust_fpr(theta) - 0.05
+
+
+def test_the_pooled_estimate_is_a_mean_of_signed_samples():
+    inside, outliers = np.array([[1.0, 2.0]]), np.array([[-1.0, 0.0], [-4.0, 3.0]])
+    assert SMALL.estimate(inside, outliers).tolist() == [2.0, -1 / 3]
+    signed = np.concatenate([inside, -outliers])
+    assert np.allclose(SMALL.estimate(inside, outliers), signed.mean(0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 1), st.floats(0.5, 5), st.floats(0, 20))
+def test_random_outliers_arrive_at_the_limit(rho, a, b):
+    world = replace(SMALL, rho=rho, a=a, b=b)
+    rng = np.random.default_rng(0)
+    theta = world.estimate(world.inside(10, rng), world.pool(40_000, rng)[0])
+    cosine = theta @ world.mu / np.linalg.norm(theta) / np.sqrt(world.d)
+    assert cosine == pytest.approx(world.limit_cosine(), abs=0.03)
+    assert world.fnr(theta) == pytest.approx(world.limit_fnr(), abs=0.02)
+
+
+def test_the_limit_is_one_without_far_outliers_or_without_their_transverse_part():
+    for world in (replace(OUTLIERS, rho=1.0), replace(OUTLIERS, b=0.0)):
+        assert world.limit_cosine() == pytest.approx(1)
+        assert world.limit_fnr() == pytest.approx(norm.cdf(-np.sqrt(1000) / 10))
+    assert replace(OUTLIERS, a=30.0).limit_cosine() > 0.99
+    assert OUTLIERS.limit_cosine() == pytest.approx(0.7255, abs=1e-4)
+    assert OUTLIERS.limit_fnr() == pytest.approx(0.01089, abs=1e-5)
+
+
+def test_hardest_takes_the_ranks_after_the_share_left_out():
+    inside = np.array([[1.0, 0.0], [3.0, 0.0]])
+    pool = np.array([[0.0, 9.0], [5.0, 0.0], [-1.0, 4.0], [5.0, 1.0], [2.0, 0.0]])
+    assert SMALL.hardest(inside, pool, 3, 0.0).tolist() == [1, 3, 4]  # a tie keeps the pool's order
+    assert SMALL.hardest(inside, pool, 2, 0.4).tolist() == [4, 0]
+    assert SMALL.hardest(inside, pool, 5, 0.0).tolist() == [1, 3, 4, 0, 2]
+
+
+def test_mining_helps_and_q_guards_against_contamination():
+    """One pool of each kind; the chapter repeats it over ten seeds."""
+    found = {}
+    for c in (0.0, 0.15):
+        rng = np.random.default_rng(3)
+        inside = OUTLIERS.inside(10, rng)
+        pool, kind = OUTLIERS.pool(8000, rng, c)
+        found[c, "random"] = OUTLIERS.robust_fpr(OUTLIERS.estimate(inside, pool[:2000]))
+        for q in (0.0, 0.125):
+            kept = OUTLIERS.hardest(inside, pool, 2000, q)
+            found[c, q] = OUTLIERS.robust_fpr(OUTLIERS.estimate(inside, pool[kept]))
+            if (c, q) == (0.15, 0.0):
+                assert (kind[kept] == 2).mean() > 2 * 0.15
+    assert found[0.0, 0.0] < found[0.0, "random"] - 0.02
+    assert found[0.15, 0.125] < found[0.15, "random"] - 0.02
+    assert found[0.15, 0.0] > found[0.15, "random"] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussianOutliers(d=1), "d must .* got 1"),
+        (lambda: GaussianOutliers(sigma=0.0), "sigma must .* got 0"),
+        (lambda: GaussianOutliers(rho=1.2), "rho must .* got 1.2"),
+        (lambda: GaussianOutliers(eps=-0.1), "eps must .* got -0.1"),
+        (lambda: GaussianOutliers(nu=float("nan")), "nu must .* got nan"),
+        (lambda: GaussianOutliers(b=-1.0), "b must .* got -1"),
+        (
+            lambda: SMALL.pool(9, np.random.default_rng(0), 0.8),
+            r"contamination must .* got 0\.8",
+        ),
+    ],
+)
+def test_bad_worlds_of_outliers_are_refused(untyped, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -76,10 +76,13 @@ def attack_score(
         climbed = lambda v: signed(detector.score(v), direction)  # noqa: E731
         with torch.no_grad(), frozen(detector):
             return torch.cat([search(climbed, v) for v in x.split(batch_size)])
+    found = []
     with torch.inference_mode(False), frozen(detector):
-        found = [
-            search(objectives(detector, v, direction, targets), v) for v in x.split(batch_size)
-        ]
+        for part in x.split(batch_size):
+            moved = search(objectives(detector, part, direction, targets), part)
+            with torch.no_grad():  # a failed search leaves the clean input
+                gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
+            found.append(torch.where(gained.view(-1, *[1] * (part.ndim - 1)), moved, part))
     return torch.cat(found)
 
 

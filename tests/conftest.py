@@ -38,6 +38,29 @@ def _seeds() -> None:
     np.random.seed(0)  # noqa: NPY002
 
 
+# The package is imported inside the fixtures: on top, it would come before the tests' type checks.
+
+
+@pytest.fixture(scope="session")
+def book():
+    """The digits, with everything that is none."""
+    from robustood.data import digits
+
+    return digits()
+
+
+@pytest.fixture(scope="session")
+def net(book):
+    """A small network that reads the digits; a test leaves it as it was."""
+    from robustood.models import small_cnn
+    from robustood.objectives import Standard
+    from robustood.training import fit
+
+    model = small_cnn()
+    fit(model, Standard(), book, epochs=12)
+    return model
+
+
 @pytest.fixture
 def untyped(monkeypatch):
     """Readers run without the tests' type checks: a wrong type must meet our own message."""

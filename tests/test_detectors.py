@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from robustood import detectors
-from robustood.data import digits
 from robustood.detectors import (
     KNN,
     MSP,
@@ -36,8 +35,6 @@ from robustood.detectors import (
 )
 from robustood.metrics import auroc
 from robustood.models import adapt, frozen, mlp, readout, small_cnn
-from robustood.objectives import Standard
-from robustood.training import fit
 
 DIRECTIONS = ("raise", "lower")
 
@@ -58,18 +55,6 @@ def identity(width: int, reject: int = 0) -> nn.Module:
 
 def number(detector: nn.Module, row) -> float:
     return detector.published(double([row])).item()
-
-
-@pytest.fixture(scope="module")
-def book():
-    return digits()
-
-
-@pytest.fixture(scope="module")
-def net(book):
-    model = small_cnn()
-    fit(model, Standard(), book, epochs=12)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from torch import nn
 
 from robustood import metrics
 from robustood.attacks import APGD, Ascent, frozen
-from robustood.data import digits
 from robustood.detectors import (
     KNN,
     MSP,
@@ -36,21 +35,7 @@ from robustood.evaluate import (
     surrogate,
 )
 from robustood.models import readout, small_cnn
-from robustood.objectives import Standard
 from robustood.perturbations import L2, Corruption, Linf
-from robustood.training import fit
-
-
-@pytest.fixture(scope="module")
-def book():
-    return digits()
-
-
-@pytest.fixture(scope="module")
-def net(book):
-    model = small_cnn()
-    fit(model, Standard(), book, epochs=12, batch_size=64)
-    return model
 
 
 @pytest.fixture(scope="module")

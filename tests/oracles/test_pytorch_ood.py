@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from robustood import detectors
-from robustood.data import digits
-from robustood.models import readout, small_cnn
-from robustood.objectives import Standard
-from robustood.training import fit
+from robustood.models import readout
 
 pytestmark = pytest.mark.oracle
 RELATIVE = 1e-5
@@ -24,18 +21,6 @@ def peer():
         "pytorch_ood", reason="pytorch-ood is not installed: pip install --no-deps pytorch-ood"
     )
     return pytest.importorskip("pytorch_ood.detector")
-
-
-@pytest.fixture(scope="module")
-def book():
-    return digits()
-
-
-@pytest.fixture(scope="module")
-def net(book):
-    model = small_cnn()
-    fit(model, Standard(), book, epochs=12)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

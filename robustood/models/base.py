@@ -1,10 +1,4 @@
-"""Networks with their normalisation inside, so that an attack always works on pixels.
-
-Every model maps inputs in [0, 1] to logits and shows its parts: ``model.stages(x)`` the feature
-map after each stage, ``model.features(x)`` the penultimate features, ``model.head`` the last
-linear layer, ``model.classes`` and ``model.reject`` how many of its outputs are classes and how
-many reject outliers.
-"""
+"""The common frame of all networks, small networks for small images, and how a network is frozen."""
 
 from __future__ import annotations
 

@@ -23,11 +23,9 @@ neither set; with ``glyphs("lookalike", ...)`` they serve as a contaminated pool
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -37,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
+from robustood.data.base import Data, Split
 from robustood.inputs import check_choice, check_count
 
 LETTERS = {"auxiliary": "CFJMPTUWX", "test": "AEHKNRVY", "lookalike": "BDGILOQSZ"}
@@ -48,103 +47,6 @@ FONTS = {
 FONTS["lookalike"] = FONTS["auxiliary"]
 PHOTOS = {"auxiliary": "china.jpg", "test": "flower.jpg"}
 FLAT = 0.05  # standard deviation of a patch below which two photos can give the same image
-
-
-@dataclass(frozen=True)
-class Split:
-    """Inputs (samples, ...) with one target each: labels (samples,), or images."""
-
-    x: Tensor
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: slice | Tensor) -> Split:
-        return replace(self, x=self.x[index], y=self.y[index])
-
-    def to(self, device: torch.device | str) -> Split:
-        return replace(self, x=self.x.to(device), y=self.y.to(device))
-
-
-@dataclass(frozen=True)
-class Data:
-    """All that a run needs.
-
-    Attributes:
-        train, val, test: in-distribution images with labels.
-        outliers: auxiliary outliers for training (samples, ...); may be empty.
-        ood: test outliers by name, never seen in training.
-        notes: numbers about the data of one epoch that a run should log.
-    """
-
-    train: Split
-    val: Split
-    test: Split
-    outliers: Tensor
-    ood: dict[str, Tensor] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str) -> Data:
-        kinds = (Split, Tensor)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value for name, value in values.items() if isinstance(value, kinds)}
-        return replace(
-            self,
-            **{name: value.to(device) for name, value in moved.items()},
-            ood={name: x.to(device) for name, x in self.ood.items()},
-        )
-
-
-def pixels(images: Tensor) -> Tensor:
-    """8-bit images as floats in [0, 1]; floats as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What an objective sees at one step.
-
-    Attributes:
-        x, y: inputs and labels; y may be an image.
-        outliers: auxiliary outliers, or None.
-        generator: the run's source of randomness, on the device of x.
-        progress: share of the training that is done, in [0, 1].
-    """
-
-    x: Tensor
-    y: Tensor
-    outliers: Tensor | None = None
-    generator: torch.Generator | None = None
-    progress: float = 1.0
-
-    def at(self, progress: float) -> Batch:
-        """The same batch at another time of the training."""
-        return replace(self, progress=progress)
-
-
-def kept(name: str) -> dict[str, Any]:
-    """A result that ships with the project: what one run of it measured.
-
-    Looked for in ``data/results`` of a checkout, then in the installed package.
-
-    Args:
-        name: file name without ``.json``.
-
-    Raises:
-        ValueError: if there is no such result; the message says which there are.
-    """
-    here = Path(__file__).parent
-    folders = [here.parent / "data" / "results", here / "kept" / "results"]
-    for folder in folders:
-        if (file := folder / f"{name}.json").is_file():
-            return json.loads(file.read_text("utf-8"))
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
-    raise ValueError(f"no kept result {name!r}; there are: {', '.join(known) or 'none'}")
 
 
 def digits(train: int = 1097, seed: int = 0) -> Data:

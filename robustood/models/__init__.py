@@ -1,0 +1,30 @@
+"""Networks with their normalisation inside, so that an attack always works on pixels.
+
+Every model maps inputs in [0, 1] to logits and shows its parts: ``model.stages(x)`` the feature
+map after each stage, ``model.features(x)`` the penultimate features, ``model.head`` the last
+linear layer, ``model.classes`` and ``model.reject`` how many of its outputs are classes and how
+many reject outliers.
+"""
+
+from __future__ import annotations
+
+from robustood.models.base import (
+    Adapted,
+    Classifier,
+    DensityGuarded,
+    Mixture,
+    Normalise,
+    adapt,
+    batch_statistics,
+    frozen,
+    guarded,
+    mlp,
+    readout,
+    seeded,
+    small_cnn,
+)
+
+__all__ = [
+    "Adapted", "Classifier", "DensityGuarded", "Mixture", "Normalise", "adapt", "batch_statistics",
+    "frozen", "guarded", "mlp", "readout", "seeded", "small_cnn",
+]  # fmt: skip

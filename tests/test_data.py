@@ -10,7 +10,18 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_digits, load_sample_image
 
 from robustood import data
-from robustood.data import FONTS, LETTERS, PHOTOS, Batch, Split, digits, glyphs, noise, patches
+from robustood.data import (
+    FONTS,
+    LETTERS,
+    PHOTOS,
+    Batch,
+    Split,
+    digits,
+    embedded,
+    glyphs,
+    noise,
+    patches,
+)
 from robustood.models import small_cnn
 from robustood.objectives import Standard
 from robustood.training import fit
@@ -131,13 +142,13 @@ def test_the_tables_share_no_letter_no_font_and_no_photo():
 @pytest.mark.parametrize("which", LETTERS)
 def test_only_the_letters_and_fonts_of_the_table_are_drawn(monkeypatch, which):
     drawn = []
-    original = data._glyph
+    original = embedded._glyph
 
     def spy(letter, font, rng, pen):
         drawn.append((letter, font))
         return original(letter, font, rng, pen)
 
-    monkeypatch.setattr(data, "_glyph", spy)
+    monkeypatch.setattr(embedded, "_glyph", spy)
     glyphs(which, 300, 0)
     assert {letter for letter, _ in drawn} == set(LETTERS[which])
     assert {font for _, font in drawn} == set(FONTS[which].split())

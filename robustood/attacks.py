@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,7 @@ Labels = Int[Tensor, " batch"]
 Model = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
+Search = Callable[..., tuple[Tensor, Tensor]]
 
 
 @runtime_checkable
@@ -143,6 +144,8 @@ def maximise(
     keep: Literal["best", "last"] = "best",
     generator: torch.Generator | None = None,
     checked: bool = False,
+    parts: Sequence[int] | None = None,
+    search: Search | None = None,
 ) -> Batch:
     """Search ``within`` for the perturbed input with the highest objective, for each sample.
 
@@ -168,6 +171,9 @@ def maximise(
             seed 0.
         checked: the caller vouches for the values of x (a training loop, which must not wait
             for the device).
+        parts: sizes of the batches that x was put together from; each gets random starts of its own,
+            as if it came alone.
+        search: climbs from one start; default :func:`ascent`, which a training loop may compile.
 
     Returns:
         Perturbed inputs, same shape, dtype and device as x, detached.
@@ -186,29 +192,67 @@ def maximise(
     steps = steps if within.ascendable else 0
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
-    rule = rule or Ascent()
+    rule, search = rule or Ascent(), search or ascent
     generator = generator or torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         best = Best(x)
         for climbed in objective if isinstance(objective, Sequence) else [objective]:
-            for z in within.starts(x, restarts, generator):
-                propose = rule.begin(x, within, steps, step_size)
-                for _ in range(steps):
-                    z = z.detach().requires_grad_()
-                    moved = within.apply(x, z)
-                    climb, judge = pair(climbed(moved), len(x))
-                    (grad,) = torch.autograd.grad(climb.sum(), z)
-                    if keep == "best":
-                        best.update(moved, judge)
-                    z = propose(z.detach(), climb.detach(), grad)
-                moved = within.apply(x, z.detach())
-                if keep == "last":
-                    best.inputs = moved
+            whole = [within.starts(v, restarts, generator) for v in x.split(parts or [len(x)])]
+            for z in map(torch.cat, zip(*whole, strict=True)):
+                found = search(climbed, x, z, within, rule, steps, step_size, keep == "best")
+                if keep == "best":
+                    best.update(*found)
                 else:
-                    with torch.no_grad():
-                        best.update(moved, pair(climbed(moved), len(x))[1])
+                    best.inputs = found[0]
     return best.inputs.detach()
+
+
+def ascent(
+    objective: Objective,
+    x: Tensor,
+    z: Tensor,
+    within: PerturbationSet,
+    rule: Rule,
+    steps: int,
+    step_size: float | None,
+    best_of: bool,
+) -> tuple[Tensor, Tensor]:
+    """Climb from one start: evaluate, keep, propose. Returns inputs and what they are judged by.
+
+    A function of tensors without host synchronisation, so that it can be compiled as one graph.
+    """
+    best, propose = Best(x), rule.begin(x, within, steps, step_size)
+    for _ in range(steps):
+        moved, climb, judge, grad = uphill(objective, x, z, within)
+        if best_of:
+            best.update(moved, judge)
+        z = propose(z, climb, grad)
+    moved = within.apply(x, z)
+    if not best_of:
+        return moved, moved.new_empty(0)
+    with torch.no_grad():
+        best.update(moved, pair(objective(moved), len(x))[1])
+    return best.inputs, cast(Tensor, best.values)
+
+
+def uphill(
+    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input that z makes, what to climb, what to judge by, and the gradient of the climb in z."""
+
+    def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        moved = within.apply(x, z)
+        climb, judge = pair(objective(moved), len(x))
+        return climb.sum(), (moved, climb, judge)
+
+    if torch.compiler.is_compiling():  # the same gradient in the form that a compiler can trace
+        grad, (moved, climb, judge) = torch.func.grad(total, has_aux=True)(z)
+    else:
+        z = z.detach().requires_grad_()
+        value, (moved, climb, judge) = total(z)
+        (grad,) = torch.autograd.grad(value, z)
+    return moved.detach(), climb.detach(), judge.detach(), grad
 
 
 def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,22 @@ def _previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+def check_same(kept: dict[str, Any], wanted: dict[str, Any], holder: str) -> None:
+    """Refuse to go on with what other settings began.
+
+    Args:
+        kept: settings of what was found.
+        wanted: settings of now.
+        holder: how the message begins, such as "run_dir 'x' holds a run".
+    """
+    for name, value in wanted.items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{holder} with {name} = {kept.get(name)!r}, not {value!r}; choose another folder or "
+                "delete this one"
+            )
+
+
 def describe(value: object) -> str:
     """A text that is the same in every process for the same thing, and differs for another.
 

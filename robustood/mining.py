@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from robustood.data import Data, pixels
+from robustood.detectors import MSP, RejectClass
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.models import frozen
 
@@ -31,16 +32,11 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     Args:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
     """
-    classes = getattr(model, "classes", None)
-    reject = getattr(model, "reject", 0)
+    detector = RejectClass(model) if getattr(model, "reject", 0) else MSP(model)
     device = next(model.parameters()).device
     with frozen(model):
-        z = torch.cat([model(pixels(part.to(device))) for part in pool.split(batch_size)])
-    if reject:
-        return z[:, :classes].logsumexp(1) - z[:, classes:].logsumexp(1)
-    top = z.topk(2, dim=1)
-    rest = z.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(1)
-    return top.values[:, 0] - rest
+        parts = [detector.score(pixels(part.to(device))) for part in pool.split(batch_size)]
+    return torch.cat(parts)
 
 
 def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
@@ -57,12 +53,18 @@ def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
         ValueError: if q + n/N is above 1: there would be too few.
     """
     check_window(n, q, len(pool))
-    first = int(q * len(pool))
-    return margins(model, pool).argsort(descending=True, stable=True)[first : first + n]
+    return window(margins(model, pool), n, q)
+
+
+def window(m: Margins, n: int, q: float) -> Int[Tensor, " n"]:
+    """Indices of the n highest margins after the highest share q."""
+    check_window(n, q, len(m))
+    first = int(q * len(m))
+    return m.argsort(descending=True, stable=True)[first : first + n]
 
 
 def check_window(n: int, q: float, pool: int) -> None:
-    """Refuse a window that does not fit into the pool."""
+    """Refuse a window that does not fit into the pool, before the pool is scored."""
     check_count(n, "n", low=1)
     check_number(q, "q", 0, 1)
     if int(q * pool) + n > pool:
@@ -124,9 +126,7 @@ class Mining:
         q = self.q
         if isinstance(q, str):
             q = min(contamination(margins(model, data.val.x), m), 1 - n / len(pool))
-        check_window(n, q, len(pool))
-        first = int(q * len(pool))
-        kept = m.argsort(descending=True, stable=True)[first : first + n]
+        kept = window(m, n, q)
         notes = {
             "pool": len(pool), "mined": n, "q": q, "pool margin": float(m.mean()),
             "pool easy": float((m < -5).double().mean()), "mined hardest": float(m[kept[0]]),

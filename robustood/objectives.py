@@ -11,7 +11,7 @@ $$\min_\theta\; \mathbb E \max_{z \in Z} \ell(f_\theta(\mathrm{apply}(x, z)), y)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from robustood import attacks
-from robustood.data import Batch, Data
+from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
-from robustood.models import DensityGuarded, batch_statistics, frozen
+from robustood.models import batch_statistics, frozen
 from robustood.perturbations import Ball, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -106,13 +106,14 @@ class Attacked:
         objective: attacks.Objective,
         generator: torch.Generator | None,
         progress: float = 1.0,
+        parts: Sequence[int] | None = None,
     ) -> Tensor:
-        """The worst inputs that an attack finds, by the shared loop."""
+        """The worst inputs that an attack finds, by the shared loop; parts as there."""
         with frozen(model, self.mode):
             return attacks.maximise(
                 objective, x, self.set_at(progress), steps=self.steps, step_size=self.step_size,
                 restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
-                generator=generator, checked=True,
+                generator=generator, checked=True, parts=parts, search=getattr(model, "search", None),
             )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ class OutlierTraining:
         return Attacked(given, steps=self.steps, mode=BN_OF_ATTACK[self.bn])
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        x, u = self.worst_inside(model, batch), self.worst_outside(model, batch)
+        x, u = self.worst(model, batch)
         if u is None:
             return cross_entropy(model(x), batch.y)
         if self.bn == "separate":
@@ -236,28 +237,43 @@ class OutlierTraining:
             z_in, z_out = model(torch.cat([x, u])).split([len(x), len(u)])
         return cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
 
-    def worst_inside(self, model: nn.Module, batch: Batch) -> Tensor:
-        """In-distribution inputs as the update sees them."""
-        if (inner := self.inner(self.inside)) is None:
-            return batch.x
-        loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
-        return inner.worst(model, batch.x, loss, batch.generator, batch.progress)
+    def worst(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Inputs and outliers as the update sees them; of outliers clean ones first, None without weight.
 
-    def worst_outside(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """Outliers as the update sees them: clean ones first; None where they have no weight."""
+        Where both sides are attacked alike and batch statistics are frozen, which leaves the samples
+        of a batch alone with themselves, both are attacked in one batch: half the number of passes.
+        """
+        x, u = batch.x, self.outliers(model, batch)
+        inside, outside = self.inner(self.inside), self.inner(self.outside)
+        clean = 0 if u is None else len(u) - round(self.attacked_share * len(u))
+        if u is None or clean == len(u):
+            outside = None
+        rest = x[:0] if u is None else u[clean:]
+        on_labels = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
+        on_outliers = lambda u: self.outlier_loss(model(u))  # noqa: E731
+
+        def on_both(v: Tensor) -> Tensor:
+            z_in, z_out = model(v).split([len(x), len(rest)])
+            return torch.cat([attacks.cross_entropy(z_in, batch.y), self.outlier_loss(z_out)])
+
+        if inside and inside == outside and inside.mode == "eval":
+            both, parts = torch.cat([x, rest]), (len(x), len(rest))
+            moved = inside.worst(model, both, on_both, batch.generator, batch.progress, parts)
+            x, rest = moved.split(parts)
+        else:
+            if inside:
+                x = inside.worst(model, x, on_labels, batch.generator, batch.progress)
+            if outside:
+                rest = outside.worst(model, rest, on_outliers, batch.generator, batch.progress)
+        return x, None if u is None else torch.cat([u[:clean], rest])
+
+    def outliers(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """The step's outliers, None where they have no weight."""
         if self.weight == 0:
             return None
-        if batch.outliers is None:
-            raise ValueError("data.outliers is empty; this objective learns from outliers")
-        if self.outlier_loss is to_reject and not getattr(model, "reject", 1):
-            raise ValueError("model has no reject output; build it with reject=1")
-        clean = len(batch.outliers) - round(self.attacked_share * len(batch.outliers))
-        inner = self.inner(self.outside)
-        if inner is None or clean == len(batch.outliers):
-            return batch.outliers
-        loss = lambda u: self.outlier_loss(model(u))  # noqa: E731
-        worst = inner.worst(model, batch.outliers[clean:], loss, batch.generator, batch.progress)
-        return torch.cat([batch.outliers[:clean], worst])
+        if self.outlier_loss is to_reject and hasattr(model, "reject"):
+            reject_outputs(model)
+        return needed(batch.outliers)
 
     def prepare(self, model: nn.Module, data: Data, epoch: int, generator: torch.Generator) -> Data:
         """The data of one epoch: mined outliers, or all of them."""
@@ -365,9 +381,17 @@ class SOFL:
         z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
         answer = z_out.argmax(1)
         how: dict[str, Any] = {"device": z.device, "generator": batch.generator}
-        drawn = torch.randint(classes, classes + rejects, answer.shape, **how)
+        lot = lambda n: torch.randint(classes, classes + rejects, (n,), **how)  # noqa: E731
+        drawn = each(lot, len(answer), batch.generator)
         pseudo = torch.where(answer >= classes, answer, drawn)
         return cross_entropy(z_in, batch.y) + self.weight * cross_entropy(z_out, pseudo)
+
+
+def needed(outliers: Tensor | None) -> Tensor:
+    """Outliers, which an objective that learns from them must have."""
+    if outliers is None:
+        raise ValueError("data.outliers is empty; this objective learns from outliers")
+    return outliers
 
 
 def reject_outputs(model: nn.Module) -> tuple[int, int]:
@@ -395,12 +419,12 @@ class ROWL:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         classes, _ = reject_outputs(model)
-        if batch.outliers is None:
-            raise ValueError("data.outliers is empty; this objective learns from outliers")
-        x = torch.cat([batch.x, batch.outliers])
-        y = torch.cat([batch.y, torch.full_like(batch.outliers[:, 0, 0, 0], classes).long()])
+        x = torch.cat([batch.x, needed(batch.outliers)])
+        y = torch.cat([batch.y, batch.y.new_full((len(x) - len(batch.y),), classes)])
         how: dict[str, Any] = {"device": x.device, "generator": batch.generator}
-        wrong = (y + torch.randint(1, classes + 1, y.shape, **how)) % (classes + 1)
+        lot = lambda n: torch.randint(1, classes + 1, (n,), **how)  # noqa: E731
+        drawn = [each(lot, len(part), batch.generator) for part in (batch.x, y[len(batch.x) :])]
+        wrong = (y + torch.cat(drawn)) % (classes + 1)
         inner = self.inner if isinstance(self.inner, Attacked) else Attacked(self.inner, self.steps)
         toward = lambda v: -attacks.cross_entropy(model(v), wrong)  # noqa: E731
         moved = inner.worst(model, x, toward, batch.generator, batch.progress)
@@ -425,10 +449,9 @@ class CCU:
         check_number(self.weight, "weight", 0)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        if not isinstance(model, DensityGuarded):
+        if not hasattr(model, "inside"):
             raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
-        if batch.outliers is None:
-            raise ValueError("data.outliers is empty; this objective learns from outliers")
+        u = needed(batch.outliers)
         inside = cross_entropy(model(batch.x), batch.y) - model.inside(batch.x).mean()
-        outside = to_uniform(model(batch.outliers)).mean() - model.outside(batch.outliers).mean()
+        outside = to_uniform(model(u)).mean() - model.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from robustood.corruptions import NAMES, corrupt
+from robustood.data import drawn, each
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number
 
 Batch = Float[Tensor, "batch *shape"]
@@ -171,7 +172,8 @@ class Linf(Ball):
 
     def draw(self, x: Batch, generator: torch.Generator | None) -> Batch:
         """Uniform in the cube."""
-        return torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
+        eps = self.eps
+        return drawn(x, lambda z: z.uniform_(-eps, eps, generator=generator), generator)
 
     def shrink(self, z: Batch) -> Batch:
         return z.clamp_(-self.eps, self.eps)
@@ -188,8 +190,8 @@ class L2(Ball):
 
     def draw(self, x: Batch, generator: torch.Generator | None) -> Batch:
         """Uniform in the ball: a Gaussian direction with radius eps U^(1/n)."""
-        direction = torch.empty_like(x).normal_(generator=generator)
-        u = torch.empty_like(x.flatten(1)[:, 0]).uniform_(generator=generator)
+        direction = drawn(x, lambda z: z.normal_(generator=generator), generator)
+        u = drawn(x.flatten(1)[:, 0], lambda u: u.uniform_(generator=generator), generator)
         length = self.eps * u ** (1 / x[0].numel()) / norms(direction).clamp_min(1e-12)
         return direction.mul_(per_sample(length, x))
 
@@ -255,9 +257,9 @@ class Spatial:
         """Uniform in the ranges."""
         for place in places(restarts):
             z = self.null(x)
-            yield (
-                self.project(x, z.uniform_(-1, 1, generator=generator)) if place == "random" else z
-            )
+            if place == "random":
+                z = drawn(z, lambda z: z.uniform_(-1, 1, generator=generator), generator)
+            yield self.project(x, z)
 
     def apply(self, x: Batch, z: Float[Tensor, "batch 4"]) -> Batch:
         height, width = x.shape[-2:]
@@ -389,7 +391,8 @@ class Corruption:
         yield z
         for place, severity in itertools.product(range(len(self.names)), self.severities):
             # Seeds below 2^24 are exact in float32.
-            seeds = torch.randint(2**24, (len(x),), generator=generator, device=x.device)
+            lot = lambda n: torch.randint(2**24, (n,), generator=generator, device=x.device)  # noqa
+            seeds = each(lot, len(x), generator)
             where = torch.tensor([place + 1, severity], device=x.device).expand(len(x), 2)
             yield torch.cat([where, seeds[:, None]], 1).to(z)
 

@@ -9,11 +9,13 @@ step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robustood.checkpoints import describe, read_state, write_state, write_whole
-from robustood.data import Batch, Data, pixels
+from robustood.checkpoints import check_same, describe, read_state, write_state, write_whole
+from robustood.data import Batch, Data, Shared, draw
+from robustood.data.batches import Change
+from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
+from robustood.models import Average, Averaged
 from robustood.objectives import Objective
 
 Monitor = Callable[[nn.Module], dict[str, float]]
@@ -37,21 +42,32 @@ class History:
         rows: one dict an epoch: ``epoch``, ``loss`` (mean over its steps), ``lr`` (at its end),
             ``seconds`` (of the run so far), and what the monitor adds.
         finished: False where the run stopped early on its time budget.
+        speed: of a run with an engine: images a second, operations a step, and how many times the floor's
+            time a step takes (:mod:`robustood.engine`).
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     finished: bool = False
+    speed: dict[str, Any] = field(default_factory=dict)
 
     def column(self, name: str) -> list[float]:
         """One entry of every row."""
         return [row[name] for row in self.rows]
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear warm-up, then a half cosine down to zero (Loshchilov and Hutter 2017)."""
+def learning_rate(
+    step: int, total: int, peak: float, warmup: float, milestones: Sequence[float] | None = None
+) -> float:
+    """Linear warm-up, then a half cosine down to zero (Loshchilov and Hutter 2017), or tenfold drops.
+
+    Args:
+        milestones: shares of the run at which the rate falls tenfold, in place of the cosine.
+    """
     done = (step + 1) / total
     if done < warmup:
         return peak * done / warmup
+    if milestones is not None:
+        return peak * 0.1 ** sum(step >= round(share * total) for share in milestones)
     return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-12)))
 
 
@@ -67,7 +83,10 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.15,
     optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    milestones: Sequence[float] | None = None,
     average: float | None = None,
+    augment: Change | None = None,
+    engine: Engine | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     monitor: Monitor | None = None,
@@ -90,8 +109,12 @@ def fit(
         weight_decay: passed to the optimiser.
         warmup: share of the run with a rising learning rate.
         optimiser: ``optimiser(parameters, lr=..., weight_decay=...)``.
+        milestones: shares of the run at which the learning rate falls tenfold, in place of the cosine.
         average: decay of an exponential moving average of the weights, such as 0.999; the
             model of a finished run is the average, and the monitor sees it.
+        augment: applied to inputs and outliers of a batch, such as :class:`robustood.data.Augment`.
+        engine: how the network is run (:func:`robustood.engine.choose`). Where one is given, a step is
+            measured before the first, and the history says how fast the run was.
         seed: of the data order and of every random start.
         device: default the model's.
         monitor: called after each epoch in eval mode; its numbers join the history.
@@ -101,7 +124,9 @@ def fit(
             not interrupted.
 
     Returns:
-        The history. The same arguments give the same weights bit for bit on one machine's CPU.
+        The history. The same arguments give the same weights bit for bit on one machine's CPU. With
+        several processes (:func:`robustood.engine.join`) batch sizes are those of all together, the result is
+        that of one process up to rounding, and the first process writes.
 
     Raises:
         ValueError: for invalid data or settings, or a ``run_dir`` of another run, before any step.
@@ -119,7 +144,8 @@ def fit(
     for name, images in (("train.x", data.train.x), ("outliers", data.outliers)):
         if len(images) == 0 and name == "outliers":
             continue
-        (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{name}")
+        if images.dtype != torch.uint8:
+            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{name}")
         if images.shape[1:] != data.train.x.shape[1:]:
             raise ValueError(
                 f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
@@ -131,9 +157,15 @@ def fit(
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
+    for name, size in {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}.items():
+        if size % world():
+            raise ValueError(f"{name} must be a multiple of the {world()} processes, got {size}")
+    if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:
+        optimiser = partial(optimiser, fused=True)
     parameters: Any = getattr(model, "parameter_groups", model.parameters)
     run = Run(
         model=model,
+        engine=engine or Engine(),
         adapt=optimiser(parameters(), lr=lr, weight_decay=weight_decay),
         mean=None if average is None else Average(model, average),
         steps=len(data.train) // batch_size,
@@ -147,24 +179,37 @@ def fit(
             "objective": describe(objective), "epochs": epochs, "batch_size": batch_size,
             "outlier_batch_size": outlier_batch_size, "lr": lr, "weight_decay": weight_decay,
             "warmup": warmup, "average": average, "seed": seed, "device": device.type,
+            "milestones": describe(milestones), "augment": describe(augment), "engine": describe(engine),
             "optimiser": f"{type(run.adapt).__name__} {sorted(run.adapt.defaults.items())}",
             "model": describe(model),
-            "data": describe([data.train.x, data.train.y, data.outliers]),
+            "data": describe([data.train.x, data.train.y, data.outliers, data.compressed]),
         }  # fmt: skip
         run.resume(settings)
+    rate = partial(
+        learning_rate, total=run.steps * epochs, peak=lr, warmup=warmup, milestones=milestones
+    )
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=None) as bar:
+    with torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=quiet()) as bar:
         bar.update(run.epoch * run.steps + run.step)
         while run.epoch < epochs:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + run.epoch)
+            generator = run.generator(seed * 1_000_003 + run.epoch)
             prepared = run.prepare(objective, data, seed * 1_000_003 + run.epoch + 250_000)
             run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
-            batches = draw(prepared, batch_size, outlier_batch_size, generator)
-            rate = lambda step: learning_rate(step, run.steps * epochs, lr, warmup)  # noqa: E731
+            batches = draw(prepared, batch_size, outlier_batch_size, generator, augment)
+            if engine is not None and run.meter is None:
+                sample = draw(
+                    prepared, batch_size, outlier_batch_size, run.generator(seed), augment
+                )
+                run.measure(objective, next(sample))
             if not run.one_epoch(objective, batches, generator, rate, bar):
-                return run.close()
+                return run.close(batch_size)
             run.record(monitor, prepared.notes)
-    return run.close()
+    return run.close(batch_size)
+
+
+def quiet() -> bool | None:
+    """Whether there is no progress bar: on all processes but the first, and where nobody looks on."""
+    return True if rank() else None
 
 
 @dataclass
@@ -172,6 +217,7 @@ class Run:
     """The moving parts of a training run, and how they are kept."""
 
     model: nn.Module
+    engine: Engine
     adapt: torch.optim.Optimizer
     mean: Average | None
     steps: int
@@ -188,6 +234,23 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     earlier: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    chosen: bool = False
+    meter: Meter | None = None
+    paces: list[tuple[int, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.running = self.engine.run(self.model)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A source of randomness on the run's device, shared with the other processes."""
+        generator = Shared(self.device)
+        generator.place = (rank(), world())
+        return generator.manual_seed(seed)
+
+    def measure(self, objective: Objective, batch: Batch) -> None:
+        """What a step costs, and what its bare passes would."""
+        x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
+        self.meter = Meter.read(self.model, self.running, lambda m: objective(m, batch), x)
 
     def one_epoch(
         self,
@@ -198,7 +261,8 @@ class Run:
         bar: tqdm,
     ) -> bool:
         """Take the epoch's remaining steps; False when time is up first, with the state kept."""
-        good = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if self.step == 0 or not self.start:
+            self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
         for _ in range(self.step):  # the order is drawn anew, what was done is skipped
             next(batches)
         if self.noise:
@@ -206,20 +270,22 @@ class Run:
             self.set_layers(self.noise)
             self.noise = {}
         self.model.train()
-        slowest = 0.0
-        for batch in batches:
+        slowest, before, began = 0.0, self.step, waited(self.device)
+        while self.step < self.steps:
             start = time.monotonic()
-            if start + 2 * slowest > self.deadline:
-                self.check_finite(good)
+            if self.out_of_time(start + 2 * slowest):  # asked before the next batch is drawn
+                self.check_finite()
                 self.noise = {"own": generator.get_state(), "cpu": torch.get_rng_state()}
                 if self.device.type == "cuda":
                     self.noise["cuda"] = torch.cuda.get_rng_state(self.device)
+                self.paces.append((self.step - before, waited(self.device) - began))
                 self.keep()
                 return False
+            batch = next(batches)
             done = self.epoch * self.steps + self.step
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
-            loss = objective(self.model, batch.at(done / (self.epochs * self.steps)))
+            loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()
@@ -229,8 +295,16 @@ class Run:
             self.step += 1
             bar.update()
             slowest = max(slowest, time.monotonic() - start)
-        self.check_finite(good)
+        self.check_finite()
+        self.paces.append((self.step - before, waited(self.device) - began))
         return True
+
+    def out_of_time(self, then: float) -> bool:
+        """Whether a step that ends ``then`` would be too late for any of the processes."""
+        late = then > self.deadline
+        if world() == 1 or math.isinf(self.deadline):
+            return late
+        return bool(mean_of_all(torch.tensor(float(late), device=self.device)) > 0)
 
     def seed_layers(self, seed: int) -> None:
         """Seed what layers such as dropout draw from: the device's global generator."""
@@ -245,13 +319,14 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def check_finite(self, good: dict[str, Tensor]) -> None:
+    def check_finite(self) -> None:
         """One look an epoch, so that a GPU is not waited for at every step."""
-        losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
+        losses = mean_of_all(torch.stack(self.losses)) if self.losses else torch.zeros(1)
+        self.losses = list(losses) if self.losses else []
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
         if losses.isfinite().all() and weights.all():
             return
-        self.model.load_state_dict(good)
+        self.model.load_state_dict(self.start)
         self.model.eval()
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         step = self.epoch * self.steps + (bad[0] if bad else len(losses) - 1)
@@ -266,12 +341,13 @@ class Run:
         choose = getattr(objective, "prepare", None)
         if choose is None:
             return data
-        now = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.start = self.start or now
-        self.model.load_state_dict(self.start)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        prepared = choose(self.model, data, self.epoch, generator)
+        now = self.model.state_dict()
+        if self.step and self.start:
+            now = {name: value.clone() for name, value in now.items()}
+            self.model.load_state_dict(self.start)
+        prepared = choose(self.model, data, self.epoch, self.generator(seed))
         self.model.load_state_dict(now)
+        self.chosen = prepared is not data
         return prepared
 
     def record(self, monitor: Monitor | None, notes: dict[str, float]) -> None:
@@ -296,7 +372,7 @@ class Run:
 
     def keep(self) -> None:
         """Write log and state, if the run has a folder."""
-        if self.folder is None:
+        if self.folder is None or rank():
             return
         write_state(
             self.folder / "state.pt",
@@ -311,7 +387,8 @@ class Run:
                 "losses": self.losses,
                 "rows": self.history.rows,
                 "noise": self.noise,
-                "start": self.start,
+                "start": self.start if self.chosen and self.step else {},
+                "paces": self.paces,
                 "seconds": self.earlier + time.monotonic() - self.began,
             },
         )
@@ -332,13 +409,7 @@ class Run:
         state = read_state(self.folder / "state.pt")
         if state is None:
             return
-        for name, value in settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"run_dir {self.folder.name!r} holds a run with {name} = "
-                    f"{state['settings'].get(name)!r}, not {value!r}; choose another folder or "
-                    "delete this one"
-                )
+        check_same(state["settings"], settings, f"run_dir {self.folder.name!r} holds a run")
         self.model.load_state_dict(state["model"])
         self.adapt.load_state_dict(state["optimiser"])
         if self.mean:
@@ -348,87 +419,28 @@ class Run:
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.history.rows, self.noise = state["rows"], state["noise"]
-        self.start = state["start"]
+        self.start = {name: value.to(self.device) for name, value in state["start"].items()}
+        self.paces = [(steps, took) for steps, took in state["paces"]]
         self.earlier = state["seconds"]
 
-    def close(self) -> History:
-        """Leave the model ready for use."""
+    def close(self, images: int) -> History:
+        """Leave the model ready for use, and say how fast a step of so many images was."""
         self.history.finished = self.epoch == self.epochs
+        release_statistics(self.model)
+        self.model.to(memory_format=torch.contiguous_format)
+        if self.meter and (pace := self.pace()):
+            self.history.speed = self.meter.report(self.engine, pace, images, self.device)
         if self.mean and self.history.finished:
             self.mean.exchange(self.model)
         self.model.eval()
         return self.history
 
-
-class Average:
-    """Exponential moving average of everything that is a float in a model's state.
-
-    The decay grows with the number t of updates, min(decay, (1 + t) / (10 + t)), so that the random
-    initial weights are soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.count = decay, 0
-        self.tensors = {
-            name: value.clone()
-            for name, value in model.state_dict().items()
-            if value.is_floating_point()
-        }
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards the model by 1 - decay."""
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        self.count += 1
-        state = model.state_dict()
-        for name, mean in self.tensors.items():
-            mean.lerp_(state[name], 1 - decay)
-
-    @torch.no_grad()
-    def exchange(self, model: nn.Module) -> None:
-        """Swap the model's floats with the average's; twice is the identity."""
-        state = model.state_dict()
-        for name, mean in self.tensors.items():
-            kept = state[name].clone()
-            state[name].copy_(mean)
-            mean.copy_(kept)
-
-
-class Averaged:
-    """Context in which a model wears its average, if there is one."""
-
-    def __init__(self, model: nn.Module, mean: Average | None):
-        self.model, self.mean = model, mean
-
-    def __enter__(self) -> None:
-        if self.mean:
-            self.mean.exchange(self.model)
-
-    def __exit__(self, *_: object) -> None:
-        self.__enter__()
+    def pace(self) -> float:
+        """Median seconds a step over the epochs; the first, which warms up, only if there is no other."""
+        each = [took / steps for steps, took in self.paces if steps]
+        return sorted(each[1:] or each)[len(each[1:] or each) // 2] if each else 0.0
 
 
 def check_anything(x: Tensor, name: str) -> None:
     """Vectors have no box."""
     check_values(x, None, name)
-
-
-def draw(
-    data: Data, batch_size: int, outlier_batch_size: int, generator: torch.Generator
-) -> Iterator[Batch]:
-    """One epoch of full batches in random order; outliers come along, each as often as needed."""
-    n, pool, device = len(data.train), len(data.outliers), data.train.x.device
-    steps = n // batch_size
-    order = torch.randperm(n, generator=generator, device=device)
-    rounds = math.ceil(steps * outlier_batch_size / pool) if pool else 0
-    shuffled = [torch.randperm(pool, generator=generator, device=device) for _ in range(rounds)]
-    others = torch.cat(shuffled) if pool else order[:0]
-
-    def batches() -> Iterator[Batch]:
-        for step in range(steps):
-            chosen = order[step * batch_size :][:batch_size]
-            beside = others[step * outlier_batch_size :][:outlier_batch_size]
-            outliers = pixels(data.outliers[beside]) if pool else None
-            yield Batch(pixels(data.train.x[chosen]), data.train.y[chosen], outliers, generator)
-
-    return batches()  # the order is drawn now, whenever the first batch is asked for

@@ -1,13 +1,34 @@
 """Where every image comes from, what can tell it, and that no image stands on two sides."""
 
+import errno
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import tarfile
+import threading
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+from scipy.ndimage import gaussian_filter
 from scipy.stats import chisquare
 from sklearn.datasets import load_digits, load_sample_image
+from sklearn.linear_model import LogisticRegression
+from torchvision import datasets
 
 from robustood import data
 from robustood.data import (
@@ -15,12 +36,24 @@ from robustood.data import (
     LETTERS,
     PHOTOS,
     Batch,
+    Loaded,
     Split,
+    compress,
+    digest,
     digits,
     embedded,
+    fetch,
+    fetching,
+    folder,
     glyphs,
+    load,
     noise,
+    packs,
     patches,
+    read_pack,
+    sets,
+    without_overlap,
+    write_pack,
 )
 from robustood.models import small_cnn
 from robustood.objectives import Standard
@@ -289,3 +322,978 @@ def test_everything_moves_to_the_device(book):
 def test_a_batch_without_outliers_is_a_finished_one(book):
     batch = Batch(book.train.x[:2], book.train.y[:2])
     assert (batch.outliers, batch.generator, batch.progress) == (None, None, 1.0)
+
+
+# ---- packs ------------------------------------------------------------------------------------
+
+SHA = {
+    "cifar10:train": "b0262c7f9ac22856d3fba8fade9ddceaa4099e2f3d48ad46aa94311c5dd23a6e",
+    "cifar10:test": "d6498903e40261cecbc0277b07dc33cbe764618c3ba8f29c0cf66cff517cd5e7",
+}
+
+
+def images(n: int, seed: int = 0, size: int = 32, channels: int = 3) -> np.ndarray:
+    """Smooth noise as 8-bit images (n, size, size, channels): like photographs to a compressor."""
+    rough = np.random.default_rng(seed).normal(size=(n, size, size, channels))
+    smooth = gaussian_filter(rough, (0, 2, 2, 0))
+    return np.uint8(np.clip(128 + 300 * smooth, 0, 255))
+
+
+def tensor(rows: np.ndarray) -> torch.Tensor:
+    return torch.tensor(rows).permute(0, 3, 1, 2).contiguous()
+
+
+def jpeg(image: np.ndarray, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def opened(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def sheet(rows: np.ndarray, cols: int) -> np.ndarray:
+    """Images beside each other in rows of ``cols``, black where there is none."""
+    n, height, width, channels = rows.shape
+    out = np.zeros((-(-n // cols) * height, cols * width, channels), np.uint8)
+    for i, image in enumerate(rows):
+        top, left = i // cols * height, i % cols * width
+        out[top : top + height, left : left + width] = image
+    return out
+
+
+def held(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as pack:
+        return {key: pack[key] for key in pack.files}
+
+
+def mosaics(rows: np.ndarray, per: int, cols: int, **options) -> dict[str, np.ndarray]:
+    """The fields of a pack without checksum and sizes, its mosaics saved with the given options."""
+    files = []
+    for i in range(0, len(rows), per):
+        buffer = io.BytesIO()
+        padded = np.zeros((per, *rows.shape[1:]), np.uint8)
+        padded[: len(rows[i : i + per])] = rows[i : i + per]
+        Image.fromarray(sheet(padded, cols)).save(buffer, **options)
+        files.append(buffer.getvalue())
+    return {
+        "blob": np.frombuffer(b"".join(files), np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "n": np.int64(len(rows)),
+        "per": np.int64(per),
+        "cols": np.int64(cols),
+        "labels": np.arange(len(rows), dtype=np.uint8),
+    }
+
+
+def test_a_pack_gives_back_what_was_written(tmp_path):
+    rows, y = images(23), np.arange(23) % 7
+    names = tuple(f"class {i}" for i in range(7))
+    path = write_pack(tmp_path / "new" / "toy.npz", rows, y, names, names[::-1], 80, per=10)
+    found = read_pack(path)
+    assert found.x.dtype == torch.uint8 and found.y.dtype == torch.int64
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == y.tolist()
+    assert (found.name, found.names, found.ids) == ("toy", names, names[::-1])
+    assert found.jpeg == 80 and read_pack(write_pack(tmp_path / "b.npz", rows, y)).jpeg is None
+    assert (
+        str(held(path)["sha256"]) == hashlib.sha256(rows.tobytes()).hexdigest() == digest(found.x)
+    )
+    assert all(value.dtype != object for value in held(path).values())
+    again = write_pack(tmp_path / "again.npz", found.x, found.y, names, names[::-1], 80, per=10)
+    assert again.read_bytes() == path.read_bytes()  # NCHW tensors and NHWC arrays, byte for byte
+    assert sorted(p.name for p in path.parent.iterdir()) == ["toy.npz"]
+    part = found[2:5]
+    assert isinstance(part, Loaded) and (part.names, part.jpeg, len(part)) == (names, 80, 3)
+    assert found.to("meta").ids == found.ids
+
+
+@given(st.data())
+def test_packs_of_any_size_come_back(tmp_path_factory, data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    shape = draw(1, 12), draw(1, 9), draw(1, 9), data.draw(st.sampled_from([1, 3]))
+    rows = np.random.default_rng(draw(0, 99)).integers(0, 256, shape, np.uint8)
+    y = data.draw(st.lists(st.integers(0, 1000), min_size=shape[0], max_size=shape[0]))
+    path = tmp_path_factory.mktemp("any") / "any.npz"
+    found = read_pack(write_pack(path, rows, y, per=draw(1, 13)))
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == y
+
+
+def test_mosaics_without_checksum_are_read(tmp_path):
+    rows = images(11)
+    np.savez(tmp_path / "a.npz", **mosaics(rows, 4, 2, format="WEBP", lossless=True))
+    found = read_pack(tmp_path / "a.npz")
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == list(range(11))
+    assert (found.names, found.ids, found.jpeg) == ((), (), None)
+
+
+@pytest.mark.parametrize("quality", [60, 90])
+def test_jpeg_mosaics_are_read_with_their_quality(tmp_path, quality):
+    rows = images(11)
+    fields = mosaics(rows, 6, 3, format="JPEG", quality=quality, subsampling=0)
+    np.savez(tmp_path / "a.npz", **fields, names=np.array(["x"] * 11))
+    found = read_pack(tmp_path / "a.npz")
+    first = opened(fields["blob"][: fields["offsets"][1]].tobytes())
+    assert np.array_equal(found.x[4].permute(1, 2, 0), first[32:64, 32:64])
+    assert found.jpeg == quality and found.names == ("x",) * 11
+    assert 0 < (found.x.float() - tensor(rows).float()).abs().mean() < 8
+
+
+def test_jpeg_bodies_with_one_header_are_read(tmp_path):
+    rows = images(5)
+    files = [jpeg(image, quality=75) for image in rows]
+    size = files[0].index(b"\xff\xda") + 14  # up to the scan: sizes and tables
+    bodies = [file[size:-2] for file in files]
+    assert len({file[:size] for file in files}) == 1
+    np.savez(
+        tmp_path / "a.npz",
+        head=np.frombuffer(files[0][:size], np.uint8),
+        blob=np.frombuffer(b"".join(bodies), np.uint8),
+        offsets=np.cumsum([0, *map(len, bodies)]),
+        labels=np.zeros(5, np.uint8),
+        wnids=np.array(["n01443537"]),
+        names=np.array(["goldfish"]),
+    )
+    found = read_pack(tmp_path / "a.npz")
+    assert torch.equal(found.x, tensor(np.stack([opened(file) for file in files])))
+    assert (found.jpeg, found.names, found.ids) == (75, ("goldfish",), ("n01443537",))
+    assert torch.equal(found.x, compress(tensor(rows), 75))
+
+
+def change(**new):
+    """A damage: other values for some fields of a pack, or none for a field that is to go."""
+
+    def damage(path: Path) -> None:
+        fields = held(path) | {k: v(held(path)[k]) if callable(v) else v for k, v in new.items()}
+        np.savez(path, **{key: value for key, value in fields.items() if value is not None})
+
+    return damage
+
+
+def rewrite(new):
+    return lambda path: path.write_bytes(new(path.read_bytes()))
+
+
+DAMAGES = {
+    "cut short": rewrite(lambda b: b[: len(b) // 2]),
+    "empty": rewrite(lambda b: b""),
+    "text": rewrite(lambda b: b"<html>not found</html>"),
+    "one array": lambda path: path.write_bytes(_npy(np.zeros(3))),
+    "flipped byte": rewrite(lambda b: b[:500] + bytes([b[500] ^ 1]) + b[501:]),
+    "garbage": change(blob=lambda b: np.random.default_rng(0).integers(0, 256, len(b), np.uint8)),
+    "cut mosaic": change(blob=lambda b: b[:-40], offsets=lambda o: np.append(o[:-1], o[-1] - 40)),
+    "other pixels": change(blob=lambda b: b, sha256=np.array("0" * 64)),
+    "labels": change(labels=lambda y: y[:-1]),
+    "negative": change(labels=lambda y: -1 - y.astype(np.int64)),
+    "fractions": change(labels=lambda y: y + 0.5),
+    "objects": change(names=np.array([{"a": 1}], dtype=object)),
+    "too few names": change(names=lambda v: v[:1]),
+    "offsets": change(offsets=lambda o: o[::-1]),
+    "overlong": change(offsets=lambda o: np.append(o[:-1], o[-1] + 9)),
+    "more images": change(n=np.int64(99), labels=np.zeros(99, np.uint8)),
+    "width": change(width=np.int64(16)),
+    "cols": change(cols=np.int64(0)),
+    "per": change(per=np.int64(0)),
+    **{f"no {key}": change(**{key: None}) for key in ("blob", "offsets", "labels", "per", "cols")},
+}
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pack(tmp_path) -> Path:
+    names = [f"class {i}" for i in range(4)]
+    return write_pack(tmp_path / "toy_test.npz", images(12), np.arange(12) % 4, names, per=5)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_pack_is_named_and_nothing_of_it_is_used(pack, damage):
+    DAMAGES[damage](pack)
+    with pytest.raises(
+        ValueError, match=r"toy_test\.npz is damaged: .*[Dd]elete it, then"
+    ) as caught:
+        read_pack(pack)
+    assert damage[:3] != "no " or f"lacks '{damage[3:]}'" in str(caught.value)
+    with pytest.raises(ValueError, match="toy_test"):
+        load("toy", "test", pack.parent)
+
+
+def test_a_mosaic_with_too_few_images_is_not_stretched(tmp_path):
+    """One image must not be spread over the places of four."""
+    fields = mosaics(images(1), 1, 1, format="WEBP", lossless=True)
+    np.savez(tmp_path / "a.npz", **fields | {"n": 4, "per": 4, "labels": np.zeros(4, np.uint8)})
+    with pytest.raises(ValueError, match="cannot hold 4 images"):
+        read_pack(tmp_path / "a.npz")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_no_single_changed_byte_gives_other_pixels(tmp_path_factory, place, bits):
+    path = tmp_path_factory.mktemp("byte") / "toy.npz"
+    write_pack(path, images(4, size=8), [0, 1, 0, 1])
+    good, content = read_pack(path), bytearray(path.read_bytes())
+    content[place % len(content)] ^= bits
+    path.write_bytes(content)
+    try:
+        found = read_pack(path)
+    except ValueError as error:
+        outcome = str(error)
+    else:
+        same = torch.equal(found.x, good.x) and torch.equal(found.y, good.y)
+        outcome = "the same" if same else "other pixels"
+    assert outcome == "the same" or "toy.npz is damaged" in outcome
+
+
+def test_no_pack_holds_a_pickle_that_could_run(pack):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was executed",))
+
+    bomb = np.empty(1, dtype=object)
+    bomb[0] = Bomb()
+    np.savez(pack, **held(pack) | {"names": bomb})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        read_pack(pack)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 4, 4, 3)), [0, 0]), "images must be uint8 .* got float64"),
+        ((np.zeros((2, 3, 4, 4), np.uint8), [0, 0]), "arrays NHWC"),
+        ((torch.zeros(2, 4, 4, 3, dtype=torch.uint8), [0, 0]), "tensors are NCHW"),
+        ((np.zeros((4, 4, 3), np.uint8), [0, 0]), r"shape \(4, 4, 3\)"),
+        ((np.zeros((0, 4, 4, 3), np.uint8), []), "images is empty"),
+        ((images(2, size=4), [0]), r"labels must be of shape \(2,\)"),
+        ((images(2, size=4), [0, -1]), "labels must be whole numbers from 0"),
+        ((images(2, size=4), [0, 0.5]), "labels must be whole numbers"),
+        ((images(2, size=4), [0, 2], ["a", "b"]), "names must have one entry a class"),
+        ((images(2, size=4), [0, 1], [], [], 101), "jpeg must be at most 100"),
+        ((images(2, size=4), [0, 1], [], [], 0), "jpeg must be a whole number of at least 1"),
+    ],
+)
+def test_what_is_no_set_of_images_is_not_written(untyped, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_pack(tmp_path / "a.npz", *arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_pack_that_was_there(monkeypatch, pack):
+    before = pack.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"cannot write .*toy_test.npz \(No space.*make room"
+    ) as caught:
+        write_pack(pack, images(3), [0, 0, 0])
+    assert caught.value.errno == errno.ENOSPC
+    assert pack.read_bytes() == before and [*pack.parent.iterdir()] == [pack]
+
+
+@pytest.fixture
+def readonly(tmp_path, monkeypatch) -> Path:
+    """A folder that cannot be written; for the superuser, whom no mode stops, by other means."""
+    place = tmp_path / "readonly"
+    place.mkdir(mode=0o555)
+    if os.access(place, os.W_OK):
+        opener, maker = Path.open, Path.mkdir
+
+        def refuse(path: Path, wants: bool) -> None:
+            if wants and place in [path, *path.parents]:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        def guarded(self, mode="r", *rest, **more):
+            refuse(self, mode[0] in "wa")
+            return opener(self, mode, *rest, **more)
+
+        def made(self, *rest, **more):
+            refuse(self, not self.exists())
+            return maker(self, *rest, **more)
+
+        monkeypatch.setattr(Path, "open", guarded)
+        monkeypatch.setattr(Path, "mkdir", made)
+    return place
+
+
+def test_a_readonly_folder_is_named_with_the_way_out(readonly, tmp_path):
+    with pytest.raises(PermissionError, match=r"cannot write .*toy\.npz.*ROBUSTOOD_DATA"):
+        write_pack(readonly / "toy.npz", images(2), [0, 0])
+    with pytest.raises(PermissionError, match=r"cannot write .*raw.*ROBUSTOOD_DATA"):
+        fetch("svhn", "train", readonly)
+    save(tmp_path / "tree" / "a.png", images(1)[0])
+    with pytest.raises(PermissionError, match=r"cannot write .*mine32\.npz.*ROBUSTOOD_DATA"):
+        folder(tmp_path / "tree", "mine", root=readonly)
+    assert not any(readonly.iterdir())
+
+
+# ---- sets by name -----------------------------------------------------------------------------
+
+
+def test_sets_are_found_by_name_and_parts_are_joined(tmp_path):
+    files = [
+        "cifar10_test",
+        "cifar10_train_a",
+        "cifar10_train_b",
+        "cifar100_train_q90",
+        "textures32",
+    ]
+    files += ["cifar100_test", "svhn_train_first1083", "tinyimagenet32_train", "tinyimagenet32_val"]
+    for i, file in enumerate(files):
+        write_pack(tmp_path / f"{file}.npz", images(i + 2, i, 8), [i] * (i + 2))
+    wanted = {
+        "cifar10:test": [0],
+        "cifar10:train": [1, 2],
+        "cifar100:train": [3],
+        "textures": [4],
+        "cifar100:test": [5],
+        "svhn:train": [6],
+        "tinyimagenet:train": [7],
+        "tinyimagenet:val": [8],
+    }
+    assert data.available(tmp_path) == sorted(wanted)
+    for name, parts in wanted.items():
+        found = load(name, root=tmp_path)
+        rows = np.concatenate([images(i + 2, i, 8) for i in parts])
+        assert torch.equal(found.x, tensor(rows)), name
+        assert found.y.unique().tolist() == parts and found.name == name.partition(":")[0]
+        assert torch.equal(load(*name.split(":"), root=tmp_path).x, found.x)
+    write_pack(tmp_path / "svhn_train.npz", images(40, 9, 8), [0] * 40)
+    assert len(load("svhn", "train", tmp_path)) == 40  # the whole set, and nothing of it twice
+
+
+def test_what_a_set_holds_is_said(pack):
+    assert data.check("toy:test", root=pack.parent) == {
+        "n": 12,
+        "shape": (3, 32, 32),
+        "classes": 4,
+        "counts": [3, 3, 3, 3],
+        "jpeg": None,
+        "sha256": hashlib.sha256(images(12).tobytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("cifar10:train", "Get it with `robustood data fetch cifar10`"),
+        ("textures", "Get it with `robustood data fetch textures`"),
+        ("places365:test", "folder of images with `robustood data pack FOLDER --name places365`"),
+        ("toy", "there are: toy:test"),
+        ("mnist:train", "ROBUSTOOD_DATA"),
+    ],
+)
+def test_a_missing_set_says_what_is_there_and_how_to_get_it(pack, name, advice):
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        load(name, root=pack.parent)
+    with pytest.raises(ValueError, match="there are: none"):
+        load(name, root=pack.parent / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("toy:test", "train"), "split must be named once, got 'test' in the name and 'train'"),
+        (("../toy", "test"), "name must be of letters"),
+        (("", "test"), "name must be of letters"),
+        (("toy", "a/b"), "split must be of letters"),
+    ],
+)
+def test_a_name_is_no_path(pack, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(*arguments, root=pack.parent)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"jpeg": 75}, "differ in jpeg"),
+        ({"names": ["a"]}, "differ in names"),
+        ({"size": 8}, "different sizes"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_not_joined(tmp_path, other, message):
+    write_pack(tmp_path / "a_train_1.npz", images(2), [0, 0])
+    rows = images(2, size=other.pop("size", 32))
+    write_pack(tmp_path / "a_train_2.npz", rows, [0, 0], **other)
+    with pytest.raises(ValueError, match=message):
+        load("a:train", root=tmp_path)
+
+
+def test_two_whole_sets_of_one_name_are_one_too_many(tmp_path):
+    for file in ("a_train", "a32_train"):
+        write_pack(tmp_path / f"{file}.npz", images(2), [0, 0])
+    with pytest.raises(ValueError, match=r"a_train.npz are the same set|a32_train.npz and a_train"):
+        load("a:train", root=tmp_path)
+
+
+def test_the_folder_is_the_argument_else_the_environment_else_the_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("ROBUSTOOD_DATA", raising=False)
+    checkout = Path(data.__file__).parents[2]
+    assert data.root() == checkout / "data" / "cache"
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(tmp_path / "env"))
+    assert data.root() == tmp_path / "env" and data.root(tmp_path) == tmp_path
+    write_pack(tmp_path / "env" / "toy.npz", images(2), [0, 0])
+    assert len(load("toy")) == 2
+    monkeypatch.delenv("ROBUSTOOD_DATA")
+    monkeypatch.setattr(sets, "__file__", str(tmp_path / "lib" / "robustood" / "data" / "sets.py"))
+    monkeypatch.chdir(tmp_path)  # installed, not a checkout
+    assert data.root() == tmp_path / "data" / "cache"
+
+
+def idx(array: np.ndarray) -> bytes:
+    sizes = np.array(array.shape, ">i4").tobytes()
+    return gzip.compress(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+def test_mnist_is_read_as_published_where_no_pack_is(tmp_path):
+    rows, y = images(6, size=28, channels=1), np.arange(6, dtype=np.uint8)
+    (tmp_path / "mnist").mkdir()
+    for part in ("train", "t10k"):
+        (tmp_path / f"mnist/{part}-images-idx3-ubyte.gz").write_bytes(idx(rows[..., 0]))
+        (tmp_path / f"mnist/{part}-labels-idx1-ubyte.gz").write_bytes(idx(y))
+    assert data.available(tmp_path) == ["mnist:test", "mnist:train"]
+    found = load("mnist", "test", tmp_path)
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == y.tolist()
+    assert (found.name, found.names, found.jpeg) == ("mnist", tuple("0123456789"), None)
+    write_pack(tmp_path / "mnist_test.npz", rows[:2], y[:2])
+    assert load("mnist", "test", tmp_path).x.shape == (2, 1, 28, 28)  # a pack comes first
+    labels = tmp_path / "mnist/train-labels-idx1-ubyte.gz"
+    for bad in (labels.read_bytes()[:-9], b"", idx(y.view(np.uint8))[:12], gzip.compress(b"\1\2")):
+        labels.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz is damaged"):
+            load("mnist", "train", tmp_path)
+
+
+# ---- downloads --------------------------------------------------------------------------------
+
+
+class Server:
+    """Files on 127.0.0.1, which may drop the connection: ``cuts`` bytes into one answer after the other."""
+
+    def __init__(self, ranges: bool = True) -> None:
+        self.files: dict[str, bytes] = {}
+        self.cuts: list[int | None] = []
+        self.asked: list[tuple[str, int]] = []  # which file, from which byte
+        self.sent = 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content, start = server.files.get(self.path), 0
+                if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+                    start = int(found[1]) * ranges
+                server.asked.append((self.path, start))
+                if content is None or (start and start >= len(content)):
+                    self.send_error(404 if content is None else 416)
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                cut = server.cuts.pop(0) if server.cuts else None
+                body = content[start:] if cut is None else content[start : start + cut]
+                self.wfile.write(body)
+                server.sent += len(body)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def put(self, name: str, content: bytes) -> tuple[str, str]:
+        self.files[f"/{name}"] = content
+        return f"{self.url}/{name}", hashlib.md5(content).hexdigest()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture(params=[True], ids=["ranges"])
+def server(request, monkeypatch) -> Iterator[Server]:
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    found = Server(request.param)
+    yield found
+    found.close()
+
+
+PAYLOAD = np.random.default_rng(0).bytes(10**6)
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
+    url, md5 = server.put("file", PAYLOAD)
+    server.cuts = [400_000, 300_000, None]
+    fetching.download(url, tmp_path / "file", md5)
+    assert (tmp_path / "file").read_bytes() == PAYLOAD and server.sent == len(PAYLOAD)
+    assert [start for _, start in server.asked] == [0, 400_000, 700_000]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    fetching.download(url, tmp_path / "file", md5)
+    assert len(server.asked) == 3  # what is there is not fetched again
+
+
+def test_the_next_call_goes_on_where_the_last_one_gave_up(server, tmp_path):
+    url, md5 = server.put("file", PAYLOAD)
+    server.cuts = [400_000, 0]
+    with pytest.raises(ConnectionError, match=r"400,000 bytes so far.*Try again later.*put it at"):
+        fetching.download(url, tmp_path / "file", md5)
+    assert (tmp_path / "file.partial").read_bytes() == PAYLOAD[:400_000]
+    fetching.download(url, tmp_path / "file", md5)
+    assert server.asked[-1] == ("/file", 400_000) and server.sent == len(PAYLOAD)
+    assert (tmp_path / "file").read_bytes() == PAYLOAD
+    os.replace(tmp_path / "file", tmp_path / "file.partial")  # stopped after the last byte
+    fetching.download(url, tmp_path / "file", md5)
+    assert server.sent == len(PAYLOAD) and (tmp_path / "file").read_bytes() == PAYLOAD
+
+
+@pytest.mark.parametrize("server", [False], indirect=True, ids=["no ranges"])
+def test_a_server_that_knows_no_ranges_sends_all_again(server, tmp_path):
+    url, md5 = server.put("file", PAYLOAD)
+    server.cuts = [400_000, None]
+    fetching.download(url, tmp_path / "file", md5)
+    assert (tmp_path / "file").read_bytes() == PAYLOAD and server.sent == 1_400_000
+    server.cuts = [400_000, 400_000, None]
+    with pytest.raises(ConnectionError, match=r"cut off at 400,000 of 1,000,000 bytes"):
+        fetching.download(url, tmp_path / "other", md5)
+
+
+def test_a_wrong_checksum_is_said_and_the_file_removed(server, tmp_path):
+    url, md5 = server.put("file", PAYLOAD)
+    with pytest.raises(ValueError, match=f"file has md5 {md5}, torchvision expects {'0' * 32}"):
+        fetching.download(url, tmp_path / "file", "0" * 32)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").write_bytes(b"put here by hand, and wrong")
+    with pytest.raises(ValueError, match=r"delete .*file.* and fetch again"):
+        fetching.download(url, tmp_path / "file", md5)
+    assert (tmp_path / "file").exists()  # a reader's own file is not ours to remove
+
+
+def test_a_full_disk_keeps_what_has_come(server, tmp_path, monkeypatch):
+    url, md5 = server.put("train_32x32.mat", PAYLOAD)
+    monkeypatch.setitem(datasets.SVHN.split_list, "train", [url, "train_32x32.mat", md5])
+    opener = Path.open
+
+    class Full:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            self.file.close()
+
+        def write(self, chunk: bytes) -> None:
+            self.file.write(chunk[: 600_000 - self.file.tell()])
+            if self.file.tell() == 600_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    def small(path, mode="r", *rest, **more):
+        file = opener(path, mode, *rest, **more)
+        return Full(file) if path.suffix == ".partial" and mode[0] in "wa" else file
+
+    monkeypatch.setattr(Path, "open", small)
+    with pytest.raises(OSError, match=r"cannot write .*svhn \(No space left.*make room") as caught:
+        fetch("svhn", "train", tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.setattr(Path, "open", opener)
+    raw = tmp_path / "raw" / "svhn"
+    assert [(p.name, p.stat().st_size) for p in raw.iterdir()] == [
+        ("train_32x32.mat.partial", 600_000)
+    ]
+    fetching.download(url, raw / "train_32x32.mat", md5)
+    assert server.asked[-1] == ("/train_32x32.mat", 600_000)
+
+
+def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
+    gone = Server()
+    gone.close()
+    where = [f"{gone.url}/train_32x32.mat", "train_32x32.mat", "0" * 32]
+    monkeypatch.setitem(datasets.SVHN.split_list, "train", where)
+    with pytest.raises(ConnectionError) as caught:
+        fetch("svhn:train", root=tmp_path)
+    message = str(caught.value)
+    for part in ("put it at", "raw/svhn/train_32x32.mat", "copy the set's pack", "ROBUSTOOD_DATA"):
+        assert part in message
+    with pytest.raises(ValueError, match="robustood data fetch svhn"):
+        load("svhn:train", root=tmp_path)
+
+
+def svhn() -> tuple[np.ndarray, np.ndarray, bytes]:
+    rows, y = images(7), np.array([10, 1, 2, 3, 10, 9, 1])
+    buffer = io.BytesIO()
+    savemat(buffer, {"X": rows.transpose(1, 2, 3, 0), "y": y[:, None]})
+    return rows, y % 10, buffer.getvalue()
+
+
+def test_a_fetched_set_is_checked_packed_and_loaded(server, tmp_path, monkeypatch):
+    rows, y, content = svhn()
+    url, md5 = server.put("train_32x32.mat", content)
+    monkeypatch.setitem(datasets.SVHN.split_list, "train", [url, "train_32x32.mat", md5])
+    server.cuts = [len(content) // 2]
+    assert fetch("svhn", "train", tmp_path) == [tmp_path / "svhn_train.npz"]
+    found = load("svhn:train", root=tmp_path)
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == y.tolist()
+    assert server.sent == len(content)
+    raw = tmp_path / "raw" / "svhn"
+    assert [p.name for p in raw.iterdir()] == ["train_32x32.mat"]  # nothing half unpacked stays
+    assert fetch("svhn:train", root=tmp_path) == [tmp_path / "svhn_train.npz"]
+    (tmp_path / "svhn_train.npz").unlink()
+    fetch("svhn:train", root=tmp_path)  # from the file that was put or left there
+    assert len(server.asked) == 2 and digest(load("svhn:train", root=tmp_path).x) == digest(rows)
+
+
+def test_a_download_with_a_wrong_checksum_makes_no_pack(server, tmp_path, monkeypatch):
+    url, _ = server.put("train_32x32.mat", svhn()[2])
+    monkeypatch.setitem(datasets.SVHN.split_list, "train", [url, "train_32x32.mat", "0" * 32])
+    with pytest.raises(ValueError, match=r"train_32x32\.mat has md5"):
+        fetch("svhn", "train", tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_cifar_comes_from_the_official_archive_in_official_order(server, tmp_path, monkeypatch):
+    def batch(rows: np.ndarray) -> bytes:
+        flat = rows.transpose(0, 3, 1, 2).reshape(len(rows), -1)
+        return pickle.dumps({"data": flat, "labels": [*range(len(rows))]})
+
+    parts = {f"data_batch_{i}": batch(images(3, i)) for i in (1, 2)}
+    parts |= {"test_batch": batch(images(2, 3))}
+    meta = pickle.dumps({"label_names": ["airplane", "automobile", "bird"]})
+    files = parts | {"batches.meta": meta}
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    content = archive({f"cifar-10-batches-py/{name}": c for name, c in files.items()})
+    url, whole = server.put("cifar-10-python.tar.gz", content)
+    kind = datasets.CIFAR10
+    monkeypatch.setattr(kind, "url", url)
+    monkeypatch.setattr(kind, "tgz_md5", whole)
+    monkeypatch.setattr(kind, "train_list", [[n, md5[n]] for n in parts if n[0] == "d"])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5["batches.meta"]})
+    paths = fetch("cifar10", root=tmp_path)
+    assert [path.name for path in paths] == ["cifar10_train.npz", "cifar10_test.npz"]
+    train, test = load("cifar10:train", root=tmp_path), load("cifar10:test", root=tmp_path)
+    assert torch.equal(train.x, tensor(np.concatenate([images(3, 1), images(3, 2)])))
+    assert torch.equal(test.x, tensor(images(2, 3))) and train.y.tolist() == [0, 1, 2] * 2
+    assert train.names == test.names == ("airplane", "automobile", "bird")
+    assert len(server.asked) == 1  # one archive for both
+
+
+def test_mnist_is_asked_for_at_the_next_address_when_one_fails(server, tmp_path, monkeypatch):
+    rows, y = images(4, size=28, channels=1), np.arange(4, dtype=np.uint8)
+    contents = {
+        f"{part}-{kind}-ubyte.gz": idx(array)
+        for part in ("train", "t10k")
+        for kind, array in (("images-idx3", rows[..., 0]), ("labels-idx1", y))
+    }
+    resources = [(name, server.put(f"good/{name}", c)[1]) for name, c in contents.items()]
+    kind = datasets.MNIST
+    monkeypatch.setattr(kind, "mirrors", [f"{server.url}/gone/", f"{server.url}/good/"])
+    monkeypatch.setattr(kind, "resources", resources)
+    fetch("mnist", "test", tmp_path)
+    found = load("mnist:test", root=tmp_path)
+    assert torch.equal(found.x, tensor(rows)) and len(found.names) == 10
+    monkeypatch.setattr(kind, "mirrors", [f"{server.url}/gone/"])
+    with pytest.raises(ConnectionError, match=r"404[\s\S]*put it at"):
+        fetch("mnist", "train", tmp_path / "other")
+
+
+def test_textures_are_shrunk_and_their_splits_joined(server, tmp_path, monkeypatch):
+    files, photos = {}, {}
+    for part, count in {"train": 2, "val": 1, "test": 1}.items():
+        names = [f"{c}/{part}_{i}.jpg" for c in ("banded", "zigzag") for i in range(count)]
+        files[f"dtd/labels/{part}1.txt"] = "\n".join(names).encode()
+        for name in names:
+            photos[name] = jpeg(images(1, len(photos), 80)[0, :, 8:72], quality=90)
+            files[f"dtd/images/{name}"] = photos[name]
+    url, md5 = server.put("dtd-r1.0.1.tar.gz", archive(files))
+    monkeypatch.setattr(datasets.DTD, "_URL", url)
+    monkeypatch.setattr(datasets.DTD, "_MD5", md5)
+    assert fetch("textures", root=tmp_path) == [tmp_path / "textures32.npz"]
+    found = load("textures", root=tmp_path)
+    assert found.y.tolist() == [0, 0, 1, 1, 0, 1, 0, 1] and found.names == ("banded", "zigzag")
+    small = Image.open(io.BytesIO(photos["banded/train_0.jpg"])).resize((32, 40), 2)  # bilinear
+    assert np.array_equal(found.x[0].permute(1, 2, 0), np.asarray(small)[4:36])
+    assert found.jpeg is None and len(server.asked) == 1
+
+
+def test_traffic_signs_come_with_the_addresses_inside_torchvision(tmp_path, monkeypatch):
+    asked, rows = [], images(4, size=32)
+    table = "Filename;Width;ClassId\n" + "\n".join(f"{i}.ppm;32;{i % 2}" for i in range(4))
+    zips = {"GTSRB_Final_Test_GT.zip": {"GT-final_test.csv": table.encode()}, "images": {}}
+    for i, image in enumerate(rows):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PPM")
+        zips["images"][f"GTSRB/Final_Test/Images/{i}.ppm"] = buffer.getvalue()
+
+    def fake(url: str, target: Path, md5: str) -> None:
+        asked.append((url, md5))
+        with zipfile.ZipFile(target, "w") as file:
+            for name, content in zips.get(target.name, zips["images"]).items():
+                file.writestr(name, content)
+
+    monkeypatch.setattr(fetching, "download", fake)
+    assert fetch("gtsrb", "test", tmp_path) == [tmp_path / "gtsrb32_test.npz"]
+    found = load("gtsrb:test", root=tmp_path)
+    assert torch.equal(found.x, tensor(rows)) and found.y.tolist() == [0, 1, 0, 1]
+    assert all(url.startswith("https://") and len(md5) == 32 for url, md5 in asked)
+
+
+def test_only_published_sets_are_fetched(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot fetch 'lsun', only cifar10.*data pack FOLDER"):
+        fetch("lsun", root=tmp_path)
+    with pytest.raises(ValueError, match="split must be one of 'train', 'test', got 'val'"):
+        fetch("cifar10", "val", tmp_path)
+
+
+# ---- your own images --------------------------------------------------------------------------
+
+
+def save(path: Path, image: np.ndarray, **options: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Two classes, one of them with a folder inside, and files that are no images."""
+    place, rows = tmp_path / "tree", images(5, size=32)
+    for name, image in zip(["b/2", "b/10", "a/images/1", "a/0"], rows):
+        save(place / f"{name}.png", image)
+    (place / "words.txt").write_text("boxes")
+    (place / ".cache").mkdir()
+    (place / ".cache" / "x.png").write_bytes(b"hidden")
+    return place
+
+
+def test_a_tree_becomes_a_set_sorted_by_path(tree, tmp_path):
+    rows, cache = images(5, size=32), tmp_path / "cache"
+    found = folder(tree, "mine", root=cache, split="test")
+    assert torch.equal(found.x, tensor(rows[[3, 2, 1, 0]])) and found.y.tolist() == [0, 0, 1, 1]
+    assert (found.name, found.names, found.jpeg) == ("mine", ("a", "b"), None)
+    assert [p.name for p in cache.iterdir()] == ["mine32_test.npz"]
+    assert torch.equal(load("mine:test", root=cache).x, found.x)
+    larger = folder(tree, "mine", size=40, root=cache)
+    assert larger.x.shape == (4, 3, 40, 40) and (cache / "mine40.npz").exists()
+
+
+def test_the_second_call_reads_the_pack_until_the_tree_changes(tree, tmp_path, monkeypatch):
+    calls, original = [], sets._read
+    monkeypatch.setattr(sets, "_read", lambda *a: calls.append(a[0].name) or original(*a))
+    first = folder(tree, "mine", root=tmp_path)
+    assert len(calls) == 4
+    assert torch.equal(folder(tree, "mine", root=tmp_path).x, first.x) and len(calls) == 4
+    white = np.full((32, 32, 3), 255, np.uint8)
+    save(tree / "b" / "2.png", white)
+    second = folder(tree, "mine", root=tmp_path)
+    assert len(calls) == 8 and (second.x[3] == 255).all() and torch.equal(second.x[:3], first.x[:3])
+    (tree / "a" / "0.png").unlink()
+    assert len(folder(tree, "mine", root=tmp_path)) == 3
+    os.utime(tree / "b" / "2.png", (1, 1))
+    assert len(folder(tree, "mine", root=tmp_path)) == 3 and len(calls) == 14
+
+
+def test_photographs_are_shrunk_by_their_shorter_side_and_cut(tmp_path):
+    save(tmp_path / "tree" / "wide.png", images(1, size=80)[0, 8:72])
+    save(tmp_path / "tree" / "grey.png", images(1, size=32)[0, :, :, 0])
+    found = folder(tmp_path / "tree", "mine", root=tmp_path)
+    small = np.asarray(Image.fromarray(images(1, size=80)[0, 8:72]).resize((40, 32), 2))
+    assert np.array_equal(found.x[1].permute(1, 2, 0), small[:, 4:36])
+    assert torch.equal(found.x[0], tensor(images(1, size=32)[..., [0, 0, 0]])[0])
+    assert found.y.tolist() == [0, 0] and found.names == ()
+
+
+def test_only_jpeg_files_of_that_size_carry_their_blocks(tmp_path):
+    for i, image in enumerate(images(4)):
+        save(tmp_path / "small" / f"{i}.jpg", image, quality=60)
+        save(tmp_path / "mixed" / f"{i}.{'jpg' if i else 'png'}", image)
+        save(tmp_path / "even" / f"{i}.{'jpg' if i % 2 else 'png'}", image)
+    for i, image in enumerate(images(4, size=64)):
+        save(tmp_path / "large" / f"{i}.jpg", image, quality=60)
+    found = {n: folder(tmp_path / n, n, root=tmp_path) for n in ("small", "mixed", "even", "large")}
+    assert {n: loaded.jpeg for n, loaded in found.items()} == {
+        "small": 60,
+        "mixed": 75,
+        "even": None,
+        "large": None,
+    }
+    assert torch.equal(found["small"].x, compress(tensor(images(4)), 60))
+
+
+def test_a_tree_that_is_none_is_refused_by_name(tree, tmp_path):
+    (tree / "b" / "broken.jpg").write_bytes(jpeg(images(1)[0])[:300])
+    with pytest.raises(ValueError, match=r"broken\.jpg is no readable image"):
+        folder(tree, "mine", root=tmp_path)
+    assert not list(tmp_path.glob("*.npz"))
+    (tree / "b" / "broken.jpg").unlink()
+    save(tree / "stray.png", images(1)[0])
+    with pytest.raises(ValueError, match="images beside folders of images"):
+        folder(tree, "mine", root=tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        folder(tmp_path / "none", "mine", root=tmp_path)
+    with pytest.raises(ValueError, match="path must be a folder of images"):
+        folder(tmp_path / "nowhere", "mine", root=tmp_path)
+    write_pack(tmp_path / "taken32.npz", images(2), [0, 0])
+    with pytest.raises(ValueError, match="made of no folder; choose another name"):
+        folder(tree, "taken", root=tmp_path)
+    (tmp_path / "mine32.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"mine32\.npz is damaged"):
+        folder(tree, "mine", root=tmp_path)
+
+
+# ---- compression ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quality", "channels"), [(75, 3), (30, 3), (75, 1)])
+def test_compression_is_pillows(quality, channels):
+    rows = images(6, channels=channels)
+    found = compress(tensor(rows), quality)
+    assert found.dtype == torch.uint8 and found.shape == (6, channels, 32, 32)
+    for image, twin in zip(rows, found.permute(0, 2, 3, 1)):
+        plain = image if channels == 3 else image[..., 0]
+        again = np.asarray(Image.open(io.BytesIO(jpeg(plain, quality=quality))))
+        assert np.array_equal(twin, again.reshape(32, 32, channels))
+    assert not torch.equal(found, tensor(rows))
+
+
+def test_the_quality_is_read_off_the_file():
+    for mode in ("L", "RGB"):
+        for quality in range(1, 101, 3):
+            buffer = io.BytesIO()
+            Image.new(mode, (16, 16)).save(buffer, "JPEG", quality=quality)
+            assert packs.jpeg_quality(Image.open(buffer)) == quality
+
+
+@pytest.mark.parametrize("quality", [0, 101, 75.0])
+def test_a_quality_is_from_1_to_100(untyped, quality):
+    with pytest.raises(ValueError, match="quality must be"):
+        compress(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), quality)
+
+
+def blockiness(x: torch.Tensor) -> np.ndarray:
+    """Mean step from each row to the next and each column to the next: 2 x 31 features an image."""
+    x = x.float().mean(1)
+    down, right = x.diff(dim=1).abs().mean(2), x.diff(dim=2).abs().mean(1)
+    return torch.cat([down, right], 1).numpy()
+
+
+def test_compression_tells_outliers_until_the_own_images_have_it_too():
+    """Both sides are the same noise; a linear classifier knows one from the other by its blocks."""
+    mean = lambda x: gaussian_filter(x, (0, 4, 4, 0))  # noqa: E731
+    rough = np.random.default_rng(0).normal(size=(2000, 32, 32, 3))
+    x = tensor(np.uint8(np.clip(128 + 500 * mean(rough) + 4 * rough, 0, 255)))
+    own, twins, outliers = x[:1000], compress(x[:1000], 75), compress(x[1000:], 75)
+
+    def told_apart(inside: torch.Tensor) -> float:
+        features = [np.log1p(blockiness(side)) for side in (inside, outliers)]
+        fit_on = np.concatenate([f[:600] for f in features])
+        spread = fit_on.std(0)
+        classifier = LogisticRegression(C=0.1, max_iter=500)
+        classifier.fit((fit_on - fit_on.mean(0)) / spread, [1] * 600 + [0] * 600)
+        scores = [
+            classifier.decision_function((f[600:] - fit_on.mean(0)) / spread) for f in features
+        ]
+        return auroc(*scores)
+
+    assert told_apart(own) > 0.9
+    assert 0.4 < told_apart(twins) < 0.6
+
+
+# ---- outliers that are none -------------------------------------------------------------------
+
+LISTS = tomllib.loads(Path(sets.__file__).with_name("overlap.toml").read_text("utf-8"))
+
+
+def test_the_lists_name_each_class_once_by_its_id():
+    for known, count in {"cifar10": 35, "cifar100": 83}.items():
+        ids = LISTS["tinyimagenet"][known]
+        assert len(set(ids)) == len(ids) == count
+        assert all(re.fullmatch(r"n\d{8}", one) for one in ids) and ids == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    ("known", "kept"),
+    [("cifar10", [1, 3]), ("cifar100", [3])],
+)
+def test_classes_that_the_own_set_shows_are_dropped(known, kept):
+    ids = ("n02085620", "n01443537", "n02129165", "n02666196")  # Chihuahua, goldfish, lion, abacus
+    x, y = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1), torch.arange(8) % 4
+    if known == "cifar100":
+        kept = [0, *kept]  # no dog is in CIFAR-100
+    made = Loaded(x, y, name="tinyimagenet", names=("a", "b", "c", "d"), ids=ids, jpeg=75)
+    left = without_overlap(made, known)
+    assert left.y.tolist() == kept * 2 and left.x.flatten().tolist() == kept + [k + 4 for k in kept]
+    assert (left.names, left.ids, left.jpeg) == (made.names, ids, 75)
+    by_name = without_overlap(replace(made, ids=(), names=ids), known)
+    assert by_name.y.tolist() == left.y.tolist()
+
+
+def test_without_a_list_nobody_knows_the_overlap():
+    made = Loaded(torch.zeros(1, 1, 1, 1), torch.zeros(1).long(), name="places365", names=("a",))
+    with pytest.raises(ValueError, match=r"add \[places365\] cifar10 = "):
+        without_overlap(made, "cifar10")
+    with pytest.raises(ValueError, match=r"add \[tinyimagenet\] svhn = "):
+        without_overlap(replace(made, name="tinyimagenet"), "svhn")
+    with pytest.raises(ValueError, match="give the outlier set ids or names"):
+        without_overlap(replace(made, name="tinyimagenet", names=()), "cifar10")
+
+
+# ---- the real files ---------------------------------------------------------------------------
+
+
+def real(name: str) -> Loaded:
+    """A set from the folder in ROBUSTOOD_DATA, else the test is skipped with a reason."""
+    place = os.environ.get("ROBUSTOOD_DATA")
+    if not place or name not in data.available(place):
+        reason = (
+            f"no set {name} in ROBUSTOOD_DATA={place}: fetch it (`robustood data fetch`, or "
+            "`robustood data pack` for outlier sets) and set the variable to its folder"
+        )
+        print(reason)
+        pytest.skip(reason)
+    return load(name, root=place)
+
+
+@pytest.mark.parametrize("name", SHA)
+def test_cifar10_decodes_to_the_pixels_of_the_reference(name):
+    found = real(name)
+    assert digest(found.x) == SHA[name] and found.jpeg is None
+    assert torch.bincount(found.y).tolist() == [len(found) // 10] * 10
+
+
+def test_the_packs_of_tinyimagenet_say_how_they_were_compressed():
+    found = real("tinyimagenet:val")
+    assert found.jpeg == 75
+    assert len(found.names) == len(found.ids) == 165
+    assert torch.equal(without_overlap(found, "cifar10").x, found.x)  # dropped when it was made
+    left = without_overlap(found, "cifar100")
+    assert len(left) == 94 * 50 and set(LISTS["tinyimagenet"]["cifar10"]).isdisjoint(found.ids)
+    ours = {
+        name.partition(",")[0]
+        for name, i in zip(found.names, found.ids)
+        if i not in LISTS["tinyimagenet"]["cifar100"]
+    }
+    assert not ours & {"goldfish", "mushroom", "orange", "lawn mower", "plate", "bee", "snail"}
+
+
+def test_the_packs_of_cifar100_say_how_they_were_compressed():
+    assert real("cifar100:train").jpeg == 90
+    found = real("cifar100:test")
+    assert found.jpeg is None and len(found.names) == 100

@@ -36,9 +36,10 @@ FLOORS = {
     0: {"inputs", "data", "models", "checkpoints", "corruptions", "widgets"},
     1: {"toy", "perturbations", "detectors", "metrics"},
     2: {"attacks", "mining", "generative", "plotting"},
-    3: {"evaluate", "objectives", "smoothing"},
+    3: {"engine", "evaluate", "objectives", "smoothing"},
     4: {"training", "sanity", "results"},
-    5: {"cli"},
+    5: {"recipes"},
+    6: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 MAX_LINES = 480

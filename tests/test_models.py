@@ -1,5 +1,6 @@
 """Each network against its formula written out, and what a seed, a mode and a batch may change."""
 
+import copy
 import re
 
 import numpy as np
@@ -10,8 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.densenet import _DenseBlock, _Transition
+from torchvision.models.resnet import BasicBlock
 
-from robustood.models import Classifier, Normalise, adapt, mlp, readout, small_cnn
+from robustood.detectors import Mahalanobis
+from robustood.models import (
+    STATISTICS,
+    Classifier,
+    Normalise,
+    adapt,
+    densenet_bc,
+    mlp,
+    preact_resnet18,
+    readout,
+    resnet,
+    small_cnn,
+    wide_resnet,
+)
 
 BUILDS = {
     "cnn": lambda seed=0: small_cnn(seed=seed),
@@ -263,3 +280,428 @@ def test_adapt_leaves_no_hook_after_an_error():
 def test_a_wrong_head_is_refused_with_the_right_ones(name):
     with pytest.raises(ValueError, match=rf"head must name .*'top\.fc'.*got '{name}'"):
         adapt(Elsewhere(), name)
+
+
+# ---- networks of published size: numbers --------------------------------------------------------
+
+DEEP = {
+    "dense": lambda **more: densenet_bc(16, 4, **more),
+    "dense, papers": lambda **more: densenet_bc(16, 4, init="papers", **more),
+    "resnet": lambda **more: resnet(8, 8, **more),
+    "wide": lambda **more: wide_resnet(16, 1, **more),
+    "wide, reject": lambda **more: wide_resnet(10, 2, classes=4, reject=1, **more),
+}
+
+
+@pytest.fixture(params=DEEP)
+def deep(request):
+    return DEEP[request.param]
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """In eval mode with batch normalisations that do something."""
+    generator = torch.Generator().manual_seed(11)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for value in (norm.weight.data, norm.running_var):
+                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+            for value in (norm.bias.data, norm.running_mean):
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    return model.eval()
+
+
+def colour(n: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (lambda: densenet_bc(), 769_162),
+        (lambda: densenet_bc(classes=100), 800_032),
+        (lambda: densenet_bc(classes=43, normalise="gtsrb"), 780_481),
+        (lambda: densenet_bc(reject=1, init="papers"), 769_505),
+        (lambda: densenet_bc(classes=100, reject=1), 800_375),
+        (lambda: densenet_bc(40, 12), 176_122),
+        (lambda: wide_resnet(16, 2), 691_674),
+        (lambda: wide_resnet(16, 4), 2_748_890),
+        (lambda: wide_resnet(40, 4), 8_949_210),
+        (lambda: wide_resnet(40, 4, reject=1), 8_949_467),
+        (lambda: wide_resnet(40, 4, classes=100, reject=1), 8_972_597),
+        (lambda: preact_resnet18(), 11_172_170),
+        (lambda: resnet(), 272_474),
+        (lambda: resnet(8), 78_042),
+        (lambda: resnet(8, 32), 308_650),
+    ],
+)
+def test_the_networks_have_the_published_numbers_of_parameters(build, count):
+    assert sum(p.numel() for p in build().parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (densenet_bc, [(24, 32, 32), (108, 16, 16), (150, 8, 8), (342, 8, 8)]),
+        (lambda: wide_resnet(10, 2), [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]),
+        (lambda: resnet(8), [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]),
+        (
+            preact_resnet18,
+            [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)],
+        ),
+    ],
+)
+def test_the_stages_are_the_maps_that_the_docstrings_name(build, shapes):
+    model = build().to("meta")
+    maps = model.stages(torch.empty(2, 3, 32, 32, device="meta"))
+    assert [tuple(m.shape[1:]) for m in maps] == shapes
+    assert model.head.in_features == shapes[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("build", "multiplications"),
+    [
+        (densenet_bc, 0.288e9),
+        (lambda: wide_resnet(40, 4), 1.30e9),
+        (preact_resnet18, 0.555e9),
+        (lambda: densenet_bc(40), 0.072e9),
+    ],
+)
+def test_a_forward_costs_what_is_published(build, multiplications):
+    model = build().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    assert counter.get_total_flops() / 2 == pytest.approx(multiplications, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("build", "papers"),
+    [
+        (lambda: densenet_bc(40, 12), None),
+        (lambda: densenet_bc(40, 12, init="papers"), (2 / 6) ** 0.5),
+        (lambda: densenet_bc(init="papers"), (2 / 16) ** 0.5),
+        (lambda: wide_resnet(16, 2), None),
+        (lambda: resnet(14), None),
+    ],
+)
+def test_every_convolution_is_drawn_with_the_stated_deviation(build, papers):
+    model = build()
+    squares, n = 0.0, 0
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.detach()
+            wanted = papers or (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            # A sample deviation of m normals spreads by 1 / sqrt(2 m), a mean by 1 / sqrt(m).
+            assert weight.std().item() == pytest.approx(wanted, rel=5 / (2 * weight.numel()) ** 0.5)
+            assert abs(weight.mean().item()) < 5 * wanted / weight.numel() ** 0.5
+            squares += (weight / wanted).square().sum().item()
+            n += weight.numel()
+            assert module.bias is None
+    assert squares / n == pytest.approx(1, rel=5 * (2 / n) ** 0.5)
+    assert model.head.bias.abs().max() == 0
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
+
+
+# ---- networks of published size: the functions themselves ---------------------------------------
+
+
+def alike(ours: torch.Tensor, wanted: torch.Tensor, share: float = 1e-5) -> None:
+    """Differences are measured against the largest value: the papers' weights make large outputs."""
+    assert ours.shape == wanted.shape and wanted.abs().max() > 0
+    apart = (ours.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert apart <= share, apart.item()
+
+
+def convolved(x: torch.Tensor, conv: nn.Module, stride: int = 1) -> torch.Tensor:
+    return functional.conv2d(x, conv.weight, stride=stride, padding=conv.weight.shape[-1] // 2)
+
+
+def shifted(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+    return x * scale[:, None, None] + (norm.bias - norm.running_mean * scale)[:, None, None]
+
+
+def activated(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    return shifted(x, norm).clamp_min(0)
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    mean = torch.tensor([125.3, 123.0, 113.9]).to(x)[:, None, None]
+    return (255 * x - mean) / torch.tensor([63.0, 62.1, 66.7]).to(x)[:, None, None]
+
+
+def finished(model: Classifier, last: torch.Tensor) -> torch.Tensor:
+    return last.mean((2, 3)) @ model.head.weight.T + model.head.bias
+
+
+@pytest.mark.parametrize("init", ["he", "papers"])
+def test_a_densenet_layer_sees_all_maps_before_it(init):
+    single = stirred(densenet_bc(22, 5, classes=4, reject=1, init=init, seed=3))
+    model, x = copy.deepcopy(single).double(), colour().double()
+    z = convolved(centred(x), model.body[0])
+    alike(model.stages(x)[0], z, 1e-6)  # the normalisation's own numbers are single
+    for stage, rest in ((1, 4), (2, 4), (3, 2)):
+        parts = list(model.body[stage])
+        layers, end = parts[:-rest], parts[-rest:]
+        assert len(layers) == (22 - 4) // 6
+        maps = [z]
+        for norm, _, narrow, norm2, _, wide in layers:
+            assert narrow.out_channels == 4 * 5
+            h = convolved(activated(torch.cat(maps, 1), norm), narrow)
+            maps.append(convolved(activated(h, norm2), wide))
+            assert maps[-1].shape[1] == 5
+        z = activated(torch.cat(maps, 1), end[0])
+        if rest == 4:
+            assert end[2].weight.shape == (z.shape[1] // 2, z.shape[1], 1, 1)
+            z = convolved(z, end[2])
+            z = z.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+        alike(model.stages(x)[stage], z, 1e-6)
+    alike(model(x), finished(model, z), 1e-6)
+    alike(single(x.float()), finished(model, z))
+
+
+def copied(oracle: nn.Module, *parts: nn.Module) -> nn.Module:
+    """An oracle with our weights; both keep them in the order of use."""
+    ours = [value for part in parts for value in part.state_dict().values()]
+    oracle.load_state_dict(dict(zip(oracle.state_dict(), ours, strict=True)))
+    return oracle.eval()
+
+
+def test_densenet_is_made_of_torchvisions_blocks():
+    model = stirred(densenet_bc(16, 4, seed=4))
+    x = model.normalise(colour())
+    with torch.no_grad():
+        z, width = model.body[0](x), 8
+        for stage in model.body[1:3]:
+            block = copied(_DenseBlock(2, width, 4, 4, 0.0), *stage[:2])
+            width += 8
+            z = copied(_Transition(width, width // 2), *stage[2:])(block(z))
+            width //= 2
+        z = copied(_DenseBlock(2, width, 4, 4, 0.0), *model.body[3][:2])(z)
+        z = activated(z, model.body[3][2])
+        alike(model(colour()), finished(model, z))
+
+
+def test_resnet_is_made_of_torchvisions_blocks():
+    model = stirred(resnet(14, 9, classes=4, reject=1, seed=4))
+    with torch.no_grad():
+        z = activated(convolved(centred(colour()), model.body[0][0]), model.body[0][1])
+        width = 9
+        for stage in list(model.body)[1:]:
+            outputs = stage[0].residual[0].out_channels
+            stride = 1 if outputs == 9 else 2
+            assert len(stage) == 2 and outputs == 9 * 2 ** (list(model.body).index(stage) - 1)
+            for block in stage:
+                fit = None
+                if width != outputs:
+                    conv = nn.Conv2d(width, outputs, 1, stride, bias=False)
+                    fit = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+                z = copied(BasicBlock(width, outputs, stride, fit), block)(z)
+                width, stride = outputs, 1
+        alike(model(colour()), finished(model, z))
+
+
+@pytest.mark.parametrize(
+    ("build", "widths", "n"),
+    [
+        (lambda: wide_resnet(10, 3, seed=4), (48, 96, 192), 1),
+        (lambda: wide_resnet(16, 1, seed=4), (16, 32, 64), 2),
+        (lambda: preact_resnet18(classes=4, reject=1, seed=4), (64, 128, 256, 512), 2),
+    ],
+)
+def test_a_preactivated_block_adds_to_what_it_was_given(build, widths, n):
+    model = stirred(build())
+    x = colour(2)
+    with torch.no_grad():
+        z = convolved(centred(x), model.body[0])
+        for i, (width, stage) in enumerate(zip(widths, model.body[1:], strict=True)):
+            for j, block in enumerate(list(stage)[:n]):
+                stride = 2 if i and not j else 1
+                norm, _ = block.activate
+                first, norm2, _, second = block.residual
+                a = activated(z, norm)
+                if z.shape[1] != width:
+                    z = functional.conv2d(a, block.shortcut.weight, stride=stride)
+                else:
+                    assert block.shortcut is None
+                z = z + convolved(activated(convolved(a, first, stride), norm2), second)
+            if width != widths[-1]:
+                assert len(stage) == n
+                alike(model.stages(x)[i + 1], z)
+        z = activated(z, model.body[-1][n])
+        alike(model.stages(x)[-1], z)
+        alike(model(x), finished(model, z))
+
+
+# ---- networks of published size: gradients, modes, memory ---------------------------------------
+
+
+def test_the_parts_of_a_deep_network_agree(deep):
+    model, x = stirred(deep()), colour()
+    with torch.no_grad():
+        maps, features = model.stages(x), model.features(x)
+        alike(maps[-1].mean((2, 3)), features)
+        alike(model.head(features), model(x))
+    assert maps[-1].min() == 0 and maps[-1].max() > 0  # the last map is activated
+
+
+def test_every_parameter_of_a_deep_network_learns(deep):
+    model = deep().train()
+    labels = torch.arange(3) % model.classes
+    functional.cross_entropy(model(colour()), labels).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_activation_overwrites_what_a_gradient_needs(deep, training):
+    model = stirred(deep()).train(training)
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    found = []
+    for net in (model, apart):
+        x = colour().requires_grad_()
+        maps = net.stages(
+            x
+        )  # read after the whole forward: a stage may not spoil the last one's map
+        loss = sum(m.square().mean() for m in maps) + net.head(maps[-1].mean((2, 3))).square().sum()
+        found.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+    for ours, wanted in zip(*found, strict=True):
+        alike(ours, wanted)
+    assert found[0][0].abs().max() > 0
+
+
+def test_the_input_gradient_is_the_slope(deep):
+    model = stirred(deep()).double()
+    x = colour().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    way = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        ends = [model(x + t * way)[:, 1].sum() for t in (1e-7, -1e-7)]
+    slope = (ends[0] - ends[1]) / 2e-7
+    alike((gradient * way).sum(), slope, 1e-4)
+
+
+def test_a_deep_network_in_eval_mode_computes_each_image_alone(deep):
+    model, x = stirred(deep()), colour(5)
+    with torch.no_grad():
+        together = model(x)
+        alone = torch.cat([model(x[:2]), model(x[2:3]), model(x[3:])])
+        alike(alone, together)
+        trained = model.train()(x[:2])
+    assert (trained - together[:2]).abs().max() > 0.01 * trained.abs().max()
+
+
+def test_channels_last_is_kept_and_changes_nothing(deep):
+    model = stirred(deep())
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = colour()
+    turned = x.to(memory_format=torch.channels_last)
+    for net, batch in ((model, x), (last, turned)):
+        batch.requires_grad_()
+        net(batch).square().sum().backward()
+    alike(turned.grad, x.grad, 1e-4)
+    with torch.no_grad():
+        alike(last(turned), model(x), 1e-4)
+        for a, b in zip(last.stages(turned), model.stages(x), strict=True):
+            assert a.is_contiguous(memory_format=torch.channels_last)
+            alike(a, b, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: densenet_bc(10, 4), lambda: resnet(8, 8), lambda: wide_resnet(10, 1)]
+)
+def test_a_deep_network_is_one_graph(untyped, build):
+    model = stirred(build())
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        alike(whole(colour()), model(colour()))
+
+
+def test_mahalanobis_sees_the_pixel_means_of_every_stage():
+    model = stirred(densenet_bc(10, 6, classes=2))
+    x, y = colour(120), torch.arange(120) % 2
+    detector = Mahalanobis(model, layers="all").fit(x, y)
+    with torch.no_grad():
+        pooled = [functional.adaptive_avg_pool2d(m, 1).flatten(1) for m in model.stages(x)]
+        assert [h.shape[1] for h in pooled] == [12, 9, 7, 13]
+        for ours, h in zip(detector.layer_scores(x).T, pooled, strict=True):
+            h = h.double()
+            means = torch.stack([h[y == c].mean(0) for c in (0, 1)])
+            spread = h - means[y]
+            precision = torch.linalg.pinv(spread.T @ spread / len(h), rtol=1e-5, hermitian=True)
+            apart = h[:, None] - means
+            alike(ours, -0.5 * (apart @ precision * apart).sum(2).amin(1), 1e-3)
+
+
+# ---- networks of published size: seeds, normalisation, bad input --------------------------------
+
+
+def test_the_seed_of_a_deep_network_decides_its_weights_and_nothing_else_moves(deep):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one = deep(seed=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(456)
+    again, other = deep(seed=7).state_dict(), deep(seed=8).state_dict()
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    drawn = [key for key in one if one[key].ndim > 1]
+    assert all(not torch.equal(one[key], other[key]) for key in drawn)
+    assert not [key for key in one if "normalise" in key]
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_deep_network_normalises_by_the_named_statistics(name):
+    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[name])
+    model = stirred(resnet(8, 8, normalise=name))
+    plain = stirred(resnet(8, 8, normalise=None))
+    with torch.no_grad():
+        torch.testing.assert_close(model(colour()), plain((colour() - mean) / std))
+    by_module = resnet(8, 8, normalise=Normalise(*STATISTICS[name]))
+    torch.testing.assert_close(by_module.normalise(colour()), model.normalise(colour()))
+
+
+def test_the_statistics_are_those_of_the_papers():
+    assert STATISTICS["cifar"][0] == pytest.approx((0.4914, 0.4824, 0.4467), abs=1e-4)
+    assert STATISTICS["cifar"][1] == pytest.approx((0.2471, 0.2435, 0.2616), abs=1e-4)
+    assert STATISTICS["gtsrb"] == ((0.3337, 0.3064, 0.3171), (0.2672, 0.2564, 0.2629))
+
+
+def test_grey_images_need_their_own_normalisation():
+    grey = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    for normalise in (None, Normalise([0.13], [0.31])):
+        for model in (
+            resnet(8, 8, channels=1, normalise=normalise),
+            densenet_bc(10, 2, channels=1, normalise=normalise),
+        ):
+            assert model.eval()(grey).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda: densenet_bc(99), ("depth", "6 n + 4", "got 99", "94 and 100")),
+        (lambda: densenet_bc(4), ("depth", "at least 10", "got 4")),
+        (lambda: densenet_bc(40, 0), ("growth", "at least 1", "got 0")),
+        (lambda: densenet_bc(10, init="xavier"), ("init", "'he', 'papers'", "'xavier'")),
+        (lambda: densenet_bc(10, classes=1), ("classes", "at least 2", "got 1")),
+        (lambda: wide_resnet(20), ("depth", "6 n + 4", "got 20", "16 and 22")),
+        (lambda: wide_resnet(16, 0), ("width", "at least 1", "got 0")),
+        (lambda: wide_resnet(16.0), ("depth", "whole number", "16.0")),
+        (lambda: resnet(18), ("depth", "6 n + 2", "got 18", "14 and 20")),
+        (lambda: resnet(2), ("depth", "at least 8", "got 2")),
+        (lambda: resnet(8, 7), ("width", "at least 8", "got 7")),
+        (lambda: resnet(8, -1), ("width", "at least 8", "-1")),
+        (lambda: preact_resnet18(reject=-1), ("reject", "at least 0", "-1")),
+        (lambda: resnet(8, channels=0), ("channels", "at least 1", "got 0")),
+        (lambda: resnet(8, channels=1), ("normalise", "'cifar'", "3 channels", "channels = 1")),
+        (lambda: resnet(8, normalise="svhn"), ("normalise", "'cifar', 'gtsrb'", "'svhn'")),
+    ],
+)
+def test_networks_that_do_not_exist_are_refused(untyped, call, parts):
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        call()
+    assert all(part in str(caught.value) for part in parts), caught.value

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from robustood.data import Data, Split, digits
+from robustood.checkpoints import describe
+from robustood.data import Data, Split, digits, draw
 from robustood.models import Classifier, mlp, small_cnn
 from robustood.objectives import Adversarial, Standard
 from robustood.perturbations import Linf, Members
-from robustood.training import Average, describe, draw, fit, learning_rate
+from robustood.training import Average, fit, learning_rate
 
 
 @pytest.fixture(scope="module")

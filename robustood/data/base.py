@@ -33,6 +33,23 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Loaded(Split):
+    """A set of 8-bit images (samples, channel, height, width) with what its pack says about it.
+
+    Attributes:
+        name: of the set, such as ``"cifar10"``.
+        names: of the classes; empty where the pack has none.
+        ids: of the classes in another system, such as WordNet ids; may be empty.
+        jpeg: quality, if the pixels are decoded JPEG files; None if they never were compressed.
+    """
+
+    name: str = ""
+    names: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    jpeg: int | None = None
+
+
+@dataclass(frozen=True)
 class Data:
     """All that a run needs.
 
@@ -41,6 +58,8 @@ class Data:
         outliers: auxiliary outliers for training (samples, ...); may be empty.
         ood: test outliers by name, never seen in training.
         notes: numbers about the data of one epoch that a run should log.
+        compressed: ``train.x`` after the outliers' compression, or None; an epoch takes each image from one
+            of the two at random, so that compression does not tell outliers.
     """
 
     train: Split
@@ -49,6 +68,7 @@ class Data:
     outliers: Tensor
     ood: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
+    compressed: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Data:
         kinds = (Split, Tensor)

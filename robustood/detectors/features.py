@@ -111,9 +111,14 @@ class Mahalanobis(Detector):
 
     def distances(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
         """All layers; one forward where there is no input step."""
-        self.ready()
         if self.step:
+            self.ready()
             return torch.stack([self.by_class(x, i) for i in range(len(self.layer_fits))], 1)
+        return self.unmoved(x)
+
+    def unmoved(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
+        """All layers, without the input step."""
+        self.ready()
         fits = zip(self.layer_fits, self.parts(x), strict=True)
         return torch.stack([gaussian(h) for gaussian, h in fits], 1)
 
@@ -129,9 +134,7 @@ class Mahalanobis(Detector):
 
     def plain(self, x: Inputs) -> Values:
         """$t$ of the fitted regression without the input step: what the papers' attack sees."""
-        self.ready()
-        fits = zip(self.layer_fits, self.parts(x), strict=True)
-        return -self.weighed(torch.stack([fit(h).amax(1) for fit, h in fits], 1))
+        return -self.weighed(self.unmoved(x).amax(2))
 
     def score(self, x: Inputs) -> Values:
         return self.weighed(self.layer_scores(x))

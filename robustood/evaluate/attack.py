@@ -17,7 +17,7 @@ from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, t
 from robustood.detectors.base import signed
 from robustood.inputs import check_choice, check_count, check_values
 from robustood.models import frozen
-from robustood.perturbations import PerturbationSet
+from robustood.perturbations import PerturbationSet, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
 
@@ -82,7 +82,7 @@ def attack_score(
             moved = search(objectives(detector, part, direction, targets), part)
             with torch.no_grad():  # a failed search leaves the clean input
                 gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
-            found.append(torch.where(gained.view(-1, *[1] * (part.ndim - 1)), moved, part))
+            found.append(torch.where(per_sample(gained, part), moved, part))
     return torch.cat(found)
 
 
@@ -185,7 +185,7 @@ def paper_attack(
             if plan.keep == "best":  # the clean image competes, and wins ties
                 with torch.no_grad():
                     gained = climbed(moved) > climbed(part)
-                moved = torch.where(gained.view(-1, *[1] * (part.ndim - 1)), moved, part)
+                moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
     return torch.cat(found)
 

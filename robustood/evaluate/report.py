@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics
-from robustood.checkpoints import describe, read_state, write_state, write_whole
+from robustood.checkpoints import check_same, describe, read_state, write_state, write_whole
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score
 from robustood.inputs import check_choice, check_count, check_number, check_values
@@ -283,12 +283,8 @@ class Known:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if (old := read_state(self.path)) is None:
             return
-        for name, value in settings.items():
-            if old["settings"].get(name) != value:
-                raise ValueError(
-                    f"run_dir {self.path.parent.name!r} holds a report with {name} = "
-                    f"{old['settings'].get(name)!r}, not {value!r}; choose another folder"
-                )
+        holder = f"run_dir {self.path.parent.name!r} holds a report"
+        check_same(old["settings"], settings, holder)
         self.state = old
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

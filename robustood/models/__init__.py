@@ -8,6 +8,7 @@ many reject outliers.
 
 from __future__ import annotations
 
+from robustood.models.average import Average, Averaged
 from robustood.models.base import (
     Adapted,
     Classifier,
@@ -23,8 +24,11 @@ from robustood.models.base import (
     seeded,
     small_cnn,
 )
+from robustood.models.dense import densenet_bc
+from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
-    "Adapted", "Classifier", "DensityGuarded", "Mixture", "Normalise", "adapt", "batch_statistics",
-    "frozen", "guarded", "mlp", "readout", "seeded", "small_cnn",
+    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise", "adapt",
+    "batch_statistics", "densenet_bc", "frozen", "guarded", "mlp", "preact_resnet18", "readout",
+    "resnet", "seeded", "small_cnn", "wide_resnet",
 ]  # fmt: skip

@@ -100,11 +100,12 @@ class Classifier(nn.Module):
     """A normalisation, a chain of stages, and a linear head.
 
     Args:
-        stages: modules applied in turn; the output of the last is flattened to the features.
+        stages: modules applied in turn; the output of the last becomes the features.
         width: number of features.
         classes: number of classes.
         reject: number of further outputs that stand for "none of the classes".
         normalise: applied first; default the identity.
+        pool: average the last map over its pixels instead of flattening it.
     """
 
     def __init__(
@@ -114,11 +115,12 @@ class Classifier(nn.Module):
         classes: int,
         reject: int = 0,
         normalise: nn.Module | None = None,
+        pool: bool = False,
     ):
         super().__init__()
         check_count(classes, "classes", low=2)
         check_count(reject, "reject")
-        self.classes, self.reject = classes, reject
+        self.classes, self.reject, self.pool = classes, reject, pool
         self.normalise = normalise or nn.Identity()
         self.body = nn.ModuleList(stages)
         self.head = nn.Linear(width, classes + reject)
@@ -136,7 +138,7 @@ class Classifier(nn.Module):
         x = self.normalise(x)
         for stage in self.body:
             x = stage(x)
-        return x.flatten(1)
+        return x.mean((2, 3)) if self.pool else x.flatten(1)
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
         return self.head(self.features(x))

@@ -1,0 +1,275 @@
+"""The command line: train, evaluate and tabulate recipes, and fetch, check and pack images."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from robustood import __version__, data, engine, recipes, results
+
+UNFINISHED, FAILED, INTERRUPTED = 3, 2, 130
+HELP = """\
+examples:
+  robustood recipes
+  robustood train aloe_cifar10_cpu
+  robustood train aloe_cifar10_fast --minutes 9 --set training.seed=1 --folder runs/aloe_1
+  robustood evaluate runs/aloe_1 --set evaluation.n_in=200
+  robustood table
+  robustood data fetch cifar10 svhn:train
+  robustood data pack photos/ --name mine:test
+  torchrun --nproc-per-node 4 -m robustood train oe_cifar10_fast
+
+A run that was stopped goes on with the same command. Exit codes: 0 done, 2 an error (one line says
+which), 3 the time given by --minutes ran out, 130 interrupted. ROBUSTOOD_DATA names the folder of the
+images. ROBUSTOOD_DEBUG=1 shows where an error arose.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: default those of the process.
+
+    Returns:
+        The exit code: 0 done, 2 an error, 3 out of time, 130 interrupted.
+    """
+    given = parser().parse_args(arguments)
+    try:
+        with Terminable():
+            if "WORLD_SIZE" in os.environ:
+                engine.join()
+            return given.command(given)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last state")
+        return INTERRUPTED
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("ROBUSTOOD_DEBUG"):
+            raise
+        print(f"robustood: {explained(error)}", file=sys.stderr)
+        return FAILED
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class Terminable:
+    """Context in which SIGTERM, as from a cluster's scheduler, stops a run as Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        try:
+            self.before = signal.signal(signal.SIGTERM, self.stop)
+        except ValueError:  # not the main thread: signals are another's business
+            self.before = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    @staticmethod
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+
+def explained(error: Exception) -> str:
+    """One line about an error, with what to do where the system's own words do not say it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and ";" not in error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return (
+            f"{error.strerror}{where}; nothing that was written before is lost: mend this or choose "
+            "another folder with --folder, then give the same command"
+        )
+    return text
+
+
+def say(line: str) -> None:
+    """Print a line at once, by the first process alone."""
+    if engine.rank() == 0:
+        tqdm.write(line)  # above a progress bar, where there is one
+        sys.stdout.flush()
+
+
+# --- commands
+
+
+def train(given: argparse.Namespace) -> int:
+    """Train by a recipe."""
+    recipe = recipes.read(given.recipe, given.set)
+    folder = given.run or Path("runs") / recipe.name
+    run = recipe.train(folder, given.minutes, place(given.device), root=given.data, tell=say)
+    return 0 if run["finished"] else UNFINISHED
+
+
+def evaluate(given: argparse.Namespace) -> int:
+    """Measure a finished run."""
+    for change in given.set:
+        if not change.strip().startswith("evaluation."):
+            raise ValueError(
+                f"--set {change}: weights are measured as they were trained; only evaluation.* may "
+                "change here"
+            )
+    file = given.run / "recipe.json"
+    if not file.is_file():
+        raise ValueError(
+            f"no run in {given.run}: it holds no recipe.json; robustood train makes one"
+        )
+    recipe = recipes.read(file, given.set)
+    if engine.rank() == 0:  # several processes would measure the same
+        recipe.evaluate(given.run, place(given.device), root=given.data, tell=say)
+        say(results.table(results.load(given.run)))
+        say(f"in full: {given.run / 'report.json'}, scores: {given.run / 'scores.npz'}")
+    return 0
+
+
+def table(given: argparse.Namespace) -> int:
+    """One line a run."""
+    folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
+    runs = [run for folder in folders for run in results.load(folder)]
+    if not given.runs:
+        runs += results.load()
+    if not runs:
+        raise ValueError("no runs here; make one by robustood train RECIPE")
+    say(results.table(runs, markdown=given.markdown))
+    return 0
+
+
+def list_recipes(given: argparse.Namespace) -> int:
+    """The recipes with what they are about."""
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        say(f"{name.ljust(width)}  {recipes.read(name).about}")
+    return 0
+
+
+def fetch(given: argparse.Namespace) -> int:
+    """Download sets and keep them as packs."""
+    for name in given.names:
+        made = data.fetch(name, root=given.data)
+        say(f"{name}: {', '.join(str(path) for path in made)}")
+    return 0
+
+
+def check(given: argparse.Namespace) -> int:
+    """Read sets in full, compare them with their checksums, and say what they hold."""
+    there = data.available(given.data)
+    for asked in given.names or there:
+        for name in [s for s in there if s.split(":")[0] == asked] or [asked]:
+            held = data.check(name, root=given.data)
+            say(
+                f"{name}: {held['n']} images of {' x '.join(map(str, held['shape']))}, "
+                f"{held['classes']} classes, {'JPEG ' + str(held['jpeg']) if held['jpeg'] else 'lossless'}"
+                f", sha256 {held['sha256']}"
+            )
+    return 0
+
+
+def pack(given: argparse.Namespace) -> int:
+    """Make a pack of a folder of images."""
+    name, _, split = given.name.partition(":")
+    made = data.folder(given.folder, name, given.size, given.data, split or None)
+    say(f"{given.name}: {len(made)} images of {given.size} x {given.size}")
+    return 0
+
+
+def place(device: str | None) -> torch.device | None:
+    """The device that was asked for; of several processes on GPUs each takes its own."""
+    if device is None:
+        own = os.environ.get("LOCAL_RANK")
+        return torch.device(f"cuda:{own}") if own and torch.cuda.is_available() else None
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}: torch sees no CUDA device here; leave it out for a CPU"
+        )
+    return found
+
+
+# --- arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="robustood", description="Train and measure robust out-of-distribution detection.",
+        epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"robustood {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, work: Callable[[argparse.Namespace], int], text: str, into=commands):
+        added = into.add_parser(
+            name, help=text, description=text, epilog=HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        added.set_defaults(command=work)
+        return added
+
+    each_run = command("train", train, "train by a recipe, or go on with a run that was stopped")
+    each_run.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
+    each_run.add_argument(
+        "--minutes", type=minutes, default=math.inf,
+        help="stop in time to keep this budget (exit code 3); the same command goes on",
+    )  # fmt: skip
+    each_run.add_argument(
+        "--folder",
+        "--run",
+        dest="run",
+        type=Path,
+        metavar="DIR",
+        help="of the run (default: runs/RECIPE); torchrun takes --run for an option of its own",
+    )
+    measure = command("evaluate", evaluate, "measure a finished run, clean and under attack")
+    measure.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
+    for added in (each_run, measure):
+        added.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE",
+            help="change one key of the recipe, such as training.epochs=3; may be repeated",
+        )  # fmt: skip
+        added.add_argument(
+            "--device", help='such as "cpu" or "cuda:1" (default: CUDA where there is one)'
+        )
+    tabled = command("table", table, "one line a run: accuracy, AUROC clean and attacked, price")
+    tabled.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN_DIR",
+        help="folders of runs (default: runs/* and the results that ship with the project)",
+    )  # fmt: skip
+    tabled.add_argument("--markdown", action="store_true", help="with bars, for a text file")
+    command("recipes", list_recipes, "list the recipes")
+
+    images = commands.add_parser("data", help="fetch, check and pack images")
+    actions = images.add_subparsers(required=True, metavar="ACTION")
+    loads = command("fetch", fetch, "download sets and keep them as packs", actions)
+    loads.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10 or svhn:train")
+    checks = command("check", check, "read packs in full and say what they hold", actions)
+    checks.add_argument("names", nargs="*", metavar="NAME", help="default: all in the folder")
+    packs = command("pack", pack, "make a pack of a folder of images of your own", actions)
+    packs.add_argument("folder", type=Path, metavar="FOLDER", help="one folder a class inside it")
+    packs.add_argument("--name", required=True, help="what recipes call it, such as mine:test")
+    packs.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
+    for added in (each_run, measure, loads, checks, packs):
+        added.add_argument(
+            "--data", type=Path, metavar="DIR", help="folder of the packs (default: ROBUSTOOD_DATA)"
+        )
+    return top
+
+
+def minutes(text: str) -> float:
+    """A number of minutes, or a clear refusal."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value

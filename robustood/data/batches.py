@@ -1,0 +1,128 @@
+"""Batches: drawn in random order, augmented on the device that holds the data, shared among processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+from robustood.data.base import Batch, Data, pixels
+from robustood.inputs import check_count
+
+
+class Shared(torch.Generator):
+    """A generator for one of several processes that all draw the same numbers and keep their own part.
+
+    Attributes:
+        place: (rank, number of processes).
+    """
+
+    place: tuple[int, int] = (0, 1)
+
+
+def place(generator: torch.Generator | None) -> tuple[int, int]:
+    """Rank and number of the processes among which a generator's draws are divided."""
+    return getattr(generator, "place", (0, 1))
+
+
+def each(draw: Callable[[int], Tensor], n: int, generator: torch.Generator | None) -> Tensor:
+    """Random numbers for n samples, ``draw(n)``; with several processes one's own part of everyone's.
+
+    The same sample thus meets the same numbers whatever the number of processes.
+    """
+    rank, world = place(generator)
+    return draw(world * n)[rank::world]
+
+
+def drawn(
+    like: Tensor, fill: Callable[[Tensor], Tensor], generator: torch.Generator | None
+) -> Tensor:
+    """Random numbers in the shape of ``like``."""
+    return each(lambda n: fill(like.new_empty(n, *like.shape[1:])), len(like), generator)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop after padding with zeros, and horizontal flip: one gather on the images' own device.
+
+    Attributes:
+        crop: pixels of padding on each side; 0 for none.
+        flip: mirror half of the images.
+    """
+
+    crop: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        check_count(self.crop, "crop")
+
+    def __call__(
+        self, x: Shaped[Tensor, "batch channel height width"], generator: torch.Generator | None
+    ) -> Shaped[Tensor, "batch channel height width"]:
+        """Each image cropped and flipped by a draw of its own."""
+        n, channels, height, width = x.shape
+        how = {"generator": generator, "device": x.device}
+        drawn = each(lambda m: torch.rand(m, 3, **how), n, generator)
+        down, right = (drawn[:, :2] * (2 * self.crop + 1)).long().unbind(1)
+        across = torch.arange(width, device=x.device).expand(n, -1)
+        if self.flip:
+            across = torch.where(drawn[:, 2:] < 0.5, across.flip(1), across)
+        rows = (torch.arange(height, device=x.device) + down[:, None])[:, None, :, None]
+        columns = (across + right[:, None])[:, None, None, :]
+        image = torch.arange(n, device=x.device)[:, None, None, None]
+        channel = torch.arange(channels, device=x.device)[None, :, None, None]
+        return pad(x, [self.crop] * 4)[image, channel, rows, columns]
+
+
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def draw(
+    data: Data,
+    batch_size: int,
+    outlier_batch_size: int,
+    generator: torch.Generator,
+    augment: Change | None = None,
+) -> Iterator[Batch]:
+    """One epoch of full batches in random order; outliers come along, each as often as needed.
+
+    Sizes are those of all processes together; each process gets its own part of every batch.
+
+    Args:
+        augment: applied to inputs and to outliers, such as :class:`Augment`.
+    """
+    n, pool, device = len(data.train), len(data.outliers), data.train.x.device
+    steps = n // batch_size
+    order = torch.randperm(n, generator=generator, device=device)
+    rounds = math.ceil(steps * outlier_batch_size / pool) if pool else 0
+    shuffled = [torch.randperm(pool, generator=generator, device=device) for _ in range(rounds)]
+    others = torch.cat(shuffled) if pool else order[:0]
+    rank, world = place(generator)
+
+    def own(indices: Tensor, size: int, step: int) -> Tensor:
+        # Strided, so that the first half of a process's part comes from the first half of the batch.
+        return indices[step * size :][:size][rank::world]
+
+    def ready(images: Tensor) -> Tensor:
+        return pixels(augment(images, generator) if augment else images)
+
+    def inputs(chosen: Tensor) -> Tensor:
+        x = data.train.x[chosen]
+        if data.compressed is None:
+            return x
+        lot = each(lambda m: torch.rand(m, generator=generator, device=device), len(x), generator)
+        return torch.where(lot.view(-1, *[1] * (x.ndim - 1)) < 0.5, data.compressed[chosen], x)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(steps):
+            chosen = own(order, batch_size, step)
+            x = ready(inputs(chosen))
+            outliers = ready(data.outliers[own(others, outlier_batch_size, step)]) if pool else None
+            yield Batch(x, data.train.y[chosen], outliers, generator)
+
+    return batches()  # the order is drawn now, whenever the first batch is asked for

@@ -1,0 +1,312 @@
+r"""How a network is run fast, on several processes, and how far a run is from the floor.
+
+An :class:`Engine` says in which number format and memory layout a network computes and whether it is
+compiled; images, perturbations, losses and weights stay float32. The *floor* of a training step is what its
+passes must cost: k steps of an attack are k forwards and k backwards to the input, the update one
+forward and a backward to input and weights, which is twice as dear, $(2k + 3) F$ an image for a forward
+of $F$ floating-point operations. The time of the floor is measured, not taken from a data sheet: it
+is what those operations take at the rate of the bare update of the same network in the same engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as processes
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from robustood.attacks import ascent
+from robustood.inputs import check_choice
+
+# Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a network is run.
+
+    Attributes:
+        precision: of the network's own arithmetic; ``"bf16"`` by autocast, with float32 weights, inputs
+            and outputs.
+        channels_last: memory layout of the network and of what enters it.
+        compile: compile the network, and each attack as one graph; a string names a backend of
+            ``torch.compile``.
+        measured: images a second of forward and backward that led to the choice (:func:`choose`).
+    """
+
+    precision: Literal["float32", "bf16"] = "float32"
+    channels_last: bool = False
+    compile: bool | str = False
+    measured: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice(self.precision, "precision", ("float32", "bf16"))
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """The model as training calls it; itself where nothing is to be done."""
+        return model if self == Engine() and world() == 1 else Running(model, self)
+
+
+class Running(nn.Module):
+    """A network inside an engine. Anything that is no forward is the network's own."""
+
+    def __init__(self, model: nn.Module, engine: Engine):
+        super().__init__()
+        self.module, self.engine = model, engine
+        if engine.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.calls: dict[str, Any] = {"update": model, "search": ascent}
+        if world() > 1:
+            synchronise_statistics(model)
+            # The wrapper would send the buffers at each forward; they are equal already.
+            self.calls["update"] = DistributedDataParallel(model, broadcast_buffers=False)
+        if engine.compile:
+            how: dict[str, Any] = {"backend": engine.compile} if engine.compile is not True else {}
+            graphs = {} if how else {"mode": "reduce-overhead"}
+            self.calls["update"] = torch.compile(self.calls["update"], dynamic=False, **how)
+            self.calls["search"] = torch.compile(
+                ascent, dynamic=False, fullgraph=True, **how, **graphs
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def search(self, *how: Any) -> tuple[Tensor, Tensor]:
+        """Climb from one start (:func:`robustood.attacks.ascent`), compiled if the engine says so."""
+        found, values = self.calls["search"](*how)
+        # A replayed graph writes over what it returned before.
+        return (found.clone(), values.clone()) if self.engine.compile else (found, values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attacked = not next(self.module.parameters()).requires_grad
+        network = self.module if attacked else self.calls["update"]
+        if self.engine.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        low = self.engine.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            return network(x).float()
+
+
+# --- several processes
+
+
+def join() -> int:
+    """Join the processes that ``torchrun`` started, if it did; returns the rank."""
+    if "WORLD_SIZE" in os.environ and not processes.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        processes.init_process_group("nccl" if cuda else "gloo")
+    return rank()
+
+
+def rank() -> int:
+    """Number of this process; 0 without others."""
+    return processes.get_rank() if processes.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return processes.get_world_size() if processes.is_initialized() else 1
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean over the processes."""
+    if world() > 1:
+        processes.all_reduce(values)
+        values = values / world()
+    return values
+
+
+def synchronise_statistics(model: nn.Module) -> None:
+    """Let batch normalisation see the batch of all processes, on any device.
+
+    torch's own synchronised layer needs a GPU; this one is the formula.
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm) and "forward" not in vars(layer):
+            layer.forward = lambda x, layer=layer: shared_norm(layer, x)  # ty: ignore
+
+
+def release_statistics(model: nn.Module) -> None:
+    """Undo :func:`synchronise_statistics`."""
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            vars(layer).pop("forward", None)
+
+
+def shared_norm(layer: Any, x: Tensor) -> Tensor:
+    """Batch normalisation with mean and variance over the batches of all processes."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    from torch.distributed.nn.functional import all_reduce
+
+    axes = [0, *range(2, x.ndim)]
+    wide = x.float()
+    count = x.numel() / x.shape[1] * world()
+    mean = all_reduce(wide.sum(axes)) / count
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    centred = wide - mean.view(shape)
+    variance = all_reduce(centred.square().sum(axes)) / count
+    if layer.track_running_stats:
+        with torch.no_grad():
+            layer.num_batches_tracked += 1
+            layer.running_mean.lerp_(mean, layer.momentum)
+            layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)
+
+
+# --- what a step costs
+
+
+def flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions of a call, two a multiply-add.
+
+    >>> flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
+    60
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def waited(device: torch.device) -> float:
+    """The time, after the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+    """Median time of a call, after one to warm up; of as many as take ``least`` seconds together."""
+    call()
+    took: list[float] = []
+    while sum(took) < least:
+        start = waited(device)
+        call()
+        took.append(waited(device) - start)
+    return sorted(took)[len(took) // 2]
+
+
+def bare_update(model: nn.Module, x: Tensor) -> None:
+    """One forward and one backward with weights; the gradients are thrown away."""
+    logits = model(x)
+    cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64, device=x.device)).backward()
+    for p in model.parameters():
+        p.grad = None
+
+
+def choose(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    device: torch.device | str | None = None,
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    channels_last: bool | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    batch_size: int = 64,
+) -> Engine:
+    """The engine that pays on this machine, by a measurement of some seconds on a CPU.
+
+    bf16 makes some chips six times as fast and others ten times as slow; it is chosen where it gains at
+    least a fifth. A GPU gets bf16, channels_last and compilation, if it knows bf16.
+
+    Args:
+        model: left as it is.
+        shape: of one input, such as (3, 32, 32).
+        device: default the model's.
+        precision, channels_last, compile: "auto", or a choice that is not to be measured.
+        batch_size: of the measurement.
+    """
+    check_choice(precision, "precision", ("auto", "float32", "bf16"))
+    device = torch.device(device or next(model.parameters()).device)
+    if device.type == "cuda":
+        best = "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        return Engine(
+            best if precision == "auto" else precision,
+            True if channels_last == "auto" else channels_last,
+            True if compile == "auto" else compile,
+        )
+    compiled = False if compile == "auto" else compile
+    formats = ["float32", "bf16"] if precision == "auto" else [precision]
+    layouts = [False, True] if channels_last == "auto" else [channels_last]
+    if len(formats) * len(layouts) == 1:
+        return Engine(formats[0], layouts[0], compiled)  # ty: ignore
+    x = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    rates = {}
+    for kind, last in itertools.product(formats, layouts):
+        trial = Running(copy.deepcopy(model).train(), Engine(kind, last))  # ty: ignore
+        rates[kind, last] = batch_size / seconds(lambda: bare_update(trial, x), device)  # noqa: B023
+    worth = {key: rate / (1.2 if key[0] == "bf16" else 1.0) for key, rate in rates.items()}
+    kind, last = max(worth, key=worth.__getitem__)
+    said = {f"{k}{', channels_last' * v}": round(rate, 1) for (k, v), rate in rates.items()}
+    return Engine(kind, last, compiled, said)  # ty: ignore
+
+
+@dataclass
+class Meter:
+    """Operations and bare rate of a run's step, measured once at its start.
+
+    Attributes:
+        flops: of one step, on this process: attack, forward, backward.
+        bare: operations a second of the bare update.
+    """
+
+    flops: int
+    bare: float
+
+    @classmethod
+    def read(
+        cls, model: nn.Module, running: nn.Module, step: Callable[[nn.Module], Tensor], x: Tensor
+    ) -> Meter:
+        """Take one step and some bare updates; weights, buffers and gradients are put back.
+
+        Args:
+            model: the network.
+            running: the same in its engine.
+            step: the objective on a batch.
+            x: inputs as many as an update sees.
+        """
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        model.train()
+        whole = flops(lambda: step(model).backward())
+        update = flops(lambda: bare_update(model, x))
+        took = seconds(lambda: bare_update(running, x), x.device, 0.2)
+        model.load_state_dict(kept)
+        for p in model.parameters():
+            p.grad = None
+        return cls(whole, update / took)
+
+    def report(self, engine: Engine, per_step: float, images: int, device: torch.device) -> dict:
+        """What a run's record says of its speed.
+
+        Args:
+            per_step: measured seconds a step.
+            images: in-distribution images a step, of all processes.
+        """
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        floor = self.flops / self.bare
+        found: dict[str, Any] = {
+            **asdict(engine), "device": name, "processes": world(), "threads": torch.get_num_threads(),
+            "flops_per_step": self.flops, "images_per_second": images / per_step,
+            "floor_images_per_second": images / floor, "over_floor": per_step / floor,
+        }  # fmt: skip
+        if peak := next((rate for chip, rate in PEAK.items() if chip in name), None):
+            found["share_of_peak"] = self.flops / per_step / peak
+        return found

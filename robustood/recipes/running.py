@@ -1,0 +1,339 @@
+"""From a recipe to trained weights: the images it names, the run's folder, and what goes on record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import robustood
+from robustood import data as sets
+from robustood import engine, training
+from robustood.checkpoints import check_same, save_weights, write_whole
+from robustood.data import Augment, Data, Loaded, Split, digest, pixels
+from robustood.engine import Engine
+from robustood.models import frozen
+from robustood.objectives import OutlierTraining
+from robustood.recipes.schema import Section, uses_outliers
+
+if TYPE_CHECKING:
+    from robustood.recipes import Recipe
+
+Root = str | Path | None
+Card = dict[str, Any]
+TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+# --- images
+
+
+def card(name: str, loaded: Loaded) -> Card:
+    """What identifies a set of images: name, size, sha256 of its pixels, and its JPEG quality."""
+    return {"name": name, "n": len(loaded), "sha256": digest(loaded.x), "jpeg": loaded.jpeg}
+
+
+def check_there(names: list[str], root: Root) -> None:
+    """Refuse sets that are not in the folder before others are read."""
+    there = sets.available(root)
+    for name in names:
+        if name not in there:
+            sets.load(name, root=root)  # which says what is there, and how to get this one
+
+
+def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
+    """Training and held-out images, and the outliers where the objective looks at them; no test images.
+
+    Raises:
+        ValueError: for an unknown or unfitting set, or a pool that is smaller than the recipe demands.
+    """
+    want, objective = recipe.settings["data"], recipe.objective()
+    used = uses_outliers(objective)
+    check_there([want["train"], *([want["outliers"]] if used else [])], root)
+    cards: dict[str, Card] = {}
+    outliers = None
+    if used:
+        outliers = sets.load(want["outliers"], root=root)
+        if want["known"]:
+            outliers = sets.without_overlap(outliers, want["known"])
+        cards["outliers"] = {**card(want["outliers"], outliers), "without": want["known"]}
+        if isinstance(objective, OutlierTraining) and objective.mine:
+            check_pool(recipe, len(outliers))
+    inside = sets.load(want["train"], root=root)
+    cards["train"] = card(want["train"], inside)
+    held = want["validation"]
+    if held >= len(inside):
+        raise ValueError(
+            f"recipe {recipe.name}: data.validation = {held} leaves nothing of {want['train']}, which "
+            f"has {len(inside)} images; lower it"
+        )
+    train, val = inside[: len(inside) - held], inside[len(inside) - held :]
+    quality = twin_quality(want["jpeg"], outliers)
+    cards["train"] |= {"held out": held, "twins of quality": quality}
+    data = Data(
+        train=plain(train), val=plain(val), test=plain(inside[:0]),
+        outliers=inside.x[:0] if outliers is None else outliers.x,
+        compressed=sets.compress(train.x, quality) if quality else None,
+    )  # fmt: skip
+    return data, cards
+
+
+def plain(loaded: Split) -> Split:
+    """Images and labels alone."""
+    return Split(loaded.x, loaded.y)
+
+
+def twin_quality(wanted: int | str, outliers: Loaded | None) -> int:
+    """JPEG quality of the training images' twins; 0 for none. Without outliers nothing can leak."""
+    if wanted != "auto":
+        return int(wanted)
+    return 0 if outliers is None else outliers.jpeg or 0
+
+
+def check_pool(recipe: Recipe, found: int) -> None:
+    """Refuse a pool of outliers that is smaller than a recipe of a paper demands."""
+    demanded = recipe.settings["data"]["pool_minimum"]
+    if found < demanded:
+        other = recipe.name.replace("_paper", "_fast")
+        fast = f"take the recipe {other}, or " if other != recipe.name else ""
+        raise ValueError(
+            f"recipe {recipe.name}: the paper mines a pool of {demanded:,} outliers, and "
+            f"{recipe.settings['data']['outliers']} has {found:,}; {fast}"
+            "go on with the smaller pool by --set data.pool_minimum=0"
+        )
+
+
+def for_testing(recipe: Recipe, root: Root) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
+    """Test images, and test outliers by name with the seen distribution first."""
+    want = recipe.settings["data"]
+    outliers = [*([want["seen"]] if want["seen"] else []), *want["ood"]]
+    check_there([want["test"], *outliers], root)
+    inside = sets.load(want["test"], root=root)
+    cards, outside = {"test": card(want["test"], inside)}, {}
+    for name in outliers:
+        loaded = sets.load(name, root=root)
+        if name == want["seen"] and want["known"]:
+            loaded = sets.without_overlap(loaded, want["known"])
+        outside[name], cards[name] = loaded.x, card(name, loaded)
+    return plain(inside), outside, cards
+
+
+def everything(recipe: Recipe, root: Root) -> Data:
+    """All that the recipe names."""
+    data, _ = for_training(recipe, root)
+    test, outside, _ = for_testing(recipe, root)
+    return replace(data, test=test, ood=outside)
+
+
+# --- the run
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    minutes: float,
+    device: torch.device | str | None,
+    root: Root,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train by a recipe, or go on where the run in a folder stopped.
+
+    The folder gets ``recipe.json`` (all settings), ``run.json`` (what happened), ``state.pt`` and ``log.csv``
+    (:func:`robustood.training.fit`), and at the end ``weights.safetensors`` with its card. With several
+    processes the first one writes.
+
+    Args:
+        recipe: what to do.
+        folder: of this run alone.
+        minutes: stop in time to keep this budget; the same call goes on.
+        device: default CUDA where there is one.
+        root: folder of the packs.
+        tell: called with one line after each epoch, and with remarks.
+
+    Returns:
+        What ``run.json`` holds; ``finished`` is False where the time ran out.
+
+    Raises:
+        ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
+        OSError: if the folder cannot be written; states that were written before stay.
+    """
+    folder = Path(folder)
+    if (old := agreed(earlier(recipe, folder))) and old["finished"]:
+        tell(f"this run is finished: {folder / 'weights.safetensors'}")
+        return old
+    model, objective = recipe.model(), recipe.objective()
+    data, cards = for_training(recipe, root)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = Engine(**old["engine"]) if old else choose(recipe, model, data, device)
+    run = {
+        "recipe": recipe.name, "about": recipe.about, "settings": recipe.settings,
+        "seed": recipe.settings["training"]["seed"], "data": cards, "commit": commit(),
+        "versions": versions(), "device": device_name(device), "engine": asdict(chosen),
+        "finished": False, "minutes": 0.0, "speed": {}, "history": [],
+    }  # fmt: skip
+    keep(folder, recipe, old or run)
+    history = training.fit(
+        model, objective, data, **arguments(recipe), engine=chosen, device=device,
+        run_dir=folder, minutes=minutes, monitor=Monitor(folder, recipe, data.val, tell),
+    )  # fmt: skip
+    rows = history.rows
+    run |= {
+        "finished": history.finished, "history": rows,
+        "speed": history.speed or (old or run)["speed"],
+        "minutes": rows[-1]["seconds"] / 60 if rows else 0.0,
+    }  # fmt: skip
+    if engine.rank() == 0:
+        if history.finished:
+            kept = ("recipe", "settings", "seed", "data", "commit", "device", "minutes", "speed")
+            save_weights(folder / "weights.safetensors", model, **{k: run[k] for k in kept})
+        keep(folder, recipe, run)
+    epochs = recipe.settings["training"]["epochs"]
+    tell(
+        f"finished after {run['minutes']:.1f} minutes: {folder / 'weights.safetensors'}"
+        if history.finished
+        else f"time is up after {len(rows)} of {epochs} epochs; the same command goes on from here"
+    )
+    return run
+
+
+def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """What the folder's run has on record, None if there is none yet.
+
+    Raises:
+        ValueError: if it is a run of another recipe.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        return None
+    run = json.loads(file.read_text("utf-8"))
+    check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
+    run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
+    return run
+
+
+def check_recipe(recipe: Recipe, name: str, settings: dict[str, Section], holder: str) -> None:
+    """Refuse settings that trained something else than this recipe would."""
+    ours, theirs = (
+        {
+            f"{section}.{key}": value
+            for section in TRAINED_BY
+            for key, value in given.get(section, {}).items()
+        }
+        for given in (recipe.settings, settings)
+    )
+    wanted = {"recipe": recipe.name, **{key: ours.get(key) for key in ours | theirs}}
+    check_same({"recipe": name, **theirs}, wanted, holder)
+
+
+def keep(folder: Path, recipe: Recipe, run: dict[str, Any]) -> None:
+    """Write what is on record, by the first process alone."""
+    if engine.rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "recipe.json", recipe.to_json().encode())
+    write_whole(folder / "run.json", (json.dumps(run, indent=1) + "\n").encode())
+
+
+def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
+    """How to compute: as the recipe says, and by a short measurement where it says "auto"."""
+    want = {k: recipe.settings["training"][k] for k in ("precision", "channels_last", "compile")}
+    shape = tuple(data.train.x.shape[1:])
+    return agreed(engine.choose(model, shape, device, **want))
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, in every process."""
+    if engine.world() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says to :func:`robustood.training.fit`."""
+    want, images = recipe.settings["training"], recipe.settings["data"]
+    same = ("epochs", "batch_size", "outlier_batch_size", "lr", "weight_decay", "warmup", "seed")
+    sgd = partial(torch.optim.SGD, momentum=want["momentum"], nesterov=want["nesterov"])
+    augment = Augment(crop=images["crop"], flip=images["flip"])
+    return {
+        **{key: want[key] for key in same},
+        "optimiser": sgd if want["optimiser"] == "sgd" else torch.optim.Adam,
+        "milestones": want["milestones"] or None,
+        "average": want["average"] or None,
+        "augment": augment if images["crop"] or images["flip"] else None,
+    }
+
+
+@dataclass
+class Monitor:
+    """Accuracy on the held-out images after each epoch, and a line about it."""
+
+    folder: Path
+    recipe: Recipe
+    val: Split
+    tell: Callable[[str], None]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        log = self.folder / "log.csv"
+        epoch = len(log.read_text("utf-8").splitlines()) if log.is_file() else 1  # with its header
+        seen = {"val_accuracy": accuracy(model, self.val)} if len(self.val) else {}
+        text = "".join(f", held-out accuracy {value:.3f}" for value in seen.values())
+        if engine.rank() == 0:
+            self.tell(f"epoch {epoch} of {self.recipe.settings['training']['epochs']}{text}")
+        return seen
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, batch_size: int = 1000) -> float:
+    """Share of images whose largest class output is right."""
+    right, device = 0, next(model.parameters()).device
+    classes: Any = getattr(model, "classes", None)
+    with frozen(model):
+        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+            z = model(pixels(x.to(device)))[:, :classes]
+            right += int((z.argmax(1) == y.to(device)).sum())
+    return right / len(split)
+
+
+# --- where it happened
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code lies in, with "+changes" if it was changed; else None."""
+    top = Path(robustood.__file__).resolve().parents[1]
+    git = partial(subprocess.run, cwd=top, capture_output=True, text=True, check=True)
+    try:
+        where = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")
+        if Path(where[0]).resolve() != top:  # installed inside someone else's repository
+            return None
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return where[1] + ("+changes" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Of what computed."""
+    return {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "robustood": robustood.__version__,
+    }  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

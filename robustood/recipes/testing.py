@@ -1,0 +1,219 @@
+"""From trained weights to a report: accuracy and detection, clean and attacked, in float32 on any device."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustood.attacks import pgd, robust_accuracy
+from robustood.checkpoints import load_weights, write_whole
+from robustood.data import Split, load, pixels
+from robustood.detectors import Detector
+from robustood.evaluate import Report, attack_score, four_sides, ood_report, paper_attack
+from robustood.metrics import Estimate
+from robustood.perturbations import Linf
+from robustood.recipes.running import (
+    Root,
+    check_recipe,
+    commit,
+    device_name,
+    for_testing,
+    versions,
+)
+from robustood.recipes.schema import Section, detector
+
+if TYPE_CHECKING:
+    from robustood.recipes import Recipe
+
+Outside = dict[str, Tensor]
+
+
+class Classes(nn.Module):
+    """A network's class outputs alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, : self.model.classes]
+
+
+def evaluate(
+    recipe: Recipe,
+    folder: str | Path,
+    device: torch.device | str | None,
+    root: Root,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure the weights in a run's folder; a stopped evaluation goes on where it was.
+
+    Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, and means over the
+    sets without the seen distribution) and ``scores.npz`` (the float32 score of each image, arrays named
+    "detector attack set").
+
+    Args:
+        recipe: the one that trained the weights; its ``[evaluation]`` may differ.
+        folder: of the run.
+        device: default CUDA where there is one.
+        root: folder of the packs.
+        tell: called with a line for each part.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        ValueError: if the weights belong to another recipe, or the run is not finished.
+    """
+    folder, start = Path(folder), time.monotonic()
+    if not (folder / "weights.safetensors").is_file():
+        raise ValueError(
+            f"no weights in {folder}: the run is not finished; give its robustood train command "
+            "again, it goes on"
+        )
+    model, want = recipe.model(), recipe.settings["evaluation"]
+    written = load_weights(folder / "weights.safetensors", model)
+    check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device).eval()
+    test, outside, cards = for_testing(recipe, root)
+    inside = pick(test, want["n_in"])
+    outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
+    mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
+    notes = folder / "evaluation" / mark.hexdigest()[:8]  # other settings, other notes
+    with full_precision():
+        report = {
+            "recipe": recipe.name, "seed": written["seed"], "weights": written["sha256"],
+            "settings": want, "data": cards, "commit": commit(), "versions": versions(),
+            "device": device_name(device), **accuracies(model, test, inside, want, device, tell),
+        }  # fmt: skip
+        rows, scores = [], {}
+        for name in want["detectors"] or (["RejectClass"] if model.reject else ["MSP", "ODIN"]):
+            measured = fitted(recipe, name, model, root)
+            for attack in want["attacks"] if outside else []:
+                tell(f"{name}, attack: {attack}")
+                for part in attacked(measured, pixels(inside.x), outside, attack, want, notes):
+                    rows += rows_of(part, name, attack, recipe.settings["data"]["seen"])
+                    if part.settings["side"] in ("none", want["side"]):
+                        scores |= {f"{name} {attack} {k}": v for k, v in part.scores.items()}
+    report |= {"rows": rows, "means": means(rows), "minutes": (time.monotonic() - start) / 60}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: v.astype(np.float32) for k, v in scores.items()})
+    write_whole(folder / "scores.npz", buffer.getvalue())
+    write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+@contextmanager
+def full_precision() -> Generator[None]:
+    """Float32 is float32: no TF32 on a GPU while measuring."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def pick(split: Split, n: int) -> Split:
+    """At most n samples, the same ones each time, spread over the whole set."""
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n]
+    return Split(split.x, split.y)[chosen.sort().values]
+
+
+def accuracies(
+    model: nn.Module,
+    test: Split,
+    inside: Split,
+    want: Section,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Clean on all test images, and on some of them after an attack on the classes."""
+    attack = partial(pgd, within=Linf(want["eps"]), steps=want["pgd_steps"])
+    how: dict[str, Any] = {"batch_size": want["batch_size"]}
+    tell("accuracy")
+    named = {"accuracy": (test, None), "attacked_accuracy": (inside, attack)}
+    return {
+        name: asdict(
+            robust_accuracy(
+                Classes(model), pixels(split.x).to(device), split.y.to(device), by, **how
+            )
+        )
+        for name, (split, by) in named.items()
+    }
+
+
+def fitted(recipe: Recipe, name: str, model: nn.Module, root: Root) -> Detector:
+    """A detector that is ready, learned from training images where it needs to be."""
+    want = recipe.settings["evaluation"]
+    found = detector(name, model, want)
+    if not found.needs:
+        return found
+    images = recipe.settings["data"]
+    whole = load(images["train"], root=root)
+    some = pick(whole[: len(whole) - images["validation"]], want["n_fit"])
+    return found.fit(pixels(some.x), some.y)
+
+
+def attacked(
+    measured: Detector, inside: Tensor, outside: Outside, attack: str, want: Section, notes: Path
+) -> list[Report]:
+    """The reports of one detector under one attack: of the recipe's side, and of each side if both."""
+    common: dict[str, Any] = {
+        "batch_size": want["batch_size"],
+        "run_dir": notes / f"{type(measured).__name__}_{attack}",
+    }
+    if attack == "none":
+        return [ood_report(measured, inside, outside, **common)]
+    how: dict[str, Any] = {k: want[k] for k in ("steps", "restarts", "targets")}
+    by = attack_score
+    if attack == "paper":
+        how, by = {}, partial(paper_attack, paper=want["paper"])
+    how |= {"attack": by, **common}
+    within = Linf(want["eps"])
+    if want["side"] == "out":
+        return [ood_report(measured, inside, outside, within, side="out", **how)]
+    reports = four_sides(measured, inside, outside, within, **how)
+    return [reports[side] for side in ("in", "out", "both")]
+
+
+def rows_of(report: Report, name: str, attack: str, seen: str) -> list[dict[str, Any]]:
+    """The rows of a report as they go into a file."""
+    start = {"detector": name, "attack": attack, "side": report.settings["side"]}
+    return [
+        {**start, "seen": row["set"] == seen}
+        | {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
+        for row in report.rows
+    ]
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean AUROC and FPR over the sets that training has not seen, and the seen distribution beside them."""
+    keys = ("detector", "attack", "side")
+    found = []
+    for group in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        own = [row for row in rows if tuple(row[k] for k in keys) == group]
+        new, seen = ([r for r in own if r["seen"] == flag] for flag in (False, True))
+        entry = dict(zip(keys, group, strict=True)) | {"sets": len(new)}
+        for metric in ("auroc", "fpr", "fpr_attacked"):
+            values = [row[metric]["value"] for row in new]
+            entry[metric] = float(np.mean(values)) if values else None
+            entry[f"seen_{metric}"] = seen[0][metric]["value"] if seen else None
+        found.append(entry)
+    return found

@@ -1,0 +1,427 @@
+"""The command line, from packs on disk to a table, and what happens when a run is disturbed."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robustood import checkpoints, cli, data, recipes, results, training
+from robustood.recipes import running
+
+RECIPE = """
+about = "coloured stripes"
+[data]
+train = "stripes:train"
+test = "stripes:test"
+outliers = "spots:train"
+seen = "spots:val"
+ood = ["checks", "clouds"]
+validation = 100
+crop = 2
+flip = false
+[model]
+name = "resnet"
+depth = 8
+width = 8
+classes = 3
+[objective]
+name = "ALOE"
+within = "1/255"
+steps = 1
+[training]
+epochs = 2
+batch_size = 50
+outlier_batch_size = 25
+lr = 0.05
+warmup = 0.3
+precision = "float32"
+channels_last = false
+compile = false
+[evaluation]
+n_in = 80
+n_out = 40
+steps = 2
+targets = 1
+pgd_steps = 2
+"""
+
+
+def stripes(n, seed, kind="stripes"):
+    """Coloured waves, one orientation a class; or spots, checks and clouds, which are none."""
+    noise = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    draw = lambda *shape: torch.rand(*shape, generator=noise)  # noqa: E731
+    phase, tint = 6.3 * draw(n, 1, 1), 0.5 + 0.5 * draw(n, 3, 1, 1)
+    angle = (y * 3.14 / 3)[:, None, None]
+    along = angle.cos() * row + angle.sin() * column
+    shape = {
+        "stripes": (0.8 * along + phase).sin(),
+        "spots": (0.7 * row + phase).sin() * (0.7 * column + phase).sin(),
+        "checks": ((row + 32 * draw(n, 1, 1)) // 4 + column // 4) % 2 * 2 - 1,
+        "clouds": torch.nn.functional.interpolate(
+            draw(n, 1, 4, 4) * 2 - 1, size=32, mode="bilinear"
+        )[:, 0],
+    }[kind]
+    x = tint * (0.5 + 0.4 * shape[:, None]) + 0.05 * draw(n, 3, 32, 32)
+    return (255 * x.clamp(0, 1)).byte(), y
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """A folder of packs, and in it the recipe."""
+    folder = tmp_path_factory.mktemp("packs")
+    sizes = {"stripes_train": 600, "stripes_test": 200, "spots_train": 400, "spots_val": 60}
+    for seed, (name, n) in enumerate({**sizes, "checks": 60, "clouds": 60}.items()):
+        x, y = stripes(n, seed, name.split("_")[0])
+        jpeg = 60 if name.startswith("spots") else None
+        data.write_pack(folder / f"{name}.npz", data.compress(x, jpeg) if jpeg else x, y, jpeg=jpeg)
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture
+def tiny(packs, tmp_path, monkeypatch):
+    """Runs ``robustood COMMAND tiny ...`` in an empty folder with those packs."""
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    monkeypatch.chdir(tmp_path)
+
+    def command(name, *more):
+        first = str(packs / "tiny.toml") if name == "train" else "runs/tiny"
+        return cli.main([name, first, *more])
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def finished(packs, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run = recipes.read(packs / "tiny.toml").train(folder, root=packs, device="cpu")
+    assert run["finished"]
+    return folder
+
+
+def weights(folder):
+    return (Path(folder) / "weights.safetensors").read_bytes()
+
+
+# --- the whole way
+
+
+def test_from_packs_to_a_table(tiny, finished, capsys):
+    assert tiny("train") == 0
+    said = capsys.readouterr().out
+    assert "epoch 1 of 2, held-out accuracy 0." in said and "epoch 2 of 2" in said
+    assert weights("runs/tiny") == weights(finished)  # the same in another folder
+    run = json.loads(Path("runs/tiny/run.json").read_text())
+    assert run["finished"] and run["recipe"] == "tiny" and len(run["history"]) == 2
+    assert run["history"][-1]["val_accuracy"] > 0.6  # of three classes
+    assert run["speed"]["images_per_second"] > 0
+    assert run["data"]["train"]["sha256"] == data.check("stripes:train")["sha256"]
+    assert run["data"]["train"]["twins of quality"] == run["data"]["outliers"]["jpeg"] == 60
+    card = json.loads(Path("runs/tiny/weights.json").read_text())
+    assert card["recipe"] == "tiny" and card["data"] == run["data"] and card["seed"] == 0
+
+    assert tiny("train") == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+    assert tiny("evaluate") == 0
+    report = json.loads(Path("runs/tiny/report.json").read_text())
+    assert report["accuracy"]["n"] == 200 and report["attacked_accuracy"]["n"] == 80
+    clean, hit = report["accuracy"], report["attacked_accuracy"]
+    assert clean["low"] <= clean["value"] <= clean["high"] and clean["value"] > 0.6
+    assert hit["value"] <= clean["high"]
+    rows, sets = report["rows"], ["spots:val", "checks", "clouds"]
+    assert len(rows) == 2 * (1 + 3 + 3) * len(sets)
+    assert {r["set"] for r in rows if r["seen"]} == {"spots:val"}
+    for mean in report["means"]:
+        own = [
+            r["auroc"]["value"] for r in rows
+            if all(r[k] == mean[k] for k in ("detector", "attack", "side")) and not r["seen"]
+        ]  # fmt: skip
+        assert len(own) == mean["sets"] == 2 and mean["auroc"] == pytest.approx(np.mean(own))
+    check_scores(Path("runs/tiny/scores.npz"), rows)
+
+    capsys.readouterr()
+    assert cli.main(["table"]) == 0
+    text = capsys.readouterr().out
+    line = next(li for li in text.splitlines() if li.startswith("tiny "))
+    assert f"{100 * clean['value']:.1f} [" in line and "ODIN" in line and "2/2" in line
+    assert results.table(results.load("runs")) in text
+
+
+def check_scores(file, rows):
+    """The kept scores are small, plain, and give the report's numbers again."""
+    from robustood.metrics import auroc
+
+    with np.load(file, allow_pickle=False) as kept:
+        scores = {name: kept[name] for name in kept.files}
+    assert all(s.dtype == np.float32 for s in scores.values())
+    assert len(scores["MSP none in"]) == 80 and len(scores["ODIN adaptive checks"]) == 40
+    for row in rows:
+        if row["side"] in ("none", "both"):
+            start = f"{row['detector']} {row['attack']} "
+            again = auroc(scores[start + "in"], scores[start + row["set"]])
+            assert again == pytest.approx(row["auroc"]["value"], abs=1e-3)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
+    finished, packs, monkeypatch
+):
+    recipe = recipes.read(finished / "recipe.json", ["evaluation.detectors=['MSP']"])
+    first = recipe.evaluate(finished, root=packs)
+    monkeypatch.setattr("robustood.evaluate.report.attack_score", None)
+    again = recipe.evaluate(finished, root=packs)  # nothing is attacked twice
+    assert [again[k] for k in ("rows", "means", "accuracy")] == [
+        first[k] for k in ("rows", "means", "accuracy")
+    ]
+    monkeypatch.undo()
+    other = recipes.read(
+        finished / "recipe.json", ["evaluation.detectors=['MSP','KNN']", "evaluation.n_in=50",
+                                   "evaluation.attacks=['none']", "evaluation.n_fit=100"],
+    ).evaluate(finished, root=packs)  # fmt: skip
+    assert {(r["detector"], r["n_in"]) for r in other["rows"]} == {("MSP", 50), ("KNN", 50)}
+
+
+def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
+    packs, tmp_path, capsys
+):
+    changes = ["objective.name=NTOM", "objective.q=0.125", "training.epochs=1",
+               "evaluation.side=out", "evaluation.paper=atom", "evaluation.eps=2/255"]  # fmt: skip
+    own = tmp_path / "ntom.toml"
+    own.write_text(RECIPE.replace('within = "1/255"\nsteps = 1\n', ""))
+    with pytest.raises(
+        ValueError, match=r"pool of 400,000 outliers, and spots:train has 400; .*=0"
+    ):
+        recipes.read(own, [*changes, "data.pool_minimum=400000"]).train(tmp_path / "no", root=packs)
+    recipe = recipes.read(own, changes)
+    run = recipe.train(tmp_path / "run", root=packs, device="cpu")
+    assert run["history"][0]["mined"] == 100 and run["history"][0]["pool"] == 400
+    report = recipe.evaluate(tmp_path / "run", root=packs, device="cpu")
+    found = {(m["detector"], m["attack"], m["side"]) for m in report["means"]}
+    assert found == {("RejectClass", a, s) for a, s in (("none", "none"), ("paper", "out"),
+                                                        ("adaptive", "out"))}  # fmt: skip
+    mean = {m["attack"]: m["auroc"] for m in report["means"]}
+    assert mean["adaptive"] <= mean["none"] + 1e-9
+    assert "RejectClass" in results.table(results.load(tmp_path / "run"))
+
+
+def test_real_images(tmp_path, monkeypatch, capsys):
+    """The same way on 300 CIFAR-10 images."""
+    wanted = ("cifar10:train", "cifar10:test", "tinyimagenet:val", "cifar100:test")
+    missing = [name for name in wanted if name not in data.available()]
+    if missing:
+        pytest.skip(
+            f"no {', '.join(missing)} in {data.root()}: robustood data fetch cifar10 cifar100, and "
+            "robustood data pack FOLDER --name tinyimagenet:val, or name a folder in ROBUSTOOD_DATA"
+        )
+    packed = tmp_path / "packs"
+    for name in wanted:
+        whole = data.load(name)
+        some = whole[torch.linspace(0, len(whole) - 1, 300).long()]
+        data.write_pack(
+            packed / f"{name.replace(':', '_')}.npz",
+            some.x,
+            some.y,
+            some.names,
+            some.ids,
+            some.jpeg,
+        )
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packed))
+    monkeypatch.chdir(tmp_path)
+    changes = ["data.outliers=tinyimagenet:val", "data.seen=", "data.ood=['cifar100:test']",
+               "data.validation=50", "training.epochs=1", "training.batch_size=50", "model.width=8",
+               "training.outlier_batch_size=50", "evaluation.n_in=30", "evaluation.n_out=30",
+               "evaluation.steps=1", "evaluation.pgd_steps=1"]  # fmt: skip
+    flags = [part for change in changes for part in ("--set", change)]
+    assert cli.main(["train", "aloe_cifar10_cpu", *flags]) == 0
+    assert cli.main(["evaluate", "runs/aloe_cifar10_cpu"]) == 0
+    run = json.loads(Path("runs/aloe_cifar10_cpu/run.json").read_text())
+    assert run["data"]["train"]["twins of quality"] == run["data"]["outliers"]["jpeg"]
+    assert run["data"]["outliers"]["without"] == "cifar10"
+    assert "aloe_cifar10_cpu" in capsys.readouterr().out
+
+
+# --- disturbed runs
+
+
+def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_weights(
+    tiny, finished, monkeypatch, capsys
+):
+    assert tiny("train", "--minutes", "0") == cli.UNFINISHED == 3
+    assert "time is up after 0 of 2 epochs; the same command goes on" in capsys.readouterr().out
+    assert Path("runs/tiny/state.pt").exists()
+    for stop in (3, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Run, "out_of_time", lambda self, then, s=stop: self.step == s)
+            assert tiny("train") == 3
+        run = json.loads(Path("runs/tiny/run.json").read_text())
+        assert not run["finished"] and not run["history"]
+    assert tiny("evaluate") == 2
+    assert (
+        "the run is not finished; give its robustood train command again" in capsys.readouterr().err
+    )
+    assert tiny("train") == 0
+    assert weights("runs/tiny") == weights(finished)
+
+
+def test_a_full_disk_loses_nothing(tiny, finished, monkeypatch, capsys):
+    real, left = os.fsync, iter(range(4))
+
+    def full(file):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "fsync", full)
+        assert tiny("train") == 2
+    said = capsys.readouterr().err
+    assert "No space left" in said and "nothing that was written before is lost" in said
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert not list(Path("runs/tiny").glob("*.partial"))
+    assert tiny("train") == 0
+    assert weights("runs/tiny") == weights(finished)
+
+
+def test_a_folder_that_cannot_be_written_is_met_before_training(tiny, monkeypatch, capsys):
+    Path("plain").write_text("a file")
+    assert tiny("train", "--run", "plain/run") == 2
+    assert "plain/run" in capsys.readouterr().err
+
+    def refuse(path, content):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(running, "write_whole", refuse)  # root may write anywhere
+    monkeypatch.setattr(training, "fit", None)
+    assert tiny("train") == 2
+    said = capsys.readouterr().err
+    assert "Permission denied (runs/tiny/recipe.json)" in said and "--folder" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_run_that_goes_on(number, tiny, finished, monkeypatch, capsys):
+    def hit(self, then):
+        if (self.epoch, self.step) == (1, 4):
+            signal.raise_signal(number)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "out_of_time", hit)
+        assert tiny("train") == cli.INTERRUPTED == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().out
+    assert tiny("train") == 0
+    said = capsys.readouterr().out
+    assert "epoch 1" not in said and "epoch 2 of 2" in said  # the first one was kept
+    assert weights("runs/tiny") == weights(finished)
+
+
+def test_ctrl_c_in_a_process_of_its_own(packs, finished, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "robustood", "train", str(packs / "tiny.toml")]
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    process = subprocess.Popen(
+        [*command, "--run", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    patience = time.monotonic() + 60
+    while not (tmp_path / "state.pt").exists() and time.monotonic() < patience:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted; the same command goes on" in out and "Traceback" not in err
+    assert recipes.read(packs / "tiny.toml").train(tmp_path, root=packs, device="cpu")["finished"]
+    assert weights(tmp_path) == weights(finished)
+
+
+# --- refusals
+
+
+def test_another_recipe_does_not_take_over_a_folder_or_its_weights(finished, packs, tiny, capsys):
+    told = ("--run", str(finished), "--set", "training.epochs=3")
+    assert tiny("train", *told) == 2
+    said = capsys.readouterr().err
+    assert "with training.epochs = 2, not 3; choose another folder" in said
+    recipe = recipes.read(packs / "tiny.toml", ["objective.steps=2"])
+    with pytest.raises(ValueError, match=r"holds weights with objective\.steps = 1, not 2"):
+        recipe.evaluate(finished, root=packs)
+    other = recipes.Recipe("other", "", recipe.settings)
+    with pytest.raises(ValueError, match=r"holds weights with recipe = 'tiny', not 'other'"):
+        other.evaluate(finished, root=packs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "aloe_cifar10_cp"], "did you mean 'aloe_cifar10_cpu'"),
+        (["train", "aloe_cifar10_cpu", "--set", "training.epoch=3"], "did you mean 'epochs'"),
+        (["train", "tiny", "--device", "cuda:77"], "no recipe 'tiny'"),
+        (["evaluate", "nowhere"], "no run in nowhere"),
+        (["evaluate", "nowhere", "--set", "training.epochs=3"], r"only evaluation\.\* may change"),
+        (["table", "nowhere"], "no folder nowhere"),
+        (["data", "check", "nothing"], "no set 'nothing' in .*there are: checks"),
+        (["data", "pack", "nowhere", "--name", "mine"], "folder of images"),
+        (["train", "aloe_cifar10_cpu"], "no set 'cifar10:train' in .*robustood data fetch cifar10"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, said, packs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    found = capsys.readouterr()
+    assert re.search(said, found.err) and found.err.count("\n") == 1 and not found.out
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("ROBUSTOOD_DEBUG", "1")
+    with pytest.raises((ValueError, OSError)):
+        cli.main(arguments)
+
+
+def test_arguments_that_argparse_refuses(capsys):
+    for wrong in (["train"], ["train", "x", "--minutes", "nan"], ["train", "x", "--minutes", "-1"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main(wrong)
+        assert left.value.code == 2
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0 and "Exit codes: 0 done" in capsys.readouterr().out
+
+
+def test_recipes_are_listed_with_what_they_are_about(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names()
+    assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in lines)
+
+
+def test_data_commands(packs, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    assert cli.main(["data", "check", "stripes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in lines] == ["test", "train"]
+    assert "600 images of 3 x 32 x 32, 3 classes, lossless, sha256 " in lines[1]
+    for name in ("a", "b"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 50), (9, 9, 9)).save(tmp_path / "tree" / name / "one.png")
+    own = ["--data", str(tmp_path / "own")]
+    assert cli.main(["data", "pack", str(tmp_path / "tree"), "--name", "mine:test", *own]) == 0
+    assert "mine:test: 2 images of 32 x 32" in capsys.readouterr().out
+    assert data.load("mine:test", root=tmp_path / "own").names == ("a", "b")
+    called = []
+    monkeypatch.setattr(data, "fetch", lambda name, root=None: called.append(name) or ["a.npz"])
+    assert cli.main(["data", "fetch", "cifar10", "svhn:train"]) == 0
+    assert called == ["cifar10", "svhn:train"]
+    assert "cifar10: a.npz" in capsys.readouterr().out

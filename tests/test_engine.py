@@ -1,0 +1,322 @@
+"""The engine changes how fast a network runs and nothing else; several processes are one; costs are counted."""
+
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from robustood import engine
+from robustood.data import Batch, Data, Shared, Split
+from robustood.engine import Engine, Meter, Running, choose, flops
+from robustood.models import small_cnn
+from robustood.objectives import ALOE, Standard
+from robustood.perturbations import Linf
+from robustood.training import fit
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Colour images whose class is their main colour, and grey outliers."""
+    made = torch.Generator().manual_seed(3)
+    y = torch.arange(192) % 3
+    x = 0.3 * torch.rand(192, 3, 16, 16, generator=made)
+    x[torch.arange(192), y] += 0.5
+    outliers = torch.rand(192, 1, 16, 16, generator=made).expand(-1, 3, -1, -1).contiguous()
+    split = Split(x, y)
+    return Data(split, split[:48], split[:48], outliers)
+
+
+def network(reject=0, batch_norm=False):
+    return small_cnn(3, reject, channels=3, size=16, batch_norm=batch_norm)
+
+
+def batch(photos, n=16):
+    noise = torch.Generator().manual_seed(0)
+    return Batch(photos.train.x[:n], photos.train.y[:n], photos.outliers[:n], noise)
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+# ---- the wrapper
+
+
+def test_the_plain_engine_is_the_model_itself():
+    model = network()
+    assert Engine().run(model) is model
+
+
+def test_a_running_model_shows_the_network_and_computes_the_same(photos):
+    model = network(reject=1, batch_norm=True).eval()
+    expected = model(photos.test.x)
+    running = Engine(channels_last=True).run(model)
+    assert isinstance(running, Running) and (running.classes, running.reject) == (3, 1)
+    assert torch.allclose(running(photos.test.x), expected, atol=1e-5)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = running.nonsense
+
+
+def test_bf16_rounds_the_network_but_neither_inputs_nor_outputs_nor_weights(photos):
+    model = network().eval()
+    seen = []
+    model.body[1].register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    running = Engine("bf16").run(model)
+    x = photos.test.x.clone().requires_grad_()
+    z = running(x)
+    assert seen == [torch.bfloat16] and z.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    (grad,) = torch.autograd.grad(z.sum(), x)
+    assert grad.dtype == torch.float32
+    exact = model(photos.test.x)
+    error = (z - exact).abs().max() / exact.abs().max()
+    assert 1e-5 < error < 0.03  # bf16 has 8 bits
+
+
+def run(tmp_path: Path, code: str, *arguments: str, processes: int = 1) -> str:
+    """Run a script without the tests' type checks, which no compiler can trace; returns what it prints."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    command = [sys.executable, str(script), *arguments]
+    if processes > 1:
+        command[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_compiled_attack_is_one_graph_and_bitwise_the_plain_one(tmp_path):
+    """fullgraph=True raises where tracing would break; the backend runs the traced graph as it stands."""
+    printed = run(
+        tmp_path,
+        """
+        import torch
+        from robustood import attacks
+        from robustood.engine import Engine
+        from robustood.models import small_cnn
+        from robustood.objectives import ATOM
+        from robustood.perturbations import L2, Linf
+
+        torch.manual_seed(0)
+        x, y = torch.rand(24, 3, 16, 16), torch.arange(24) % 3
+        model = small_cnn(3, channels=3, size=16, batch_norm=True)
+        running = Engine(compile="eager").run(model)
+        plain, careful = (Linf(8 / 255), "last", attacks.Ascent()), (L2(0.3), "best", attacks.APGD())
+        for within, keep, rule in (plain, careful):
+            found = []
+            for net, search in ((model, None), (running, running.search)):
+                with attacks.frozen(net):
+                    def objective(v): return attacks.cross_entropy(net(v), y)
+                    how = dict(steps=3, keep=keep, rule=rule, search=search)
+                    found.append(attacks.maximise(objective, x, within, **how))
+            print(torch.equal(*found), bool((found[0] != x).any()))
+        """,
+    )
+    assert printed.split() == ["True"] * 4
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training(tmp_path):
+    """Update and attack through the compiler, against eager."""
+    printed = run(
+        tmp_path,
+        """
+        import torch
+        from robustood.data import digits
+        from robustood.engine import Engine
+        from robustood.models import small_cnn
+        from robustood.objectives import ALOE, ATOM
+        from robustood.training import fit
+
+        for objective, reject in ((ALOE(0.1), 0), (ATOM(0.1), 1)):
+            weights = []
+            for how in (None, Engine(compile="aot_eager")):
+                model = small_cnn(10, reject)
+                fit(model, objective, digits(train=320), epochs=2, engine=how)
+                weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+            print(float((weights[0] - weights[1]).abs().max()))
+        """,
+    )
+    assert all(float(gap) < 1e-3 for gap in printed.split()), printed
+
+
+def test_training_in_another_layout_is_the_same_training(photos):
+    plain, other = network(), network()
+    for model, how in ((plain, None), (other, Engine(channels_last=True))):
+        fit(model, Standard(), photos, epochs=3, batch_size=32, engine=how)
+    assert torch.allclose(vector(plain), vector(other), atol=1e-4)
+
+
+# ---- the choice
+
+
+def test_the_faster_engine_is_chosen_and_a_given_one_is_not_measured(monkeypatch):
+    model = network()
+    rates = {}
+
+    def pretend(call, device, least=0.5):
+        how = call.__closure__
+        trial = next(cell.cell_contents for cell in how if isinstance(cell.cell_contents, Running))
+        return 1 / rates[trial.engine.precision, trial.engine.channels_last]
+
+    monkeypatch.setattr(engine, "seconds", pretend)
+    kinds = [("float32", False), ("float32", True), ("bf16", False), ("bf16", True)]
+    for speeds, wins in (
+        ((1, 2, 1, 1), kinds[1]),
+        ((1, 1.5, 1.6, 1.7), kinds[1]),  # bf16 must gain a fifth
+        ((1, 1.5, 9, 6), kinds[2]),
+    ):
+        rates.update(zip(kinds, speeds))
+        found = choose(model, (3, 16, 16))
+        assert (found.precision, found.channels_last) == wins and not found.compile
+        assert len(found.measured) == 4
+    rates.clear()  # nothing may be looked up
+    assert choose(model, (3, 16, 16), precision="bf16", channels_last=False) == Engine("bf16")
+
+
+def test_a_choice_by_measurement_leaves_the_model_alone():
+    model = network(batch_norm=True)
+    before = copy.deepcopy(model.state_dict())
+    found = choose(model, (3, 16, 16), batch_size=8)
+    assert set(found.measured) == {
+        "float32",
+        "float32, channels_last",
+        "bf16",
+        "bf16, channels_last",
+    }
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_unknown_format_is_refused(untyped):
+    for make in (lambda: Engine("fp8"), lambda: choose(network(), (3, 16, 16), precision="half")):
+        with pytest.raises(ValueError, match="precision must be"):
+            make()
+
+
+# ---- the floor
+
+
+def test_operations_of_a_layer_by_hand():
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    assert flops(lambda: layer(torch.ones(2, 3, 8, 8))) == 2 * 2 * 5 * 8 * 8 * 27
+    head = nn.Linear(7, 4)
+    x = torch.ones(6, 7)
+    forward = 2 * 6 * 7 * 4
+    # No gradient reaches the input of a first layer: one of the two products of a backward is left out.
+    assert flops(lambda: cross_entropy(head(x), torch.zeros(6).long()).backward()) == 2 * forward
+
+
+def test_the_meter_counts_the_attack_and_puts_everything_back(photos):
+    model = network(batch_norm=True)
+    before = copy.deepcopy(model.state_dict())
+    one = batch(photos, 8)
+    x = torch.cat([one.x, one.outliers])
+    meters = [
+        Meter.read(model, model, lambda m, k=k: ALOE(2 / 255, steps=k)(m, one), x)
+        for k in (1, 2, 4)
+    ]
+    # Each step of the attack costs the same: one forward and one backward to the input.
+    assert meters[2].flops - meters[1].flops == 2 * (meters[1].flops - meters[0].flops)
+    forward = flops(lambda: model.eval()(x))
+    assert meters[1].flops - meters[0].flops == pytest.approx(2 * forward, rel=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and meters[0].bare > 1e6
+
+
+def test_a_report_says_how_far_from_the_floor():
+    meter = Meter(flops=2_000_000, bare=1e6)  # the floor of a step is two seconds
+    found = meter.report(Engine(channels_last=True), 3.0, 6, torch.device("cpu"))
+    assert found["over_floor"] == pytest.approx(1.5)
+    assert found["images_per_second"] == pytest.approx(2) and found["floor_images_per_second"] == 3
+    assert "share_of_peak" not in found and found["channels_last"] is True
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_run_with_an_engine_reports_its_speed_and_another_does_not(photos):
+    model, plain = network(), network()
+    run = fit(model, ALOE(2 / 255), photos, epochs=2, batch_size=32, outlier_batch_size=32,
+              engine=Engine(channels_last=True))  # fmt: skip
+    assert run.speed["over_floor"] > 0.5 and run.speed["flops_per_step"] > 0
+    assert (
+        fit(plain, ALOE(2 / 255), photos, epochs=2, batch_size=32, outlier_batch_size=32).speed
+        == {}
+    )
+    assert torch.allclose(vector(model), vector(plain), atol=1e-4)  # the measurement left no trace
+
+
+# ---- several processes
+
+
+def test_draws_of_several_processes_are_parts_of_one(photos):
+    x, whole = photos.test.x, Linf(0.1)
+    alone = torch.Generator().manual_seed(4)
+    together = next(iter(whole.starts(x, 1, alone)))
+    for rank in (0, 1):
+        shared = Shared("cpu")
+        shared.place = (rank, 2)
+        shared.manual_seed(4)
+        own = slice(rank, None, 2)
+        assert torch.equal(next(iter(whole.starts(x[own], 1, shared))), together[own])
+
+
+TRAINING = """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    from robustood import engine
+    from robustood.data import Augment, Data, Split
+    from robustood.models import small_cnn
+    from robustood.objectives import RobustMining
+    from robustood.perturbations import L2
+    from robustood.training import fit
+
+    target, minutes, folder = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    engine.join()
+    made = torch.Generator().manual_seed(3)
+    y = torch.arange(96) % 3
+    x = (torch.rand(96, 3, 16, 16, generator=made) * 255).byte()
+    outliers = (torch.rand(96, 3, 16, 16, generator=made) * 255).byte()
+    data = Data(Split(x, y), Split(x[:8], y[:8]), Split(x[:8], y[:8]), outliers, compressed=255 - x)
+    model = small_cnn(3, 1, channels=3, size=16, batch_norm=True)
+    history = fit(model, RobustMining(L2(0.3), steps=2), data, epochs=2, batch_size=24,
+                  outlier_batch_size=16, lr=0.01, augment=Augment(2), minutes=minutes, run_dir=folder,
+                  optimiser=torch.optim.SGD)
+    if engine.rank() == 0:
+        losses = [row["loss"] for row in history.rows]
+        torch.save([model.state_dict(), losses, history.finished], target)
+"""
+
+
+def trained(tmp_path: Path, processes: int, *stops: str) -> tuple:
+    """Weights and buffers, losses, and whether the run finished; stopped and resumed at each budget."""
+    target, folder = (
+        tmp_path / f"{processes}{len(stops)}.pt",
+        tmp_path / f"run{processes}{len(stops)}",
+    )
+    for minutes in (*stops, "inf"):
+        run(tmp_path, TRAINING, str(target), minutes, str(folder), processes=processes)
+    return tuple(torch.load(target, weights_only=True))
+
+
+def test_two_processes_are_one_up_to_rounding(tmp_path):
+    """Attacked, mined, augmented and batch-normalised, in one go and stopped on the way."""
+    one, losses, finished = trained(tmp_path, 1)
+    for stops in ((), ("0.0001",)):
+        two, same, too = trained(tmp_path, 2, *stops)
+        assert finished and too
+        assert losses == pytest.approx(same, abs=1e-4)
+        for name, value in one.items():
+            assert torch.allclose(value.float(), two[name].float(), atol=2e-4), name

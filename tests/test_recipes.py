@@ -1,0 +1,325 @@
+"""Recipes: what they say, what they refuse, and that a run can stop, go on and be measured."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from robustood import data, objectives, recipes
+from robustood.detectors import to_uniform
+from robustood.objectives import OutlierTraining, to_reject
+from robustood.recipes import read, running, schema, testing
+
+ALL = recipes.names()
+OLD = ["standard", "oe", "adv", "aoe", "aloe", "acet", "ntom", "atom"]
+
+
+# --- what ships
+
+
+def test_every_method_has_its_recipes():
+    wanted = [f"{m}_cifar{n}_paper" for m in OLD for n in (10, 100)]
+    wanted += [f"{m}_cifar{n}_fast" for m in [*OLD, "robustmining"] for n in (10, 100)]
+    wanted += [f"{m}_cifar10_cpu" for m in [*OLD, "robustmining"]]
+    assert sorted(wanted) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_recipe_resolves_and_builds(name):
+    recipe = read(name)
+    classes = 100 if "cifar100" in name else 10
+    assert recipe.about and "\n" not in recipe.about
+    assert set(recipe.settings) == set(schema.SECTIONS)
+    objective = recipe.objective()
+    mines = name.split("_")[0] in ("ntom", "atom", "robustmining")
+    assert schema.needs_reject(objective) == mines
+    assert recipe.settings["model"]["classes"] == classes
+    assert recipe.settings["data"]["known"] == f"cifar{classes}"
+    assert f"cifar{classes}:test" not in recipe.settings["data"]["ood"]
+
+
+@pytest.mark.parametrize("name", ["aloe_cifar10_cpu", "atom_cifar100_fast"])
+def test_the_network_has_the_outputs_of_the_task(name):
+    model = read(name).model()
+    z = model(torch.rand(2, 3, 32, 32))
+    assert (model.classes, model.reject) == ((10, 0) if "aloe" in name else (100, 1))
+    assert z.shape[1] == model.classes + model.reject
+
+
+def test_the_papers_networks_have_the_papers_parameters():
+    count = lambda name: sum(p.numel() for p in read(name).model().parameters())  # noqa: E731
+    assert count("aloe_cifar10_paper") == 769_162
+    assert count("atom_cifar10_paper") == 769_505
+    assert count("aloe_cifar10_cpu") == 78_042
+    assert count("oe_cifar10_fast") == 691_674
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n.endswith("_paper")])
+def test_the_papers_optimisation(name):
+    recipe = read(name)
+    training, model = recipe.settings["training"], recipe.settings["model"]
+    assert (model["name"], model["depth"], model["growth"]) == ("densenet_bc", 100, 12)
+    assert model["init"] == "papers"
+    assert (training["epochs"], training["lr"], training["weight_decay"]) == (100, 0.1, 1e-4)
+    assert (training["optimiser"], training["momentum"], training["nesterov"]) == ("sgd", 0.9, True)
+    assert training["seed"] == 1 and training["warmup"] == 0 and training["average"] == 0
+    assert recipe.settings["data"]["validation"] == 0
+    by_atom = name.split("_")[0] in ("acet", "ntom", "atom")
+    assert training["milestones"] == ([0.5, 0.75, 0.9] if by_atom else [])
+    sizes = (128, 128) if name.startswith("acet") else (64, 128)
+    assert (training["batch_size"], training["outlier_batch_size"]) == sizes
+    told = running.arguments(recipe)
+    assert told["milestones"] == (training["milestones"] or None)
+    assert told["optimiser"].keywords == {"momentum": 0.9, "nesterov": True}
+    assert told["augment"] == data.Augment(crop=4, flip=True)
+
+
+def test_the_papers_objectives():
+    aloe = read("aloe_cifar10_paper").objective()
+    assert isinstance(aloe, OutlierTraining)
+    assert aloe.bn == "train" and aloe.weight == 0.5 and aloe.outlier_loss is to_uniform
+    for inner in (aloe.inside, aloe.outside):
+        assert (inner.within, inner.step_size, inner.steps) == (1 / 255, 1 / 255, 2)
+        assert (inner.restarts, inner.mode, inner.keep) == (0, "train", "last")
+    aoe, adv = read("aoe_cifar10_paper").objective(), read("adv_cifar10_paper").objective()
+    assert aoe == replace(aloe, outside=None)
+    assert adv == replace(aoe, weight=0.0)
+    assert read("oe_cifar10_paper").objective() == objectives.OutlierExposure(0.5)
+    atom = read("atom_cifar10_paper").objective()
+    assert atom.inside is None and atom.outlier_loss is to_reject and atom.weight == 1
+    assert atom.attacked_share == 0.5
+    assert (atom.mine.q, atom.mine.share, atom.mine.sample) == (0.125, 0.25, 400_000)
+    inner = atom.outside
+    assert (inner.within, inner.step_size, inner.steps) == (8 / 255, 2 / 255, 5)
+    assert (inner.restarts, inner.mode, inner.keep) == (1, "eval", "best")
+    ntom = read("ntom_cifar10_paper").objective()
+    assert ntom == replace(atom, outside=None, attacked_share=1.0)
+    assert read("atom_cifar100_paper").objective() == replace(atom, mine=replace(atom.mine, q=0.5))
+    acet = read("acet_cifar10_paper").objective()
+    assert acet == replace(atom, outlier_loss=to_uniform, mine=None)
+
+
+def test_the_papers_tests():
+    aloe, atom = (read(f"{m}_cifar10_paper").settings["evaluation"] for m in ("aloe", "atom"))
+    assert (aloe["eps"], aloe["side"], aloe["paper"]) == (1 / 255, "both", "aloe")
+    assert (atom["eps"], atom["side"], atom["paper"]) == (8 / 255, "out", "atom")
+    assert (aloe["odin_temperature"], aloe["odin_step"]) == (1000, 0.0014)
+    assert (atom["odin_temperature"], atom["odin_step"]) == (1000, 0.0016)
+    assert read("acet_cifar100_paper").settings["evaluation"]["odin_step"] == 0.0012
+
+
+# --- what may be written
+
+
+def write(folder, name, text):
+    file = folder / f"{name}.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_later_bases_win_and_the_file_itself_last(tmp_path):
+    write(
+        tmp_path,
+        "a",
+        '[training]\nlr = 1.0\nepochs = 1\nseed = 1\n[objective]\nname = "Standard"\n',
+    )
+    write(tmp_path, "b", "[training]\nlr = 2.0\nepochs = 2\n")
+    own = write(
+        tmp_path, "own",
+        'extends = ["_cifar10", "_cpu", "a.toml", "b.toml"]\nabout = "mine"\n[training]\nlr = "3/2"\n',
+    )  # fmt: skip
+    recipe = read(own)
+    training = recipe.settings["training"]
+    assert (training["lr"], training["epochs"], training["seed"]) == (1.5, 2, 1)
+    assert training["batch_size"] == 128
+    assert (recipe.name, recipe.about) == ("own", "mine")
+    changed = read(own, ["training.lr=0.25", "training.lr=0.5", "data.ood=['textures']"])
+    assert changed.settings["training"]["lr"] == 0.5
+    assert changed.settings["data"]["ood"] == ["textures"]
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = read("robustmining_cifar100_fast", ["training.seed=7"])
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert read(tmp_path / "recipe.json") == recipe
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    write(tmp_path, "a", 'extends = ["b.toml"]')
+    write(tmp_path, "b", f'extends = ["{tmp_path / "a.toml"}"]')
+    with pytest.raises(ValueError, match=r"extends itself: .*a\.toml -> b\.toml -> .*a\.toml"):
+        read(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("trains.epochs=3", r"no section \[trains\]; did you mean 'training'"),
+        ("training.epoch=3", r"no key training\.epoch; did you mean 'epochs'"),
+        ("objective.withn=0.1", r"no key objective\.withn; did you mean 'within'"),
+        ("model.dept=8", r"no key model\.dept; did you mean 'depth'"),
+        ("objective.name=ALOEE", r"no objective 'ALOEE'.* did you mean 'ALOE'"),
+        ("model.name=resnt", r"no model 'resnt'.* did you mean 'resnet'"),
+        ("training.epochs=0", r"training\.epochs must be a whole number of at least 1, got 0"),
+        ("training.epochs=many", r"training\.epochs must be a whole number.* got 'many'"),
+        ("training.epochs=true", r"training\.epochs must be a whole number.* got True"),
+        ("training.lr=nan", r"training\.lr must be a number.* got nan"),
+        ("training.precision=fp8", r"training\.precision must be one of auto, float32, bf16"),
+        ("training.channels_last=maybe", r'channels_last must be "auto" or true or false'),
+        ("objective.within=8/0", r"objective\.within must be a number in \[0, 1\].* got '8/0'"),
+        ("objective.within=2", r"objective\.within must be a number in \[0, 1\].* got 2"),
+        ("model.depth=8.5", r"model\.depth must be a whole number.* got 8\.5"),
+        ("data.jpeg=high", r'data\.jpeg must be "auto" or a whole number'),
+        ("data.ood=svhn", r"data\.ood must be a list, each entry a text, got 'svhn'"),
+        ("data.ood=['svhn','svhn']", r"name each set once"),
+        ("data.outliers=''", r"ALOE learns from outliers; name a set"),
+        ("evaluation.detectors=['MPS']", r"evaluation\.detectors must be a list, each entry one of"),
+        ("evaluation.detectors=['RejectClass']", r"needs a reject output"),
+        ("training.momentum=0", r"nesterov needs a momentum above 0"),
+        ("epochs=3", r"write training\.epochs="),
+        ("training.epochs", r"--set needs section\.key=value"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_before_any_data_are_read(change, said, monkeypatch):
+    monkeypatch.setattr(data, "load", None, raising=False)
+    with pytest.raises(ValueError, match=said) as caught:
+        read("aloe_cifar10_cpu", [change])
+    assert change.startswith(("epochs", "training.epochs")) or "aloe_cifar10_cpu" in str(
+        caught.value
+    )
+
+
+def test_unknown_recipes_and_missing_keys(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'aloe_cifar10_cpu'"):
+        read("aloe_cifar10_cp")
+    with pytest.raises(ValueError, match=r"no recipe file nowhere\.toml"):
+        read("nowhere.toml")
+    with pytest.raises(ValueError, match="is not TOML"):
+        read(write(tmp_path, "broken", "[training\n"))
+    with pytest.raises(ValueError, match=r"objective\.name is missing"):
+        read(write(tmp_path, "empty", 'extends = ["_cifar10", "_cpu"]'))
+    with pytest.raises(ValueError, match=r"needs model\.reject of at least 1"):
+        read("ntom_cifar10_cpu", ["model.reject=0"])
+    with pytest.raises(ValueError, match=r"set data\.validation"):
+        read("ntom_cifar10_cpu", ['objective.q="auto"', "data.validation=0"])
+    with pytest.raises(ValueError, match=r"objective: q \+ share must be at most 1"):
+        read("ntom_cifar10_cpu", ["objective.q=0.9"])
+
+
+def test_a_bad_network_is_named_with_its_recipe():
+    with pytest.raises(ValueError, match=r"recipe oe_cifar10_cpu: model: depth must be 6 n \+ 2"):
+        read("oe_cifar10_cpu", ["model.depth=9"]).model()
+
+
+def test_the_initial_weights_follow_the_seed():
+    one, same, other = (
+        read("oe_cifar10_cpu", [f"training.seed={s}"]).model().head.weight for s in (3, 3, 4)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_attack_settings_reach_both_inner_maxima_and_nothing_else():
+    said = ["objective.step_size=1/255", "objective.keep=best"]
+    plain, told = read("aloe_cifar10_cpu").objective(), read("aloe_cifar10_cpu", said).objective()
+    for side in ("inside", "outside"):
+        before, after = plain.inner(getattr(plain, side)), getattr(told, side)
+        assert after == replace(before, step_size=1 / 255, keep="best")
+    assert replace(told, inside=None, outside=None) == replace(plain, inside=None, outside=None)
+
+
+# --- images
+
+
+@pytest.fixture
+def sets(monkeypatch):
+    """Small sets in memory; what is loaded is noted."""
+    noise = torch.Generator().manual_seed(0)
+    sizes = {"cifar10:train": 60, "cifar10:test": 30, "tinyimagenet:train": 40, "tinyimagenet:val": 9,
+             "svhn:train": 8, "textures": 7, "scenes": 6, "cifar100:test": 5}  # fmt: skip
+    held, loaded = {}, []
+    for name, n in sizes.items():
+        x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=noise)
+        base = name.split(":")[0]
+        more = {"ids": ("n02099601", "n00000001"), "jpeg": 75} if base == "tinyimagenet" else {}
+        held[name] = data.Loaded(x, torch.arange(n) % 2, name=base, **more)
+
+    def load(name, split=None, root=None):
+        loaded.append(name)
+        if name not in held:
+            raise ValueError(f"no set {name!r} in the folder")
+        return held[name]
+
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "available", lambda root=None: sorted(held))
+    return held, loaded
+
+
+def test_the_images_of_a_recipe(sets):
+    held, _ = sets
+    found = read("aloe_cifar10_cpu", ["data.validation=10"]).data()
+    train = held["cifar10:train"]
+    assert torch.equal(found.train.x, train.x[:50]) and torch.equal(found.val.y, train.y[50:])
+    assert torch.equal(found.test.x, held["cifar10:test"].x)
+    assert list(found.ood) == [
+        "tinyimagenet:val",
+        "svhn:train",
+        "textures",
+        "scenes",
+        "cifar100:test",
+    ]
+    # The golden retriever is a dog: half of the outliers, and of the seen distribution, is dropped.
+    assert torch.equal(found.outliers, held["tinyimagenet:train"].x[1::2])
+    assert len(found.ood["tinyimagenet:val"]) == 4
+    assert torch.equal(found.compressed, data.compress(train.x[:50], 75))
+
+
+@pytest.mark.parametrize(
+    ("jpeg", "quality"), [("auto", 75), ("0", None), ("40", 40)], ids=["auto", "off", "given"]
+)
+def test_the_twins_of_the_training_images(sets, jpeg, quality):
+    found = read("oe_cifar10_cpu", ["data.validation=0", f"data.jpeg={jpeg}"]).data()
+    if quality is None:
+        assert found.compressed is None
+    else:
+        assert torch.equal(found.compressed, data.compress(found.train.x, quality))
+
+
+def test_without_outliers_none_are_read_and_nothing_is_compressed(sets):
+    _, loaded = sets
+    for name in ("standard_cifar10_cpu", "adv_cifar10_cpu"):
+        found, cards = running.for_training(read(name, ["data.validation=5"]), None)
+        assert len(found.outliers) == 0 and found.compressed is None and set(cards) == {"train"}
+    assert set(loaded) == {"cifar10:train"}
+
+
+def test_atoms_recipe_demands_the_papers_pool(sets):
+    with pytest.raises(ValueError, match=r"pool of 400,000 outliers.* has 20; take the recipe "
+                                         r"atom_cifar10_fast, or .*data\.pool_minimum=0"):  # fmt: skip
+        read("atom_cifar10_paper").data()
+    assert len(read("atom_cifar10_paper", ["data.pool_minimum=0"]).data().outliers) == 20
+    assert len(read("acet_cifar10_paper").data().outliers) == 20  # does not mine
+
+
+def test_images_that_do_not_fit_are_refused(sets):
+    held, loaded = sets
+    with pytest.raises(ValueError, match=r"data\.validation = 60 leaves nothing of cifar10:train"):
+        read("standard_cifar10_cpu", ["data.validation=60"]).data()
+    del held["scenes"]
+    loaded.clear()
+    with pytest.raises(ValueError, match="no set 'scenes'"):
+        running.for_testing(read("oe_cifar10_cpu"), None)
+    assert loaded == ["scenes"]  # nothing else was read first
+
+
+def test_the_record_says_where_it_was_made():
+    found = running.commit()
+    assert found is None or len(found.removesuffix("+changes")) == 40
+    assert set(running.versions()) == {"python", "torch", "robustood"}
+
+
+def test_the_same_images_are_picked_each_time_and_all_where_there_are_few():
+    split = data.Split(torch.arange(100.0)[:, None], torch.arange(100))
+    some = testing.pick(split, 10)
+    assert torch.equal(some.y, testing.pick(split, 10).y) and len(set(some.y.tolist())) == 10
+    assert torch.equal(some.x[:, 0].long(), some.y) and some.y.diff().min() > 0
+    assert len(testing.pick(split, 500)) == 100

@@ -1,0 +1,125 @@
+"""One ALOE step beside a plain re-statement of the published loop, at equal network, batch and attack steps.
+
+Run ``python tests/benchmarks/bench_aloe.py [--device cuda]``. What the published loop adds, as the code of
+Chen et al. (2020) has it: a forward of both clean batches for the log, gradients of the weights in
+each attack step, batch statistics in the attack, inputs and outliers attacked one after the other, and a
+normaliser that goes through the batch image by image. Both are timed in turn in one process; the median
+of 15 paired ratios is printed, and beside it how many times the floor's time our step takes (robustood.engine).
+On a CPU ours runs in the engine that a short measurement chooses, on a GPU compiled in bf16.
+"""
+
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from robustood import engine, models
+from robustood.data import Batch
+from robustood.detectors import to_uniform
+from robustood.objectives import ALOE
+
+PAIRS, EPS, STEPS = 15, 1 / 255, 2
+
+
+class ImageByImage(nn.Module):
+    """The published normaliser: a loop over the images of a batch."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.inside(image) for image in x])
+
+
+def ascend(model, x, loss):
+    """The published attack: weight gradients, batch statistics, whole 8-bit steps from the clean image."""
+    moved = x.clone()
+    for _ in range(STEPS):
+        moved = moved.detach().requires_grad_()
+        loss(model(moved)).backward()
+        with torch.no_grad():
+            moved = x + (moved + EPS * moved.grad.sign() - x).clamp(-EPS, EPS)
+            moved = moved.clamp(0, 1)
+    return moved.detach()
+
+
+def published(model, batch, optimiser) -> None:
+    """One step of the published loop."""
+    model.train()
+    both = torch.cat([batch.x, batch.outliers])
+    z = model(both)  # for the log alone
+    float(cross_entropy(z[: len(batch.x)], batch.y).detach())
+    x = ascend(model, batch.x, lambda z: cross_entropy(z, batch.y))
+    u = ascend(model, batch.outliers, lambda z: to_uniform(z).mean())
+    z = model(torch.cat([x, u]))
+    loss = cross_entropy(z[: len(x)], batch.y) + 0.5 * to_uniform(z[len(x) :]).mean()
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    float(loss.detach())
+
+
+def lean(running, objective, batch, optimiser) -> None:
+    """One step as ``training.fit`` takes it."""
+    running.train()
+    loss = objective(running, batch)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--network", default="resnet", choices=["resnet", "wide_resnet", "densenet_bc"]
+    )
+    device = torch.device((chosen := parser.parse_args()).device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    noise = torch.Generator(device).manual_seed(0)
+    x = torch.rand(64, 3, 32, 32, device=device, generator=noise)
+    u = torch.rand(128, 3, 32, 32, device=device, generator=noise)
+    batch = Batch(x, torch.arange(64, device=device) % 10, u, noise)
+    arguments = {
+        "resnet": {"depth": 8},
+        "wide_resnet": {"depth": 16, "width": 2},
+        "densenet_bc": {},
+    }
+    make = lambda: getattr(models, chosen.network)(**arguments[chosen.network]).to(device)  # noqa: E731
+    theirs, ours = make(), make()
+    theirs.normalise = ImageByImage(theirs.normalise)
+    how = engine.choose(ours, (3, 32, 32), device)
+    running, objective = how.run(ours), ALOE(EPS, steps=STEPS)
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True)
+    calls = {
+        "published": partial(published, theirs, batch, sgd(theirs.parameters())),
+        "ours": partial(lean, running, objective, batch, sgd(ours.parameters())),
+    }
+    for call in (*calls.values(), *calls.values()):  # compiles and warms up
+        call()
+    took = {name: [] for name in calls}
+    for pair in range(PAIRS):
+        for name in list(calls)[:: 1 if pair % 2 else -1]:
+            start = engine.waited(device)
+            calls[name]()
+            took[name].append(engine.waited(device) - start)
+    ratios = np.array(took["published"]) / np.array(took["ours"])
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    both = torch.cat([x, u])
+    meter = engine.Meter.read(ours, running, lambda m: objective(m, batch), both)
+    over = float(np.median(took["ours"])) * meter.bare / meter.flops
+    print(
+        f"ALOE step, {chosen.network}, 64 + 128 images, {STEPS} attack steps, {PAIRS} pairs, "
+        f"{how.precision}{', channels_last' * how.channels_last}{', compiled' * bool(how.compile)}:\n"
+        f"  the published loop takes {middle:.2f} times ours, quartiles {low:.2f} to {high:.2f}\n"
+        f"  ours takes {over:.2f} times the floor"
+    )
+
+
+if __name__ == "__main__":
+    main()

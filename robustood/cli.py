@@ -95,9 +95,13 @@ def explained(error: Exception) -> str:
 
 def say(line: str) -> None:
     """Print a line at once, by the first process alone."""
-    if engine.rank() == 0:
+    if engine.rank() != 0:
+        return
+    try:
         tqdm.write(line)  # above a progress bar, where there is one
         sys.stdout.flush()
+    except BrokenPipeError:  # nobody listens any more, as after "| head": a run goes on in silence
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 # --- commands

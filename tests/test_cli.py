@@ -261,6 +261,8 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_weights(
     assert tiny("train", "--minutes", "0") == cli.UNFINISHED == 3
     assert "time is up after 0 of 2 epochs; the same command goes on" in capsys.readouterr().out
     assert Path("runs/tiny/state.pt").exists()
+    assert tiny("train", "--minutes", "1e-9") == 3  # reading the images counts
+    assert "give more, or no step is ever taken" in capsys.readouterr().out
     for stop in (3, 7):
         with monkeypatch.context() as patch:
             patch.setattr(training.Run, "out_of_time", lambda self, then, s=stop: self.step == s)
@@ -403,6 +405,15 @@ def test_recipes_are_listed_with_what_they_are_about(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipes.names()
     assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in lines)
+
+
+def test_a_reader_who_leaves_does_not_stop_a_command(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["recipes"]) == 0
 
 
 def test_data_commands(packs, tmp_path, monkeypatch, capsys):

@@ -336,6 +336,36 @@ def test_an_attacked_outlier_is_worse_and_the_first_ones_stay_clean(mixed):
     assert (gain > 0).all() and (u - mixed.outliers).abs().max() <= 0.1 + 1e-6
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_both_sides_are_attacked_in_one_batch_as_they_would_be_apart(mixed, share):
+    model, calls = small_cnn().eval(), []
+    objective = OutlierTraining(inside=0.1, outside=0.1, attacked_share=share, steps=3)
+    hook = model.register_forward_hook(lambda _, inputs, out: calls.append(len(inputs[0])))
+    mixed.generator.manual_seed(7)
+    x, u = objective.worst(model, mixed)
+    hook.remove()
+    attacked = round(share * len(mixed.outliers))
+    assert calls == [len(mixed.x) + attacked] * 3
+    mixed.generator.manual_seed(7)
+    inner, clean = Attacked(0.1, steps=3), len(mixed.outliers) - attacked
+    labels = lambda v: attacks.cross_entropy(model(v), mixed.y)
+    x_apart = inner.worst(model, mixed.x, labels, mixed.generator)
+    uniform = lambda v: to_uniform(model(v))
+    u_apart = inner.worst(model, mixed.outliers[clean:], uniform, mixed.generator)
+    assert torch.equal(u[:clean], mixed.outliers[:clean])
+    # A sign may turn where a gradient is zero up to rounding.
+    for found, apart in ((x, x_apart), (u[clean:], u_apart)):
+        assert ((found - apart).abs() > 1e-6).float().mean() < 1e-3
+
+
+def test_sides_that_are_attacked_differently_or_with_batch_statistics_stay_apart(mixed):
+    for objective in (ALOE(0.1, bn="train"), OutlierTraining(inside=0.1, outside=0.05)):
+        model, calls = small_cnn(), []
+        model.register_forward_hook(lambda _, inputs, out, c=calls: c.append(len(inputs[0])))
+        objective.worst(model, mixed)
+        assert calls == [len(mixed.x)] * 2 + [len(mixed.outliers)] * 2
+
+
 def test_separate_statistics_come_from_the_inputs_alone(mixed):
     model, alone = Normed(), Normed()
     OutlierTraining(bn="separate")(model.train(), mixed)

@@ -1,5 +1,6 @@
-"""Recipes: what they say, what they refuse, and that a run can stop, go on and be measured."""
+"""Recipes: what they say, what they refuse, and which images they name."""
 
+import doctest
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,11 @@ OLD = ["standard", "oe", "adv", "aoe", "aloe", "acet", "ntom", "atom"]
 
 
 # --- what ships
+
+
+def test_the_examples_in_the_docstrings():
+    found = doctest.testmod(recipes)
+    assert found.attempted and not found.failed
 
 
 def test_every_method_has_its_recipes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -156,7 +157,7 @@ def train(
     Args:
         recipe: what to do.
         folder: of this run alone.
-        minutes: stop in time to keep this budget; the same call goes on.
+        minutes: stop in time to keep this budget, reading the images included; the same call goes on.
         device: default CUDA where there is one.
         root: folder of the packs.
         tell: called with one line after each epoch, and with remarks.
@@ -168,7 +169,7 @@ def train(
         ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
         OSError: if the folder cannot be written; states that were written before stay.
     """
-    folder = Path(folder)
+    folder, start = Path(folder), time.monotonic()
     if (old := agreed(earlier(recipe, folder))) and old["finished"]:
         tell(f"this run is finished: {folder / 'weights.safetensors'}")
         return old
@@ -183,9 +184,14 @@ def train(
         "finished": False, "minutes": 0.0, "speed": {}, "history": [],
     }  # fmt: skip
     keep(folder, recipe, old or run)
+    left = max(0.0, minutes - (time.monotonic() - start) / 60)
+    if minutes and not left:
+        tell(
+            f"reading the images took the {minutes:g} minutes; give more, or no step is ever taken"
+        )
     history = training.fit(
         model, objective, data, **arguments(recipe), engine=chosen, device=device,
-        run_dir=folder, minutes=minutes, monitor=Monitor(folder, recipe, data.val, tell),
+        run_dir=folder, minutes=left, monitor=Monitor(folder, recipe, data.val, tell),
     )  # fmt: skip
     rows = history.rows
     run |= {

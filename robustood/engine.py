@@ -11,6 +11,7 @@ is what those operations take at the rate of the bare update of the same network
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import os
 import platform
@@ -72,7 +73,12 @@ class Running(nn.Module):
         if world() > 1:
             synchronise_statistics(model)
             # The wrapper would send the buffers at each forward; they are equal already.
-            self.calls["update"] = DistributedDataParallel(model, broadcast_buffers=False)
+            known = inspect.signature(DistributedDataParallel).parameters
+            sent = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )
+            quiet: dict[str, Any] = {sent: False}
+            self.calls["update"] = DistributedDataParallel(model, **quiet)
         if engine.compile:
             how: dict[str, Any] = {"backend": engine.compile} if engine.compile is not True else {}
             graphs = {} if how else {"mode": "reduce-overhead"}
@@ -134,6 +140,20 @@ def mean_of_all(values: Tensor) -> Tensor:
     return values
 
 
+class SumOfAll(torch.autograd.Function):
+    """The sum over the processes, through which gradients flow back to all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        processes.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return SumOfAll.forward(ctx, grads[0])
+
+
 def synchronise_statistics(model: nn.Module) -> None:
     """Let batch normalisation see the batch of all processes, on any device.
 
@@ -155,15 +175,13 @@ def shared_norm(layer: Any, x: Tensor) -> Tensor:
     """Batch normalisation with mean and variance over the batches of all processes."""
     if not layer.training:
         return type(layer).forward(layer, x)
-    from torch.distributed.nn.functional import all_reduce
-
     axes = [0, *range(2, x.ndim)]
     wide = x.float()
     count = x.numel() / x.shape[1] * world()
-    mean = all_reduce(wide.sum(axes)) / count
+    mean = SumOfAll.apply(wide.sum(axes)) / count
     shape = [1, -1] + [1] * (x.ndim - 2)
     centred = wide - mean.view(shape)
-    variance = all_reduce(centred.square().sum(axes)) / count
+    variance = SumOfAll.apply(centred.square().sum(axes)) / count
     if layer.track_running_stats:
         with torch.no_grad():
             layer.num_batches_tracked += 1
@@ -247,16 +265,16 @@ def choose(
     formats = ["float32", "bf16"] if precision == "auto" else [precision]
     layouts = [False, True] if channels_last == "auto" else [channels_last]
     if len(formats) * len(layouts) == 1:
-        return Engine(formats[0], layouts[0], compiled)  # ty: ignore
+        return Engine(formats[0], layouts[0], compiled)
     x = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
     rates = {}
     for kind, last in itertools.product(formats, layouts):
-        trial = Running(copy.deepcopy(model).train(), Engine(kind, last))  # ty: ignore
+        trial = Running(copy.deepcopy(model).train(), Engine(kind, last))
         rates[kind, last] = batch_size / seconds(lambda: bare_update(trial, x), device)  # noqa: B023
     worth = {key: rate / (1.2 if key[0] == "bf16" else 1.0) for key, rate in rates.items()}
     kind, last = max(worth, key=worth.__getitem__)
     said = {f"{k}{', channels_last' * v}": round(rate, 1) for (k, v), rate in rates.items()}
-    return Engine(kind, last, compiled, said)  # ty: ignore
+    return Engine(kind, last, compiled, said)
 
 
 @dataclass

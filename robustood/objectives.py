@@ -452,6 +452,7 @@ class CCU:
         if not hasattr(model, "inside"):
             raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
         u = needed(batch.outliers)
-        inside = cross_entropy(model(batch.x), batch.y) - model.inside(batch.x).mean()
-        outside = to_uniform(model(u)).mean() - model.outside(u).mean()
+        guard: Any = model
+        inside = cross_entropy(model(batch.x), batch.y) - guard.inside(batch.x).mean()
+        outside = to_uniform(model(u)).mean() - guard.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

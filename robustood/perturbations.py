@@ -172,8 +172,7 @@ class Linf(Ball):
 
     def draw(self, x: Batch, generator: torch.Generator | None) -> Batch:
         """Uniform in the cube."""
-        eps = self.eps
-        return drawn(x, lambda z: z.uniform_(-eps, eps, generator=generator), generator)
+        return drawn(x, lambda z: z.uniform_(-self.eps, self.eps, generator=generator), generator)
 
     def shrink(self, z: Batch) -> Batch:
         return z.clamp_(-self.eps, self.eps)

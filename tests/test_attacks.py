@@ -67,6 +67,23 @@ def test_feasible_and_shaped_like_x(net, batch, within, loss, keep):
     assert within.norm(moved - x).max() > 0.5 * within.eps
 
 
+@pytest.mark.parametrize("within", SETS, ids=str)
+def test_parts_of_a_batch_start_as_if_each_came_alone(net, batch, within):
+    x, y = batch
+    how = {"steps": 2, "keep": "best"}
+
+    def objective(a, b):
+        return lambda v: attacks.cross_entropy(net(v), y[a:b])
+
+    with frozen(net):
+        noise = torch.Generator().manual_seed(5)
+        together = maximise(objective(0, 24), x, within, generator=noise, parts=[16, 8], **how)
+        noise = torch.Generator().manual_seed(5)
+        first = maximise(objective(0, 16), x[:16], within, generator=noise, **how)
+        second = maximise(objective(16, 24), x[16:], within, generator=noise, **how)
+    assert torch.allclose(together, torch.cat([first, second]), atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["ce", "targets"])
 def test_nothing_else_moves(net, batch, loss):
     x, y = batch

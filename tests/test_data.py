@@ -35,12 +35,16 @@ from robustood.data import (
     FONTS,
     LETTERS,
     PHOTOS,
+    Augment,
     Batch,
+    Data,
     Loaded,
+    Shared,
     Split,
     compress,
     digest,
     digits,
+    draw,
     embedded,
     fetch,
     fetching,
@@ -1297,3 +1301,57 @@ def test_the_packs_of_cifar100_say_how_they_were_compressed():
     assert real("cifar100:train").jpeg == 90
     found = real("cifar100:test")
     assert found.jpeg is None and len(found.names) == 100
+
+
+# ---- batches
+
+
+def test_an_augmented_image_is_one_of_its_crops_and_flips():
+    """Found among all of them by comparison; each offset and each side of the flip comes up equally often."""
+    n, crop = 4000, 2
+    image = torch.randint(1, 255, (1, 3, 6, 5), dtype=torch.uint8)
+    found = Augment(crop)(image.expand(n, -1, -1, -1), torch.Generator().manual_seed(1))
+    assert found.dtype == torch.uint8
+    framed = torch.nn.functional.pad(image, [crop] * 4)
+    counts = []
+    for flip in (False, True):
+        for down in range(2 * crop + 1):
+            for right in range(2 * crop + 1):
+                cut = framed[:, :, down : down + 6, right : right + 5]
+                cut = cut.flip(3) if flip else cut
+                counts.append(int((found == cut).flatten(1).all(1).sum()))
+    assert sum(counts) == n
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_augmentation_may_be_nothing_or_one_of_its_parts():
+    x = torch.rand(20, 3, 8, 8)
+    noise = torch.Generator().manual_seed(0)
+    assert torch.equal(Augment(0, flip=False)(x, noise), x)
+    flipped = Augment(0)(x, noise)
+    same = (flipped == x).flatten(1).all(1)
+    assert 2 < same.sum() < 18 and torch.equal(flipped[~same], x[~same].flip(3))
+    with pytest.raises(ValueError, match="crop must be"):
+        Augment(-1)
+
+
+def test_half_of_the_images_come_as_their_twins(book):
+    x = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    made = Data(Split(x, torch.arange(200)), book.val, book.test, x[:0], compressed=x + 1)
+    seen = torch.cat(
+        [b.x[:, 0, 0, 0] * 255 - b.y for b in draw(made, 50, 1, torch.Generator().manual_seed(0))]
+    )
+    assert set(seen.round().int().tolist()) == {0, 1} and 70 < seen.sum() < 130
+
+
+def test_the_batches_of_several_processes_are_parts_of_one(book):
+    def epoch(place):
+        noise = Shared("cpu")
+        noise.place = place
+        made = replace(book, compressed=1 - book.train.x)
+        return list(draw(made, 60, 30, noise.manual_seed(2), Augment(1)))
+
+    for whole, first, second in zip(epoch((0, 1)), epoch((0, 2)), epoch((1, 2)), strict=True):
+        for name in ("x", "y", "outliers"):
+            parts = getattr(first, name), getattr(second, name)
+            assert torch.equal(getattr(whole, name), torch.stack(parts, 1).flatten(0, 1))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustood import attacks
 from robustood.attacks import pgd
 from robustood.data import Batch, digits
 from robustood.models import guarded, mlp, small_cnn
@@ -348,10 +349,15 @@ def test_both_sides_are_attacked_in_one_batch_as_they_would_be_apart(mixed, shar
     assert calls == [len(mixed.x) + attacked] * 3
     mixed.generator.manual_seed(7)
     inner, clean = Attacked(0.1, steps=3), len(mixed.outliers) - attacked
-    labels = lambda v: attacks.cross_entropy(model(v), mixed.y)
-    x_apart = inner.worst(model, mixed.x, labels, mixed.generator)
-    uniform = lambda v: to_uniform(model(v))
-    u_apart = inner.worst(model, mixed.outliers[clean:], uniform, mixed.generator)
+
+    def on_labels(v):
+        return attacks.cross_entropy(model(v), mixed.y)
+
+    def on_outliers(v):
+        return to_uniform(model(v))
+
+    x_apart = inner.worst(model, mixed.x, on_labels, mixed.generator)
+    u_apart = inner.worst(model, mixed.outliers[clean:], on_outliers, mixed.generator)
     assert torch.equal(u[:clean], mixed.outliers[:clean])
     # A sign may turn where a gradient is zero up to rounding.
     for found, apart in ((x, x_apart), (u[clean:], u_apart)):

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from robustood.checkpoints import describe
-from robustood.data import Data, Split, digits, draw
+from robustood.data import Augment, Data, Split, compress, digits, draw, pixels
+from robustood.detectors import MSP
+from robustood.evaluate import scores
+from robustood.metrics import auroc
 from robustood.models import Classifier, mlp, small_cnn
-from robustood.objectives import Adversarial, Standard
+from robustood.objectives import Adversarial, OutlierExposure, Standard
 from robustood.perturbations import Linf, Members
 from robustood.training import Average, fit, learning_rate
 
@@ -65,6 +68,72 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert max(rates) == pytest.approx(2.0) and rates.index(max(rates)) == 19
     assert rates[59] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.0)
     assert all(rates[k] > rates[k + 1] for k in range(20, 99))
+
+
+def test_milestones_replace_the_cosine():
+    rates = [learning_rate(step, 100, 2.0, 0.0, (0.5, 0.75, 0.9)) for step in range(100)]
+    steps = [rates[k] for k in (0, 49, 50, 74, 75, 89, 90, 99)]
+    assert steps == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+
+
+def test_8_bit_images_train_as_their_floats_do(data):
+    """Also with an augmentation, which sees the 8-bit images."""
+    images = Split((data.train.x * 255).round().byte(), data.train.y)
+    bytes_ = dataclasses.replace(data, train=images, outliers=(data.outliers * 255).round().byte())
+    floats = dataclasses.replace(
+        data, train=Split(images.x.float() / 255, images.y), outliers=bytes_.outliers.float() / 255
+    )
+    weights = []
+    for given in (bytes_, floats):
+        fit(model := small_cnn(), OutlierExposure(), given, epochs=2, augment=Augment(1))
+        weights.append(vector(model))
+    assert torch.allclose(*weights, atol=1e-6)
+    assert not torch.allclose(weights[0], vector(small_cnn()), atol=1e-2)
+
+
+def test_batches_must_divide_among_the_processes(data, monkeypatch):
+    monkeypatch.setattr("robustood.training.world", lambda: 3)
+    with pytest.raises(
+        ValueError, match="batch_size must be a multiple of the 3 processes, got 64"
+    ):
+        fit(small_cnn(), Standard(), data, epochs=1, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def leaky():
+    """Lossless images, and outliers of the very same kind that only differ by JPEG."""
+    noise = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1200, 3, 8, 8, generator=noise)
+    x = nn.functional.interpolate(coarse, size=16, mode="bicubic")
+    x = ((x + 0.15 * torch.randn(x.shape, generator=noise)).clamp(0, 1) * 255).byte()
+    y = (coarse[:, 0].mean((1, 2)) > coarse[:, 1].mean((1, 2))).long()
+    test = Split(x[1000:1100], y[1000:1100])
+    outliers = {"same kind": compress(x[1100:], 75)}
+    return Data(Split(x[:500], y[:500]), test, test, compress(x[500:1000], 75), outliers)
+
+
+def test_compression_leaks_and_twins_weaken_the_leak(leaky):
+    """With nothing else to learn, outlier exposure learns "JPEG or not".
+
+    With twins half of the inputs are JPEG too, and JPEG says little; what is left of the leak is
+    that lossless images are still inputs without exception.
+    """
+    inputs, twins = leaky.train.x, compress(leaky.train.x, 75)
+    ways = {
+        "lossless": leaky,
+        "twins": dataclasses.replace(leaky, compressed=twins),
+        "all JPEG": dataclasses.replace(leaky, train=Split(twins, leaky.train.y)),
+    }
+    found = {}
+    for name, data in ways.items():
+        model = small_cnn(2, channels=3, size=16, batch_norm=True)
+        fit(model, OutlierExposure(), data, epochs=10, batch_size=50, outlier_batch_size=50)
+        score = partial(scores, MSP(model))
+        found[name] = auroc(score(pixels(data.test.x)), score(pixels(data.ood["same kind"])))
+    assert torch.equal(leaky.train.x, inputs)
+    assert found["lossless"] > 0.85, found
+    assert found["twins"] < found["lossless"] - 0.1, found
+    assert 0.3 < found["all JPEG"] < 0.65, found
 
 
 def test_learns_the_digits():

@@ -66,8 +66,8 @@ class Augment:
     ) -> Shaped[Tensor, "batch channel height width"]:
         """Each image cropped and flipped by a draw of its own."""
         n, channels, height, width = x.shape
-        how = {"generator": generator, "device": x.device}
-        drawn = each(lambda m: torch.rand(m, 3, **how), n, generator)
+        lot = lambda m: torch.rand(m, 3, generator=generator, device=x.device)  # noqa: E731
+        drawn = each(lot, n, generator)
         down, right = (drawn[:, :2] * (2 * self.crop + 1)).long().unbind(1)
         across = torch.arange(width, device=x.device).expand(n, -1)
         if self.flip:

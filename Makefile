@@ -53,7 +53,7 @@ pytest: $(STAMP)
 check: $(STAMP) ## The slow suites and the comparisons with other libraries
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
 	$(BIN)/pytest tests -m "slow or oracle"
-	for each in attacks training metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done
+	for each in attacks training aloe metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done
 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale

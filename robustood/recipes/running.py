@@ -190,7 +190,7 @@ def train(
             f"reading the images took the {minutes:g} minutes; give more, or no step is ever taken"
         )
     history = training.fit(
-        model, objective, data, **arguments(recipe), engine=chosen, device=device,
+        model, objective, data, **to_fit(recipe), engine=chosen, device=device,
         run_dir=folder, minutes=left, monitor=Monitor(folder, recipe, data.val, tell),
     )  # fmt: skip
     rows = history.rows
@@ -267,7 +267,7 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
-def arguments(recipe: Recipe) -> dict[str, Any]:
+def to_fit(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says to :func:`robustood.training.fit`."""
     want, images = recipe.settings["training"], recipe.settings["data"]
     same = ("epochs", "batch_size", "outlier_batch_size", "lr", "weight_decay", "warmup", "seed")

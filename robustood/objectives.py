@@ -109,11 +109,15 @@ class Attacked:
         parts: Sequence[int] | None = None,
     ) -> Tensor:
         """The worst inputs that an attack finds, by the shared loop; parts as there."""
+        within = self.set_at(progress)
+        # One graph serves all steps of a run if neither the set nor the network's buffers change in it.
+        steady = isinstance(within, Ball) and not self.ramp and self.mode == "eval"
         with frozen(model, self.mode):
             return attacks.maximise(
-                objective, x, self.set_at(progress), steps=self.steps, step_size=self.step_size,
+                objective, x, within, steps=self.steps, step_size=self.step_size,
                 restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
-                generator=generator, checked=True, parts=parts, search=getattr(model, "search", None),
+                generator=generator, checked=True, parts=parts,
+                search=getattr(model, "search", None) if steady else None,
             )  # fmt: skip
 
 

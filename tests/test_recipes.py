@@ -74,7 +74,7 @@ def test_the_papers_optimisation(name):
     assert training["milestones"] == ([0.5, 0.75, 0.9] if by_atom else [])
     sizes = (128, 128) if name.startswith("acet") else (64, 128)
     assert (training["batch_size"], training["outlier_batch_size"]) == sizes
-    told = running.arguments(recipe)
+    told = running.to_fit(recipe)
     assert told["milestones"] == (training["milestones"] or None)
     assert told["optimiser"].keywords == {"momentum": 0.9, "nesterov": True}
     assert told["augment"] == data.Augment(crop=4, flip=True)

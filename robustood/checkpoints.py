@@ -127,9 +127,23 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: for a damaged file, naming it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it or choose another folder"
+        ) from error
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -207,7 +221,8 @@ def describe(value: object) -> str:
         tensors = [*value.state_dict().values(), *value.buffers()]
         return hashlib.sha256((repr(value) + describe(tensors)).encode()).hexdigest()[:16]
     if is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value)]
+        told = [f.name for f in fields(value) if f.compare]
+        parts = [f"{name}={describe(getattr(value, name))}" for name in told]
         return f"{type(value).__qualname__}({', '.join(parts)})"
     if isinstance(value, partial):
         return describe([value.func, *value.args, *sorted(value.keywords.items())])

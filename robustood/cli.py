@@ -182,16 +182,19 @@ def pack(given: argparse.Namespace) -> int:
     """Make a pack of a folder of images."""
     name, _, split = given.name.partition(":")
     made = data.folder(given.folder, name, given.size, given.data, split or None)
-    say(f"{given.name}: {len(made)} images of {given.size} x {given.size}")
+    called = f"{name}{given.size if given.size != 32 else ''}{':' if split else ''}{split}"
+    say(f"{called}: {len(made)} images of {given.size} x {given.size}")
     return 0
 
 
 def place(device: str | None) -> torch.device | None:
     """The device that was asked for; of several processes on GPUs each takes its own."""
+    own = os.environ.get("LOCAL_RANK")
     if device is None:
-        own = os.environ.get("LOCAL_RANK")
         return torch.device(f"cuda:{own}") if own and torch.cuda.is_available() else None
     found = torch.device(device)
+    if own and found.type == "cuda":  # one GPU a process, whatever index was asked for
+        found = torch.device(f"cuda:{own}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device}: torch sees no CUDA device here; leave it out for a CPU"

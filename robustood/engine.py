@@ -4,8 +4,10 @@ An :class:`Engine` says in which number format and memory layout a network compu
 compiled; images, perturbations, losses and weights stay float32. The *floor* of a training step is what its
 passes must cost: k steps of an attack are k forwards and k backwards to the input, the update one
 forward and a backward to input and weights, which is twice as dear, $(2k + 3) F$ an image for a forward
-of $F$ floating-point operations. The time of the floor is measured, not taken from a data sheet: it
-is what those operations take at the rate of the bare update of the same network in the same engine.
+of $F$ floating-point operations. (A choice of the best iterate is one forward more.) The operations of a run's
+step are counted as it takes them; tests hold them to the formula. The time of the floor is measured, not
+taken from a data sheet: what these operations take at the rate of the bare update of the same network in the
+same engine.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import inspect
 import itertools
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -43,8 +46,8 @@ class Engine:
         precision: of the network's own arithmetic; ``"bf16"`` by autocast, with float32 weights, inputs
             and outputs.
         channels_last: memory layout of the network and of what enters it.
-        compile: compile the network, and each attack as one graph; a string names a backend of
-            ``torch.compile``.
+        compile: compile the network, and each attack on a norm ball in eval mode as one graph; a string
+            names a backend of ``torch.compile``.
         measured: images a second of forward and backward that led to the choice (:func:`choose`).
     """
 
@@ -100,7 +103,7 @@ class Running(nn.Module):
         return (found.clone(), values.clone()) if self.engine.compile else (found, values)
 
     def forward(self, x: Tensor) -> Tensor:
-        attacked = not next(self.module.parameters()).requires_grad
+        attacked = not any(p.requires_grad for p in self.module.parameters())
         network = self.module if attacked else self.calls["update"]
         if self.engine.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -118,7 +121,7 @@ def join() -> int:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        processes.init_process_group("nccl" if cuda else "gloo")
+        processes.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return rank()
 
 
@@ -185,8 +188,9 @@ def shared_norm(layer: Any, x: Tensor) -> Tensor:
     if layer.track_running_stats:
         with torch.no_grad():
             layer.num_batches_tracked += 1
-            layer.running_mean.lerp_(mean, layer.momentum)
-            layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)
+            momentum = layer.momentum or 1 / float(layer.num_batches_tracked)  # None: a plain mean
+            layer.running_mean.lerp_(mean, momentum)
+            layer.running_var.lerp_(variance * count / (count - 1), momentum)
     scale = layer.weight * (variance + layer.eps).rsqrt()
     return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)
 
@@ -213,10 +217,13 @@ def waited(device: torch.device) -> float:
 
 
 def seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
-    """Median time of a call, after one to warm up; of as many as take ``least`` seconds together."""
+    """Median time of a call, after one to warm up; of as many as take ``least`` seconds together.
+
+    Several processes make the same number of calls, because a call may wait for the others.
+    """
     call()
     took: list[float] = []
-    while sum(took) < least:
+    while float(mean_of_all(torch.tensor(sum(took), device=device))) < least:
         start = waited(device)
         call()
         took.append(waited(device) - start)
@@ -255,7 +262,7 @@ def choose(
     check_choice(precision, "precision", ("auto", "float32", "bf16"))
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda":
-        best = "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         return Engine(
             best if precision == "auto" else precision,
             True if channels_last == "auto" else channels_last,
@@ -303,6 +310,7 @@ class Meter:
         """
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         model.train()
+        step(running).backward()  # what has to be compiled is compiled here
         whole = flops(lambda: step(model).backward())
         update = flops(lambda: bare_update(model, x))
         took = seconds(lambda: bare_update(running, x), x.device, 0.2)
@@ -325,6 +333,7 @@ class Meter:
             "flops_per_step": self.flops, "images_per_second": images / per_step,
             "floor_images_per_second": images / floor, "over_floor": per_step / floor,
         }  # fmt: skip
-        if peak := next((rate for chip, rate in PEAK.items() if chip in name), None):
+        peak = next((rate for chip, rate in PEAK.items() if re.search(rf"\b{chip}\b", name)), None)
+        if peak and engine.precision == "bf16":
             found["share_of_peak"] = self.flops / per_step / peak
         return found

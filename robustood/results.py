@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from robustood.checkpoints import read_json
 
 Run = dict[str, Any]
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
@@ -37,11 +38,11 @@ def load(folder: str | Path | None = None) -> list[Run]:
             if file.is_file():
                 report = file.with_name("report.json")
                 found[file.parent.name] = {
-                    "run": json.loads(file.read_text("utf-8")),
-                    "report": json.loads(report.read_text("utf-8")) if report.is_file() else None,
+                    "run": read_json(file),
+                    "report": read_json(report) if report.is_file() else None,
                 }
         for file in sorted(place.glob("*.json")):
-            kept = json.loads(file.read_text("utf-8"))
+            kept = read_json(file)
             if isinstance(kept, dict) and {"run", "report"} <= kept.keys():
                 found.setdefault(file.stem, {k: kept[k] for k in ("run", "report")})
     runs = [{"folder": name, **run} for name, run in found.items()]

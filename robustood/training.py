@@ -32,6 +32,7 @@ from robustood.models import Average, Averaged
 from robustood.objectives import Objective
 
 Monitor = Callable[[nn.Module], dict[str, float]]
+Tell = Callable[[dict[str, float]], object]
 
 
 @dataclass
@@ -90,6 +91,7 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     monitor: Monitor | None = None,
+    tell: Tell | None = None,
     run_dir: str | Path | None = None,
     minutes: float = math.inf,
 ) -> History:
@@ -118,6 +120,7 @@ def fit(
         seed: of the data order and of every random start.
         device: default the model's.
         monitor: called after each epoch in eval mode; its numbers join the history.
+        tell: called with each row of the history after it is kept, such as ``print``.
         run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
             on from it, with the same result bit for bit on one machine's CPU.
         minutes: stop in time to keep this budget; the state is written first. A monitor is
@@ -157,9 +160,13 @@ def fit(
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
-    for name, size in {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}.items():
-        if size % world():
-            raise ValueError(f"{name} must be a multiple of the {world()} processes, got {size}")
+    # Half of the outliers may be attacked, in each process the same number.
+    shares = {"batch_size": (batch_size, 1), "outlier_batch_size": (outlier_batch_size, 2)}
+    for name, (size, parts) in shares.items():
+        if world() > 1 and size % (parts * world()):
+            raise ValueError(
+                f"{name} must be a multiple of {parts * world()} with {world()} processes, got {size}"
+            )
     if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:
         optimiser = partial(optimiser, fused=True)
     parameters: Any = getattr(model, "parameter_groups", model.parameters)
@@ -189,27 +196,21 @@ def fit(
         learning_rate, total=run.steps * epochs, peak=lr, warmup=warmup, milestones=milestones
     )
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=quiet()) as bar:
+    quiet = True if rank() else None  # None: a progress bar where somebody looks on
+    with run, torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=quiet) as bar:
         bar.update(run.epoch * run.steps + run.step)
         while run.epoch < epochs:
             generator = run.generator(seed * 1_000_003 + run.epoch)
             prepared = run.prepare(objective, data, seed * 1_000_003 + run.epoch + 250_000)
-            run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
-            batches = draw(prepared, batch_size, outlier_batch_size, generator, augment)
+            of = partial(draw, prepared, batch_size, outlier_batch_size, augment=augment)
             if engine is not None and run.meter is None:
-                sample = draw(
-                    prepared, batch_size, outlier_batch_size, run.generator(seed), augment
-                )
-                run.measure(objective, next(sample))
+                run.measure(objective, next(of(run.generator(seed))))
+            batches = of(generator)
+            run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
             if not run.one_epoch(objective, batches, generator, rate, bar):
-                return run.close(batch_size)
-            run.record(monitor, prepared.notes)
-    return run.close(batch_size)
-
-
-def quiet() -> bool | None:
-    """Whether there is no progress bar: on all processes but the first, and where nobody looks on."""
-    return True if rank() else None
+                break
+            run.record(monitor, prepared.notes, tell)
+        return run.close(batch_size)
 
 
 @dataclass
@@ -237,9 +238,15 @@ class Run:
     chosen: bool = False
     meter: Meter | None = None
     paces: list[tuple[int, float]] = field(default_factory=list)
+    running: nn.Module = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __enter__(self) -> None:
         self.running = self.engine.run(self.model)
+
+    def __exit__(self, *_: object) -> None:
+        """The model as its owner knows it, also after an error."""
+        release_statistics(self.model)
+        self.model.to(memory_format=torch.contiguous_format)
 
     def generator(self, seed: int) -> torch.Generator:
         """A source of randomness on the run's device, shared with the other processes."""
@@ -273,7 +280,7 @@ class Run:
         slowest, before, began = 0.0, self.step, waited(self.device)
         while self.step < self.steps:
             start = time.monotonic()
-            if self.out_of_time(start + 2 * slowest):  # asked before the next batch is drawn
+            if self.out_of_time(start, slowest):  # asked before the next batch is drawn
                 self.check_finite()
                 self.noise = {"own": generator.get_state(), "cpu": torch.get_rng_state()}
                 if self.device.type == "cuda":
@@ -299,12 +306,14 @@ class Run:
         self.paces.append((self.step - before, waited(self.device) - began))
         return True
 
-    def out_of_time(self, then: float) -> bool:
-        """Whether a step that ends ``then`` would be too late for any of the processes."""
-        late = then > self.deadline
-        if world() == 1 or math.isinf(self.deadline):
-            return late
-        return bool(mean_of_all(torch.tensor(float(late), device=self.device)) > 0)
+    def out_of_time(self, now: float, slowest: float) -> bool:
+        """Whether the next step would be too late; several processes agree, and ask at every eighth step."""
+        if world() == 1:
+            return now + 2 * slowest > self.deadline
+        if math.isinf(self.deadline) or self.step % 8:
+            return False
+        late = float(now + 10 * slowest > self.deadline)
+        return bool(mean_of_all(torch.tensor(late, device=self.device)) > 0)
 
     def seed_layers(self, seed: int) -> None:
         """Seed what layers such as dropout draw from: the device's global generator."""
@@ -350,7 +359,7 @@ class Run:
         self.chosen = prepared is not data
         return prepared
 
-    def record(self, monitor: Monitor | None, notes: dict[str, float]) -> None:
+    def record(self, monitor: Monitor | None, notes: dict[str, float], tell: Tell | None) -> None:
         """Close an epoch: a row of history, the log and the state."""
         row: dict[str, float] = {
             "epoch": self.epoch,
@@ -369,6 +378,8 @@ class Run:
         self.history.rows.append(row)
         self.epoch, self.step, self.losses, self.start = self.epoch + 1, 0, [], {}
         self.keep()
+        if tell:
+            tell(row)
 
     def keep(self) -> None:
         """Write log and state, if the run has a folder."""
@@ -426,8 +437,6 @@ class Run:
     def close(self, images: int) -> History:
         """Leave the model ready for use, and say how fast a step of so many images was."""
         self.history.finished = self.epoch == self.epochs
-        release_statistics(self.model)
-        self.model.to(memory_format=torch.contiguous_format)
         if self.meter and (pace := self.pace()):
             self.history.speed = self.meter.report(self.engine, pace, images, self.device)
         if self.mean and self.history.finished:
@@ -436,9 +445,9 @@ class Run:
         return self.history
 
     def pace(self) -> float:
-        """Median seconds a step over the epochs; the first, which warms up, only if there is no other."""
-        each = [took / steps for steps, took in self.paces if steps]
-        return sorted(each[1:] or each)[len(each[1:] or each) // 2] if each else 0.0
+        """Median seconds a step over the epochs, or their parts where the run was stopped inside."""
+        each = sorted(took / steps for steps, took in self.paces if steps)
+        return each[len(each) // 2] if each else 0.0
 
 
 def check_anything(x: Tensor, name: str) -> None:

@@ -98,3 +98,10 @@ def test_folders_without_runs(tmp_path):
 
 def test_the_shipped_results_load():
     assert all(r["run"]["recipe"] for r in load())
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text('{"recipe": ')
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*; delete it"):
+        load(tmp_path)

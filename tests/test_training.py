@@ -94,7 +94,7 @@ def test_8_bit_images_train_as_their_floats_do(data):
 def test_batches_must_divide_among_the_processes(data, monkeypatch):
     monkeypatch.setattr("robustood.training.world", lambda: 3)
     with pytest.raises(
-        ValueError, match="batch_size must be a multiple of the 3 processes, got 64"
+        ValueError, match="batch_size must be a multiple of 3 with 3 processes, got 64"
     ):
         fit(small_cnn(), Standard(), data, epochs=1, batch_size=64)
 

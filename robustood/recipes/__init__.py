@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from robustood import models
+from robustood.checkpoints import read_json
 from robustood.data import Data
 from robustood.models import Classifier
 from robustood.objectives import Objective
@@ -115,7 +116,9 @@ def read(name_or_path: str | Path, changes: Changes = ()) -> Recipe:
     """
     path = Path(name_or_path)
     whole = path.suffix == ".json"
-    merged = json.loads(path.read_text("utf-8")) if whole else gather(str(name_or_path), None, ())
+    if whole and not path.is_file():
+        raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
+    merged = read_json(path) if whole else gather(str(name_or_path), None, ())
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
         raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")

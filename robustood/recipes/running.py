@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import robustood
 from robustood import data as sets
 from robustood import engine, training
-from robustood.checkpoints import check_same, save_weights, write_whole
+from robustood.checkpoints import check_same, read_json, save_weights, write_whole
 from robustood.data import Augment, Data, Loaded, Split, digest, pixels
 from robustood.engine import Engine
 from robustood.models import frozen
@@ -177,10 +177,12 @@ def train(
     data, cards = for_training(recipe, root)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = Engine(**old["engine"]) if old else choose(recipe, model, data, device)
+    session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
+    sessions = old.get("sessions", []) if old else []
     run = {
         "recipe": recipe.name, "about": recipe.about, "settings": recipe.settings,
-        "seed": recipe.settings["training"]["seed"], "data": cards, "commit": commit(),
-        "versions": versions(), "device": device_name(device), "engine": asdict(chosen),
+        "seed": recipe.settings["training"]["seed"], "data": cards, **session,
+        "sessions": sessions + [session] * (session not in sessions), "engine": asdict(chosen),
         "finished": False, "minutes": 0.0, "speed": {}, "history": [],
     }  # fmt: skip
     keep(folder, recipe, old or run)
@@ -191,7 +193,8 @@ def train(
         )
     history = training.fit(
         model, objective, data, **to_fit(recipe), engine=chosen, device=device,
-        run_dir=folder, minutes=left, monitor=Monitor(folder, recipe, data.val, tell),
+        run_dir=folder, minutes=left, monitor=partial(held_out, data.val),
+        tell=partial(epoch_line, tell, recipe.settings["training"]["epochs"]),
     )  # fmt: skip
     rows = history.rows
     run |= {
@@ -222,7 +225,7 @@ def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     file = folder / "run.json"
     if not file.is_file():
         return None
-    run = json.loads(file.read_text("utf-8"))
+    run = read_json(file)
     check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
     run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
     return run
@@ -282,23 +285,16 @@ def to_fit(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Monitor:
-    """Accuracy on the held-out images after each epoch, and a line about it."""
+def held_out(val: Split, model: nn.Module) -> dict[str, float]:
+    """What is measured after each epoch."""
+    return {"val_accuracy": accuracy(model, val)} if len(val) else {}
 
-    folder: Path
-    recipe: Recipe
-    val: Split
-    tell: Callable[[str], None]
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        log = self.folder / "log.csv"
-        epoch = len(log.read_text("utf-8").splitlines()) if log.is_file() else 1  # with its header
-        seen = {"val_accuracy": accuracy(model, self.val)} if len(self.val) else {}
-        text = "".join(f", held-out accuracy {value:.3f}" for value in seen.values())
-        if engine.rank() == 0:
-            self.tell(f"epoch {epoch} of {self.recipe.settings['training']['epochs']}{text}")
-        return seen
+def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
+    """One line about an epoch, from the first process."""
+    seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+    if engine.rank() == 0:
+        tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
 
 
 @torch.no_grad()

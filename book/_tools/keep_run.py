@@ -1,0 +1,44 @@
+"""Put finished runs on record: weights, scores and numbers go from their folders into ``data/``.
+
+    python book/_tools/keep_run.py runs/aloe_cifar10_cpu runs/oe_cifar10_cpu
+
+``data/results/NAME.json`` gets {"run", "report"}, as ``robustood.results.load`` reads it; the report is null
+before ``robustood evaluate``. Weights go to ``data/weights/`` with their card, scores of single images to
+``data/scores/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from robustood.checkpoints import read_json, write_whole
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def keep(folder: Path) -> Path:
+    """Copy one run; returns its JSON file."""
+    run = read_json(folder / "run.json")
+    if not run["finished"]:
+        raise ValueError(f"{folder} is not finished; give its robustood train command again")
+    report = folder / "report.json"
+    kept = {"run": run, "report": read_json(report) if report.is_file() else None}
+    for place in ("results", "scores", "weights"):
+        (DATA / place).mkdir(exist_ok=True)
+    for ending in (".safetensors", ".json"):
+        shutil.copyfile(folder / f"weights{ending}", DATA / "weights" / f"{folder.name}{ending}")
+    if (scores := folder / "scores.npz").is_file():
+        shutil.copyfile(scores, DATA / "scores" / f"{folder.name}.npz")
+    file = DATA / "results" / f"{folder.name}.json"
+    write_whole(file, (json.dumps(kept, indent=1) + "\n").encode())
+    return file
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    for each in parser.parse_args().runs:
+        print(keep(each))

@@ -140,8 +140,9 @@ def table(given: argparse.Namespace) -> int:
     """One line a run."""
     folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
     runs = [run for folder in folders for run in results.load(folder)]
-    if not given.runs:
-        runs += results.load()
+    if not given.runs:  # a run's own folder knows more than what was kept of it
+        own = {run["folder"] for run in runs}
+        runs += [run for run in results.load() if run["folder"] not in own]
     if not runs:
         raise ValueError("no runs here; make one by robustood train RECIPE")
     say(results.table(runs, markdown=given.markdown))

@@ -312,6 +312,17 @@ def test_a_folder_that_cannot_be_written_is_met_before_training(tiny, monkeypatc
     assert "Permission denied (runs/tiny/recipe.json)" in said and "--folder" in said
 
 
+def test_a_run_that_was_kept_too_stands_in_the_table_once(tmp_path, monkeypatch, capsys):
+    kept = {run["folder"]: run for run in results.load()}
+    name, run = next(iter(kept.items()))
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "run.json").write_text(json.dumps(run["run"]))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["table"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == len(kept) and sum(row.startswith(f"{name} ") for row in rows) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_run_that_goes_on(number, tiny, finished, monkeypatch, capsys):
     def hit(self, now, slowest):

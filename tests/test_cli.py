@@ -16,6 +16,7 @@ import torch
 
 from robustood import checkpoints, cli, data, recipes, results, training
 from robustood.recipes import running
+from robustood.recipes.schema import ATTACKS
 
 RECIPE = """
 about = "coloured stripes"
@@ -154,7 +155,7 @@ def test_from_packs_to_a_table(tiny, finished, capsys):
     check_scores(Path("runs/tiny/scores.npz"), rows)
 
     capsys.readouterr()
-    assert cli.main(["table"]) == 0
+    assert cli.main(["table", "runs"]) == 0
     text = capsys.readouterr().out
     line = next(li for li in text.splitlines() if li.startswith("tiny "))
     assert f"{100 * clean['value']:.1f} [" in line and "ODIN" in line and "2/2" in line
@@ -198,7 +199,8 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     packs, tmp_path, capsys
 ):
     changes = ["objective.name=NTOM", "objective.q=0.125", "training.epochs=1",
-               "evaluation.side=out", "evaluation.paper=atom", "evaluation.eps=2/255"]  # fmt: skip
+               "evaluation.side=out", "evaluation.paper=atom", "evaluation.eps=2/255",
+               f"evaluation.attacks={list(ATTACKS)}", "evaluation.n_out=12"]  # fmt: skip
     own = tmp_path / "ntom.toml"
     own.write_text(RECIPE.replace('within = "1/255"\nsteps = 1\n', ""))
     with pytest.raises(
@@ -210,10 +212,16 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     assert run["history"][0]["mined"] == 100 and run["history"][0]["pool"] == 400
     report = recipe.evaluate(tmp_path / "run", root=packs, device="cpu")
     found = {(m["detector"], m["attack"], m["side"]) for m in report["means"]}
-    assert found == {("RejectClass", a, s) for a, s in (("none", "none"), ("paper", "out"),
-                                                        ("adaptive", "out"))}  # fmt: skip
+    assert found == {
+        ("RejectClass", a, "out" if a != "none" else "none") for a in ATTACKS
+    }
     mean = {m["attack"]: m["auroc"] for m in report["means"]}
-    assert mean["adaptive"] <= mean["none"] + 1e-9
+    for weaker, stronger in (
+        ("none", "adaptive"),
+        ("none", "corruption"),
+        ("corruption", "compositional"),  # the attack begins where the corruption ended
+    ):
+        assert mean[stronger] <= mean[weaker] + 1e-9, (weaker, stronger)
     assert "RejectClass" in results.table(results.load(tmp_path / "run"))
 
 

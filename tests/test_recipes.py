@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from robustood import data, objectives, recipes
+from robustood.data import Split
 from robustood.detectors import to_uniform
 from robustood.objectives import OutlierTraining, to_reject
 from robustood.recipes import read, running, schema, testing
@@ -329,3 +330,14 @@ def test_the_same_images_are_picked_each_time_and_all_where_there_are_few():
     assert torch.equal(some.y, testing.pick(split, 10).y) and len(set(some.y.tolist())) == 10
     assert torch.equal(some.x[:, 0].long(), some.y) and some.y.diff().min() > 0
     assert len(testing.pick(split, 500)) == 100
+
+
+def test_images_are_tested_with_the_compression_they_were_trained_with():
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    test, card = Split(x, torch.arange(4)), {"jpeg": None}
+    same = testing.as_trained(test, {"jpeg": None}, card)
+    assert same is test and "passed through JPEG" not in card
+    assert testing.as_trained(test, {"jpeg": 90}, {"jpeg": 90}) is test
+    passed = testing.as_trained(test, {"jpeg": 90}, card)
+    assert torch.equal(passed.x, data.compress(x, 90)) and torch.equal(passed.y, test.y)
+    assert card["passed through JPEG"] == 90

@@ -101,6 +101,7 @@ TEXT = exactly(str, "a text")
 FLAG = exactly(bool, "true or false")
 DETECTORS = ("MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",
              "GradNorm", "RejectClass")  # fmt: skip
+ATTACKS = ("none", "paper", "adaptive", "corruption", "compositional_paper", "compositional")
 MODELS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
 
 # key: (default, kind)
@@ -136,7 +137,7 @@ TRAINING: dict[str, tuple[Any, Kind]] = {
 }
 EVALUATION: dict[str, tuple[Any, Kind]] = {
     "detectors": ([], several(one_of(*DETECTORS))),  # none: by the network
-    "attacks": (["none", "paper", "adaptive"], several(one_of("none", "paper", "adaptive"))),
+    "attacks": (["none", "paper", "adaptive"], several(one_of(*ATTACKS))),
     "n_in": (1000, whole(1)),
     "n_out": (500, whole(1)),
     "n_fit": (5000, whole(1)),  # training images for detectors that are fitted

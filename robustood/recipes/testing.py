@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from robustood.attacks import pgd, robust_accuracy
 from robustood.checkpoints import load_weights, write_whole
-from robustood.data import Split, load, pixels
+from robustood.data import Split, compress, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import Report, attack_score, four_sides, ood_report, paper_attack
 from robustood.metrics import Estimate
-from robustood.perturbations import Linf
+from robustood.perturbations import Corruption, Linf
 from robustood.recipes.running import (
+    Card,
     Root,
     check_recipe,
     commit,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from robustood.recipes import Recipe
 
 Outside = dict[str, Tensor]
+CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
 
 
 class Classes(nn.Module):
@@ -89,6 +91,7 @@ def evaluate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.to(device).eval()
     test, outside, cards = for_testing(recipe, root)
+    test = as_trained(test, written["data"]["train"], cards["test"])
     inside = pick(test, want["n_in"])
     outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
     mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
@@ -128,6 +131,19 @@ def full_precision() -> Generator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def as_trained(test: Split, train_card: Card, test_card: Card) -> Split:
+    """Test images with the compression of the training images, where only those were JPEG.
+
+    Without it the shift from JPEG to lossless images would be measured with everything else. The test set's
+    card gets a note.
+    """
+    quality = train_card["jpeg"]
+    if not quality or test_card["jpeg"]:
+        return test
+    test_card["passed through JPEG"] = quality
+    return Split(compress(test.x, quality), test.y)
 
 
 def pick(split: Split, n: int) -> Split:
@@ -174,7 +190,10 @@ def fitted(recipe: Recipe, name: str, model: nn.Module, root: Root) -> Detector:
 def attacked(
     measured: Detector, inside: Tensor, outside: Outside, attack: str, want: Section, notes: Path
 ) -> list[Report]:
-    """The reports of one detector under one attack: of the recipe's side, and of each side if both."""
+    """The reports of one detector under one attack: of the recipe's side, and of each side if both.
+
+    Corrupted are the outliers alone, as ATOM does it (Chen et al. 2021, section 4).
+    """
     common: dict[str, Any] = {
         "batch_size": want["batch_size"],
         "run_dir": notes / f"{type(measured).__name__}_{attack}",
@@ -182,15 +201,25 @@ def attacked(
     if attack == "none":
         return [ood_report(measured, inside, outside, **common)]
     how: dict[str, Any] = {k: want[k] for k in ("steps", "restarts", "targets")}
-    by = attack_score
-    if attack == "paper":
+    by: Callable[..., Tensor] = attack_score
+    if attack.endswith("paper"):
         how, by = {}, partial(paper_attack, paper=want["paper"])
+    if composed := attack.startswith("compositional"):
+        by = partial(after_corruption, by)
     how |= {"attack": by, **common}
-    within = Linf(want["eps"])
-    if want["side"] == "out":
+    within = CORRUPTIONS if attack == "corruption" else Linf(want["eps"])
+    if want["side"] == "out" or composed or attack == "corruption":
         return [ood_report(measured, inside, outside, within, side="out", **how)]
     reports = four_sides(measured, inside, outside, within, **how)
     return [reports[side] for side in ("in", "out", "both")]
+
+
+def after_corruption(
+    attack: Callable[..., Tensor], detector: Detector, x: Tensor, within: Linf, **how: Any
+) -> Tensor:
+    """An attack around the corruption that serves the attacker best: the compositional test."""
+    start = {k: how[k] for k in ("direction", "generator")}
+    return attack(detector, attack_score(detector, x, CORRUPTIONS, **start), within, **how)
 
 
 def rows_of(report: Report, name: str, attack: str, seen: str) -> list[dict[str, Any]]:

@@ -212,9 +212,7 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     assert run["history"][0]["mined"] == 100 and run["history"][0]["pool"] == 400
     report = recipe.evaluate(tmp_path / "run", root=packs, device="cpu")
     found = {(m["detector"], m["attack"], m["side"]) for m in report["means"]}
-    assert found == {
-        ("RejectClass", a, "out" if a != "none" else "none") for a in ATTACKS
-    }
+    assert found == {("RejectClass", a, "out" if a != "none" else "none") for a in ATTACKS}
     mean = {m["attack"]: m["auroc"] for m in report["means"]}
     for weaker, stronger in (
         ("none", "adaptive"),

@@ -111,7 +111,7 @@ def train(given: argparse.Namespace) -> int:
     """Train by a recipe."""
     recipe = recipes.read(given.recipe, given.set)
     folder = given.run or Path("runs") / recipe.name
-    run = recipe.train(folder, given.minutes, place(given.device), root=given.data, tell=say)
+    run = recipe.train(folder, given.minutes, chosen(given.device), root=given.data, tell=say)
     return 0 if run["finished"] else UNFINISHED
 
 
@@ -130,7 +130,7 @@ def evaluate(given: argparse.Namespace) -> int:
         )
     recipe = recipes.read(file, given.set)
     if engine.rank() == 0:  # several processes would measure the same
-        recipe.evaluate(given.run, place(given.device), root=given.data, tell=say)
+        recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
         say(results.table(results.load(given.run)))
         say(f"in full: {given.run / 'report.json'}, scores: {given.run / 'scores.npz'}")
     return 0
@@ -188,7 +188,7 @@ def pack(given: argparse.Namespace) -> int:
     return 0
 
 
-def place(device: str | None) -> torch.device | None:
+def chosen(device: str | None) -> torch.device | None:
     """The device that was asked for; of several processes on GPUs each takes its own."""
     own = os.environ.get("LOCAL_RANK")
     if device is None:

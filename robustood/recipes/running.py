@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import robustood
 from robustood import data as sets
 from robustood import engine, training
+from robustood.attacks import robust_accuracy
 from robustood.checkpoints import check_same, read_json, save_weights, write_whole
 from robustood.data import Augment, Data, Loaded, Split, digest, pixels
 from robustood.engine import Engine
-from robustood.models import frozen
+from robustood.metrics import Estimate
 from robustood.objectives import OutlierTraining
 from robustood.recipes.schema import Section, uses_outliers
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from robustood.recipes import Recipe
 
 Root = str | Path | None
+Attack = Callable[..., Tensor]
 Card = dict[str, Any]
 TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
 
@@ -287,7 +289,7 @@ def to_fit(recipe: Recipe) -> dict[str, Any]:
 
 def held_out(val: Split, model: nn.Module) -> dict[str, float]:
     """What is measured after each epoch."""
-    return {"val_accuracy": accuracy(model, val)} if len(val) else {}
+    return {"val_accuracy": accuracy(model, val).value} if len(val) else {}
 
 
 def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
@@ -297,16 +299,24 @@ def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) 
         tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch_size: int = 1000) -> float:
-    """Share of images whose largest class output is right."""
-    right, device = 0, next(model.parameters()).device
-    classes: Any = getattr(model, "classes", None)
-    with frozen(model):
-        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-            z = model(pixels(x.to(device)))[:, :classes]
-            right += int((z.argmax(1) == y.to(device)).sum())
-    return right / len(split)
+class Classes(nn.Module):
+    """A network's class outputs alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, : self.model.classes]
+
+
+def accuracy(
+    model: nn.Module, split: Split, attack: Attack | None = None, batch_size: int = 1000
+) -> Estimate:
+    """Share of 8-bit images whose largest class output is right, and stays right under an attack."""
+    device = next(model.parameters()).device
+    x, y = pixels(split.x).to(device), split.y.to(device)
+    return robust_accuracy(Classes(model), x, y, attack, batch_size=batch_size)
 
 
 # --- where it happened

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustood.attacks import pgd, robust_accuracy
+from robustood.attacks import pgd
 from robustood.checkpoints import load_weights, write_whole
 from robustood.data import Split, compress, load, pixels
 from robustood.detectors import Detector
@@ -27,6 +27,7 @@ from robustood.perturbations import Corruption, Linf
 from robustood.recipes.running import (
     Card,
     Root,
+    accuracy,
     check_recipe,
     commit,
     device_name,
@@ -40,17 +41,6 @@ if TYPE_CHECKING:
 
 Outside = dict[str, Tensor]
 CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
-
-
-class Classes(nn.Module):
-    """A network's class outputs alone."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)[:, : self.model.classes]
 
 
 def evaluate(
@@ -100,7 +90,7 @@ def evaluate(
         report = {
             "recipe": recipe.name, "seed": written["seed"], "weights": written["sha256"],
             "settings": want, "data": cards, "commit": commit(), "versions": versions(),
-            "device": device_name(device), **accuracies(model, test, inside, want, device, tell),
+            "device": device_name(device), **accuracies(model, test, inside, want, tell),
         }  # fmt: skip
         rows, scores = [], {}
         for name in want["detectors"] or (["RejectClass"] if model.reject else ["MSP", "ODIN"]):
@@ -157,20 +147,14 @@ def accuracies(
     test: Split,
     inside: Split,
     want: Section,
-    device: torch.device,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Clean on all test images, and on some of them after an attack on the classes."""
     attack = partial(pgd, within=Linf(want["eps"]), steps=want["pgd_steps"])
-    how: dict[str, Any] = {"batch_size": want["batch_size"]}
     tell("accuracy")
     named = {"accuracy": (test, None), "attacked_accuracy": (inside, attack)}
     return {
-        name: asdict(
-            robust_accuracy(
-                Classes(model), pixels(split.x).to(device), split.y.to(device), by, **how
-            )
-        )
+        name: asdict(accuracy(model, split, by, want["batch_size"]))
         for name, (split, by) in named.items()
     }
 

@@ -123,16 +123,24 @@ def evaluate(given: argparse.Namespace) -> int:
                 f"--set {change}: weights are measured as they were trained; only evaluation.* may "
                 "change here"
             )
+    kept = {run["folder"] for run in results.load()}
+    if not given.run.exists() and str(given.run) in kept:
+        name, given.run = str(given.run), Path("runs") / given.run
+        if not given.run.exists():
+            say(f"the weights that ship with the project go to {results.restore(name, given.run)}")
     file = given.run / "recipe.json"
     if not file.is_file():
         raise ValueError(
-            f"no run in {given.run}: it holds no recipe.json; robustood train makes one"
+            f"no run in {given.run}: it holds no recipe.json; robustood train makes one, and the runs "
+            f"that ship with the project are {', '.join(sorted(kept))}"
         )
-    recipe = recipes.read(file, given.set)
+    recipe = recipes.read(file, given.set, given.plan)
     if engine.rank() == 0:  # several processes would measure the same
         recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
-        say(results.table(results.load(given.run)))
-        say(f"in full: {given.run / 'report.json'}, scores: {given.run / 'scores.npz'}")
+        if not given.plan:
+            say(results.table(results.load(given.run)))
+        ending = f"_{given.plan}" if given.plan else ""
+        say(f"in full: {given.run / f'report{ending}.json'}, scores: scores{ending}.npz beside it")
     return 0
 
 
@@ -238,7 +246,13 @@ def parser() -> argparse.ArgumentParser:
         help="of the run (default: runs/RECIPE); torchrun takes --run for an option of its own",
     )
     measure = command("evaluate", evaluate, "measure a finished run, clean and under attack")
-    measure.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
+    measure.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="folder of the run, or the name of a kept one"
+    )
+    measure.add_argument(
+        "--plan", default="", metavar="PLAN",
+        help=f"a further evaluation beside the recipe's own: {', '.join(recipes.plans())}",
+    )  # fmt: skip
     for added in (each_run, measure):
         added.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE",

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustood.checkpoints import read_json
+import numpy as np
+from jaxtyping import Float32
+
+from robustood.checkpoints import read_json, write_whole
 
 Run = dict[str, Any]
+Scores = Float32[np.ndarray, " images"]
+HERE = Path(__file__).parent
+KEPT = (HERE.parent / "data", HERE / "kept")  # in a checkout; in an installed package
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
 
 
 def load(folder: str | Path | None = None) -> list[Run]:
     """The runs in a folder, sorted by recipe and seed.
 
-    A run is what :meth:`robustood.recipes.Recipe.train` and ``evaluate`` wrote: ``{"folder", "run", "report"}``,
-    where the report is None before the evaluation.
+    A run is what :meth:`robustood.recipes.Recipe.train` and ``evaluate`` wrote: ``{"folder", "run", "report",
+    "plans"}``, where the report is None before the evaluation and the plans are the further reports by name.
 
     Args:
         folder: of one run, of many, or of kept results, one JSON file each with "run" and "report"; default
@@ -26,8 +33,7 @@ def load(folder: str | Path | None = None) -> list[Run]:
         ValueError: for a folder that does not exist.
     """
     if folder is None:
-        here = Path(__file__).parent
-        places = [here.parent / "data" / "results", here / "kept" / "results"]
+        places = [place / "results" for place in KEPT]
     elif not Path(folder).is_dir():
         raise ValueError(f"no folder {folder}; runs are made by robustood train")
     else:
@@ -36,17 +42,76 @@ def load(folder: str | Path | None = None) -> list[Run]:
     for place in places:
         for file in [place / "run.json", *sorted(place.glob("*/run.json"))]:
             if file.is_file():
-                report = file.with_name("report.json")
-                found[file.parent.name] = {
-                    "run": read_json(file),
-                    "report": read_json(report) if report.is_file() else None,
-                }
+                found[file.parent.name] = gather(file.parent)
         for file in sorted(place.glob("*.json")):
             kept = read_json(file)
             if isinstance(kept, dict) and {"run", "report"} <= kept.keys():
-                found.setdefault(file.stem, {k: kept[k] for k in ("run", "report")})
+                found.setdefault(file.stem, {"plans": {}, **kept})
     runs = [{"folder": name, **run} for name, run in found.items()]
     return sorted(runs, key=lambda r: (r["run"]["recipe"], r["run"]["seed"], r["folder"]))
+
+
+def gather(folder: Path) -> Run:
+    """What a run's folder has on record."""
+    report = folder / "report.json"
+    return {
+        "run": read_json(folder / "run.json"),
+        "report": read_json(report) if report.is_file() else None,
+        "plans": {
+            file.stem.removeprefix("report_"): read_json(file)
+            for file in sorted(folder.glob("report_*.json"))
+        },
+    }
+
+
+def scores(name: str) -> dict[str, Scores]:
+    """The score of each image of a kept run, float32, by "detector attack set"; "in" is in-distribution.
+
+    Args:
+        name: of the run, such as "aloe_cifar10_cpu".
+
+    Raises:
+        ValueError: if there are none.
+    """
+    file = kept_file("scores", f"{name}.npz", "robustood evaluate makes them")
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def restore(name: str, folder: str | Path) -> Path:
+    """Put a kept run back into a folder of its own, so that it can be measured again.
+
+    Args:
+        name: of the run.
+        folder: gets ``recipe.json``, ``run.json`` and the weights with their card.
+
+    Raises:
+        ValueError: if the run or its weights are not there.
+    """
+    folder = Path(folder)
+    record = read_json(kept_file("results", f"{name}.json", "robustood table lists the runs"))
+    get = "they come with a checkout of the repository"
+    weights = kept_file("weights", f"{name}.safetensors", get)
+    run = record["run"]
+    recipe = {"name": run["recipe"], "about": run["about"], **run["settings"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending in (".safetensors", ".json"):
+        write_whole(folder / f"weights{ending}", weights.with_suffix(ending).read_bytes())
+    for own, content in (("recipe", recipe), ("run", run)):
+        write_whole(folder / f"{own}.json", (json.dumps(content, indent=1) + "\n").encode())
+    return folder
+
+
+def kept_file(kind: str, name: str, how: str) -> Path:
+    """A file that ships with the project.
+
+    Raises:
+        ValueError: if it is not there; the message says how to get it.
+    """
+    for place in KEPT:
+        if (file := place / kind / name).is_file():
+            return file
+    raise ValueError(f"nothing kept as {kind}/{name}; {how}")
 
 
 def table(runs: Sequence[Run], markdown: bool = False) -> str:

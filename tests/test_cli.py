@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from robustood import checkpoints, cli, data, recipes, results, training
-from robustood.recipes import running
+from robustood.recipes import running, testing
 from robustood.recipes.schema import ATTACKS
 
 RECIPE = """
@@ -195,12 +195,61 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
     assert {(r["detector"], r["n_in"]) for r in other["rows"]} == {("MSP", 50), ("KNN", 50)}
 
 
+def test_plans_stand_beside_the_report(finished, packs, tiny, monkeypatch, capsys):
+    """Strong and curve, on a kept run that was put back into a folder."""
+    kept = Path("data/results")
+    kept.mkdir(parents=True)
+    record = {"run": checkpoints.read_json(finished / "run.json"), "report": None}
+    (kept / "tiny.json").write_text(json.dumps(record))
+    Path("data/weights").mkdir()
+    for ending in (".safetensors", ".json"):
+        (Path("data/weights/tiny").with_suffix(ending)).write_bytes(
+            (finished / f"weights{ending}").read_bytes()
+        )
+    monkeypatch.setattr(results, "KEPT", (Path("data"),))
+    monkeypatch.setattr(testing, "STRONG", {"steps": 4, "restarts": 2, "targets": None})
+    flags = ["--set", "evaluation.sets=['checks']", "--set", "evaluation.n_in=30",
+             "--set", "evaluation.n_out=20"]  # fmt: skip
+    for plan in ("strong", "curve"):
+        assert cli.main(["evaluate", "tiny", "--plan", plan, *flags]) == 0
+    assert weights("runs/tiny") == weights(finished) and not Path("runs/tiny/report.json").exists()
+    said = capsys.readouterr().out
+    assert said.count("weights that ship with the project go to runs/tiny") == 1
+
+    (run,) = results.load("runs")
+    strong, curve = run["plans"]["strong"], run["plans"]["curve"]
+    means = {(m["attack"], m["side"]): m["auroc"] for m in strong["means"]}
+    assert {r["set"] for r in strong["rows"]} == {"checks"} and strong["curve"] == []
+    assert all(
+        means["strong", side] <= means["adaptive", side] + 0.02 for side in ("in", "out", "both")
+    )
+    assert [row["eps"] for row in curve["curve"]] == [0, *(k / 510 for k in (1, 2, 4, 8, 16))]
+    values = [row["auroc"]["value"] for row in curve["curve"]]
+    assert values == sorted(values, reverse=True) and values[0] > values[-1]
+    assert curve["rows"] == curve["means"] == []
+    with pytest.raises(ValueError, match="no plan 'stong'; did you mean 'strong'"):
+        recipes.read(finished / "recipe.json", plan="stong")
+
+
+def test_a_kept_run_without_weights_says_where_they_are(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "far.json").write_text('{"run": {}, "report": null}')
+    monkeypatch.setattr(results, "KEPT", (tmp_path,))
+    for name, said in (("far", "weights/far.safetensors; they come"), ("near", "robustood table")):
+        with pytest.raises(ValueError, match=said):
+            results.restore(name, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"scores/far\.npz; robustood evaluate"):
+        results.scores("far")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     packs, tmp_path, capsys
 ):
+    attacks = [name for name in ATTACKS if name != "strong"]
     changes = ["objective.name=NTOM", "objective.q=0.125", "training.epochs=1",
                "evaluation.side=out", "evaluation.paper=atom", "evaluation.eps=2/255",
-               f"evaluation.attacks={list(ATTACKS)}", "evaluation.n_out=12"]  # fmt: skip
+               f"evaluation.attacks={attacks}", "evaluation.n_out=12"]  # fmt: skip
     own = tmp_path / "ntom.toml"
     own.write_text(RECIPE.replace('within = "1/255"\nsteps = 1\n', ""))
     with pytest.raises(
@@ -212,7 +261,7 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     assert run["history"][0]["mined"] == 100 and run["history"][0]["pool"] == 400
     report = recipe.evaluate(tmp_path / "run", root=packs, device="cpu")
     found = {(m["detector"], m["attack"], m["side"]) for m in report["means"]}
-    assert found == {("RejectClass", a, "out" if a != "none" else "none") for a in ATTACKS}
+    assert found == {("RejectClass", a, "out" if a != "none" else "none") for a in attacks}
     mean = {m["attack"]: m["auroc"] for m in report["means"]}
     for weaker, stronger in (
         ("none", "adaptive"),

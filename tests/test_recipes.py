@@ -182,6 +182,8 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("data.outliers=''", r"ALOE learns from outliers; name a set"),
         ("evaluation.detectors=['MPS']", r"evaluation\.detectors must be a list, each entry one of"),
         ("evaluation.detectors=['RejectClass']", r"needs a reject output"),
+        ("evaluation.sets=['svn:train']", r"no set 'svn:train'.* did you mean 'svhn:train'"),
+        ("evaluation.curve=[0.1, 0.05]", r"evaluation\.curve must increase, got \[0\.1, 0\.05\]"),
         ("training.momentum=0", r"nesterov needs a momentum above 0"),
         ("epochs=3", r"write training\.epochs="),
         ("training.epochs", r"--set needs section\.key=value"),

@@ -2,8 +2,8 @@
 
     python book/_tools/keep_run.py runs/aloe_cifar10_cpu runs/oe_cifar10_cpu
 
-``data/results/NAME.json`` gets {"run", "report"}, as ``robustood.results.load`` reads it; the report is null
-before ``robustood evaluate``. Weights go to ``data/weights/`` with their card, scores of single images to
+``data/results/NAME.json`` gets {"run", "report", "plans"}, as ``robustood.results.load`` reads it; the report is
+null before ``robustood evaluate``. Weights go to ``data/weights/`` with their card, scores of single images to
 ``data/scores/``.
 """
 
@@ -14,18 +14,17 @@ import json
 import shutil
 from pathlib import Path
 
-from robustood.checkpoints import read_json, write_whole
+from robustood import results
+from robustood.checkpoints import write_whole
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def keep(folder: Path) -> Path:
     """Copy one run; returns its JSON file."""
-    run = read_json(folder / "run.json")
-    if not run["finished"]:
+    kept = results.gather(folder)
+    if not kept["run"]["finished"]:
         raise ValueError(f"{folder} is not finished; give its robustood train command again")
-    report = folder / "report.json"
-    kept = {"run": run, "report": read_json(report) if report.is_file() else None}
     for place in ("results", "scores", "weights"):
         (DATA / place).mkdir(exist_ok=True)
     for ending in (".safetensors", ".json"):

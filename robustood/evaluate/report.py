@@ -304,6 +304,7 @@ def epsilon_curve(
     radii: Sequence[float],
     *,
     side: Side = "both",
+    run_dir: str | Path | None = None,
     **how: Any,
 ) -> list[dict[str, Any]]:
     """Rows of a :class:`Report` for one set of outliers as the radius grows.
@@ -314,6 +315,7 @@ def epsilon_curve(
     Args:
         within: a norm ball, whose radius is replaced.
         radii: in increasing order; 0 is the clean report.
+        run_dir: where finished batches are kept, a folder for each radius.
         how: passed to :func:`ood_report`.
 
     Returns:
@@ -325,7 +327,10 @@ def epsilon_curve(
     low, high = None, None
     for eps in radii:
         ball = within.scaled(eps / within.eps)
-        part = ood_report(detector, x_in, {"out": x_out}, ball, side=side if eps else "none", **how)
+        part = ood_report(
+            detector, x_in, {"out": x_out}, ball, side=side if eps else "none",
+            run_dir=run_dir and Path(run_dir) / f"eps_{eps:.6f}", **how,
+        )  # fmt: skip
         low = part.scores["in"] if low is None else np.minimum(low, part.scores["in"])
         high = part.scores["out"] if high is None else np.maximum(high, part.scores["out"])
         confidence, tpr = part.settings["confidence"], part.settings["tpr"]

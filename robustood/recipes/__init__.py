@@ -31,6 +31,7 @@ from robustood.recipes import running, schema, testing
 from robustood.recipes.schema import SECTIONS, Section
 
 FOLDER = Path(__file__).parent
+PLAN = "_plan_"
 Changes = Sequence[str]
 
 
@@ -47,11 +48,13 @@ class Recipe:
         name: of its file.
         about: one line.
         settings: section by section, with all defaults filled in and fractions as numbers.
+        plan: of the evaluation, where it is not the recipe's own.
     """
 
     name: str
     about: str
     settings: dict[str, Section]
+    plan: str = ""
 
     def objective(self) -> Objective:
         """The training rule."""
@@ -102,12 +105,18 @@ class Recipe:
         return json.dumps({"name": self.name, "about": self.about, **self.settings}, indent=1)
 
 
-def read(name_or_path: str | Path, changes: Changes = ()) -> Recipe:
+def plans() -> list[str]:
+    """The further evaluations that ship with the library: parts named ``_plan_NAME``."""
+    return sorted(file.stem.removeprefix(PLAN) for file in FOLDER.glob(f"{PLAN}*.toml"))
+
+
+def read(name_or_path: str | Path, changes: Changes = (), plan: str = "") -> Recipe:
     """Read and check a recipe; no data are loaded.
 
     Args:
         name_or_path: one of :func:`names`, or a file that ends in ``.toml``, or in ``.json`` as a run's
             folder holds it.
+        plan: one of :func:`plans`, whose evaluation is merged into the recipe's.
         changes: such as ``"training.epochs=3"``; the value is TOML, a bare word is a text.
 
     Raises:
@@ -122,9 +131,13 @@ def read(name_or_path: str | Path, changes: Changes = ()) -> Recipe:
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
         raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")
+    if plan and plan not in plans():
+        raise ValueError(f"no plan {plan!r}; {schema.suggest(plan, plans())}")
+    if plan:
+        merged = merge(merged, gather(f"{PLAN}{plan}", None, ()))
     for change in changes:
         merged = merge(merged, parse(change))
-    return Recipe(name, about, schema.resolve(name, merged))
+    return Recipe(name, about, schema.resolve(name, merged), plan)
 
 
 def gather(name: str, beside: Path | None, chain: tuple[str, ...]) -> dict[str, Any]:

@@ -101,7 +101,8 @@ TEXT = exactly(str, "a text")
 FLAG = exactly(bool, "true or false")
 DETECTORS = ("MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",
              "GradNorm", "RejectClass")  # fmt: skip
-ATTACKS = ("none", "paper", "adaptive", "corruption", "compositional_paper", "compositional")
+ATTACKS = ("none", "paper", "adaptive", "strong", "corruption", "compositional_paper",
+           "compositional")  # fmt: skip
 MODELS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
 
 # key: (default, kind)
@@ -136,8 +137,10 @@ TRAINING: dict[str, tuple[Any, Kind]] = {
     "compile": ("auto", either("auto", FLAG)),
 }
 EVALUATION: dict[str, tuple[Any, Kind]] = {
-    "detectors": ([], several(one_of(*DETECTORS))),  # none: by the network
+    "detectors": ([], several(one_of("auto", *DETECTORS))),  # none: by the network
     "attacks": (["none", "paper", "adaptive"], several(one_of(*ATTACKS))),
+    "sets": ([], several(TEXT)),  # of data.ood and data.seen; none: all
+    "curve": ([], several(number(0, 1))),  # radii at which the adaptive attack is repeated
     "n_in": (1000, whole(1)),
     "n_out": (500, whole(1)),
     "n_fit": (5000, whole(1)),  # training images for detectors that are fitted
@@ -300,6 +303,14 @@ def check_together(recipe: str, settings: dict[str, Section]) -> None:
             "MSP or ODIN, or set model.reject=1"
         )
     named_sets = [settings["data"]["seen"], *settings["data"]["ood"]]
+    for name in settings["evaluation"]["sets"]:
+        if name not in named_sets:
+            raise ValueError(
+                f"{start}no set {name!r} (evaluation.sets); {suggest(name, named_sets)}"
+            )
+    radii = settings["evaluation"]["curve"]
+    if radii != sorted(radii):
+        raise ValueError(f"{start}evaluation.curve must increase, got {radii}")
     if len(set(named_sets)) < len(named_sets):
         raise ValueError(f"{start}data.seen and data.ood must name each set once, got {named_sets}")
     if settings["objective"].get("q") == "auto" and not settings["data"]["validation"]:

@@ -21,7 +21,14 @@ from robustood.attacks import pgd
 from robustood.checkpoints import load_weights, write_whole
 from robustood.data import Split, compress, load, pixels
 from robustood.detectors import Detector
-from robustood.evaluate import Report, attack_score, four_sides, ood_report, paper_attack
+from robustood.evaluate import (
+    Report,
+    attack_score,
+    epsilon_curve,
+    four_sides,
+    ood_report,
+    paper_attack,
+)
 from robustood.metrics import Estimate
 from robustood.perturbations import Corruption, Linf
 from robustood.recipes.running import (
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 
 Outside = dict[str, Tensor]
 CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
+STRONG = {"steps": 100, "restarts": 5, "targets": None}  # every class
 
 
 def evaluate(
@@ -52,12 +60,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the weights in a run's folder; a stopped evaluation goes on where it was.
 
-    Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, and means over the
-    sets without the seen distribution) and ``scores.npz`` (the float32 score of each image, arrays named
-    "detector attack set").
+    Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, means over the
+    sets without the seen distribution, and rows along the curve of radii where one is asked for) and
+    ``scores.npz`` (the float32 score of each image, arrays named "detector attack set"); with a plan,
+    ``report_PLAN.json`` and ``scores_PLAN.npz``.
 
     Args:
-        recipe: the one that trained the weights; its ``[evaluation]`` may differ.
+        recipe: the one that trained the weights; its ``[evaluation]`` and its plan may differ.
         folder: of the run.
         device: default CUDA where there is one.
         root: folder of the packs.
@@ -79,11 +88,15 @@ def evaluate(
     written = load_weights(folder / "weights.safetensors", model)
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(device).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()
     test, outside, cards = for_testing(recipe, root)
     test = as_trained(test, written["data"]["train"], cards["test"])
     inside = pick(test, want["n_in"])
-    outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
+    outside = {
+        name: pixels(pick(Split(x, x), want["n_out"]).x)
+        for name, x in outside.items()
+        if name in (want["sets"] or outside)
+    }
     mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
     notes = folder / "evaluation" / mark.hexdigest()[:8]  # other settings, other notes
     with full_precision():
@@ -92,21 +105,57 @@ def evaluate(
             "settings": want, "data": cards, "commit": commit(), "versions": versions(),
             "device": device_name(device), **accuracies(model, test, inside, want, tell),
         }  # fmt: skip
-        rows, scores = [], {}
-        for name in want["detectors"] or (["RejectClass"] if model.reject else ["MSP", "ODIN"]):
+        rows, curve, scores = [], [], {}
+        for name in named(want["detectors"], model):
             measured = fitted(recipe, name, model, root)
+            curve += along(measured, pixels(inside.x), outside, want, notes, tell)
             for attack in want["attacks"] if outside else []:
                 tell(f"{name}, attack: {attack}")
                 for part in attacked(measured, pixels(inside.x), outside, attack, want, notes):
                     rows += rows_of(part, name, attack, recipe.settings["data"]["seen"])
                     if part.settings["side"] in ("none", want["side"]):
                         scores |= {f"{name} {attack} {k}": v for k, v in part.scores.items()}
-    report |= {"rows": rows, "means": means(rows), "minutes": (time.monotonic() - start) / 60}
+    report |= {
+        "rows": rows, "curve": curve, "means": means(rows),
+        "minutes": (time.monotonic() - start) / 60,
+    }  # fmt: skip
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{k: v.astype(np.float32) for k, v in scores.items()})
-    write_whole(folder / "scores.npz", buffer.getvalue())
-    write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    plan = f"_{recipe.plan}" if recipe.plan else ""
+    write_whole(folder / f"scores{plan}.npz", buffer.getvalue())
+    write_whole(folder / f"report{plan}.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def named(wanted: list[str], model: nn.Module) -> list[str]:
+    """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
+    alone = "RejectClass" if model.reject else "MSP"
+    by_network = [alone] if model.reject else ["MSP", "ODIN"]
+    return [alone if name == "auto" else name for name in wanted or by_network]
+
+
+def along(
+    measured: Detector,
+    inside: Tensor,
+    outside: Outside,
+    want: Section,
+    notes: Path,
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Rows of one detector along the curve of radii, adaptively attacked on the recipe's side."""
+    rows: list[dict[str, Any]] = []
+    if not want["curve"]:
+        return rows
+    name = type(measured).__name__
+    for each, x in outside.items():
+        tell(f"{name}, {each}: {len(want['curve'])} radii")
+        found = epsilon_curve(
+            measured, inside, x, Linf(1), want["curve"], side=want["side"],
+            **{k: want[k] for k in ("steps", "restarts", "targets", "batch_size")},
+            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}",
+        )  # fmt: skip
+        rows += [{"detector": name, "set": each, **plain(row)} for row in found]
+    return rows
 
 
 @contextmanager
@@ -185,6 +234,7 @@ def attacked(
     if attack == "none":
         return [ood_report(measured, inside, outside, **common)]
     how: dict[str, Any] = {k: want[k] for k in ("steps", "restarts", "targets")}
+    how = STRONG if attack == "strong" else how
     by: Callable[..., Tensor] = attack_score
     if attack.endswith("paper"):
         how, by = {}, partial(paper_attack, paper=want["paper"])
@@ -209,11 +259,12 @@ def after_corruption(
 def rows_of(report: Report, name: str, attack: str, seen: str) -> list[dict[str, Any]]:
     """The rows of a report as they go into a file."""
     start = {"detector": name, "attack": attack, "side": report.settings["side"]}
-    return [
-        {**start, "seen": row["set"] == seen}
-        | {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
-        for row in report.rows
-    ]
+    return [{**start, "seen": row["set"] == seen, **plain(row)} for row in report.rows]
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without classes of its own."""
+    return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from robustood.checkpoints import read_json, write_whole
 
 Run = dict[str, Any]
-Scores = Float32[np.ndarray, " images"]
+Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
 HERE = Path(__file__).parent
 KEPT = (HERE.parent / "data", HERE / "kept")  # in a checkout; in an installed package
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
@@ -76,6 +76,30 @@ def scores(name: str) -> dict[str, Scores]:
     file = kept_file("scores", f"{name}.npz", "robustood evaluate makes them")
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def pooled(
+    scores: Mapping[str, Scores], detector: str, attack: str, sets: Sequence[str]
+) -> tuple[Scores, Scores]:
+    """In-distribution scores, and those of several sets of outliers as one, equally many of each.
+
+    AUROC and false positive rate are linear in the distribution of the outliers. So these scores give the
+    unweighted mean over the sets, with an interval (:func:`robustood.metrics.confidence_interval`).
+
+    Args:
+        scores: of one run, from :func:`scores`.
+        detector, attack: as in its report.
+        sets: names of sets of outliers.
+
+    Raises:
+        ValueError: for what was not measured.
+    """
+    names = [f"{detector} {attack} {name}" for name in ("in", *sets)]
+    if missing := [name for name in names if name not in scores]:
+        raise ValueError(f"no scores {missing}; there are: {', '.join(scores)}")
+    inside, *outside = (scores[name] for name in names)
+    fewest = min(map(len, outside))
+    return inside, np.concatenate([each[:fewest] for each in outside])
 
 
 def restore(name: str, folder: str | Path) -> Path:

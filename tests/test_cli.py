@@ -227,6 +227,10 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, monkeypatch, capsy
     values = [row["auroc"]["value"] for row in curve["curve"]]
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
     assert curve["rows"] == curve["means"] == []
+    right = [point["value"] for point in curve["accuracy_curve"]]
+    assert (
+        len(right) == 6 and right[0] >= right[2] == curve["attacked_accuracy"]["value"] >= right[5]
+    )
     with pytest.raises(ValueError, match="no plan 'stong'; did you mean 'strong'"):
         recipes.read(finished / "recipe.json", plan="stong")
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 Outside = dict[str, Tensor]
 CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
-STRONG = {"steps": 100, "restarts": 5, "targets": None}  # every class
+STRONG: dict[str, Any] = {"steps": 100, "restarts": 5, "targets": None}  # every class
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
     """Measure the weights in a run's folder; a stopped evaluation goes on where it was.
 
     Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, means over the
-    sets without the seen distribution, and rows along the curve of radii where one is asked for) and
+    sets without the seen distribution, and accuracy and rows along the curve of radii if there is one) and
     ``scores.npz`` (the float32 score of each image, arrays named "detector attack set"); with a plan,
     ``report_PLAN.json`` and ``scores_PLAN.npz``.
 
@@ -88,7 +88,7 @@ def evaluate(
     written = load_weights(folder / "weights.safetensors", model)
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     test, outside, cards = for_testing(recipe, root)
     test = as_trained(test, written["data"]["train"], cards["test"])
     inside = pick(test, want["n_in"])
@@ -198,13 +198,17 @@ def accuracies(
     want: Section,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Clean on all test images, and on some of them after an attack on the classes."""
-    attack = partial(pgd, within=Linf(want["eps"]), steps=want["pgd_steps"])
+    """Clean on all test images, and on some of them after an attack on the classes, along the curve too."""
     tell("accuracy")
-    named = {"accuracy": (test, None), "attacked_accuracy": (inside, attack)}
+
+    def attacked(eps: float) -> dict[str, float]:
+        attack = partial(pgd, within=Linf(eps), steps=want["pgd_steps"])
+        return asdict(accuracy(model, inside, attack if eps else None, want["batch_size"]))
+
     return {
-        name: asdict(accuracy(model, split, by, want["batch_size"]))
-        for name, (split, by) in named.items()
+        "accuracy": asdict(accuracy(model, test, None, want["batch_size"])),
+        "attacked_accuracy": attacked(want["eps"]),
+        "accuracy_curve": [{"eps": eps, **attacked(eps)} for eps in want["curve"]],
     }
 
 

@@ -27,7 +27,7 @@ from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
 from robustood.models import batch_statistics, frozen
-from robustood.perturbations import Ball, Linf, PerturbationSet
+from robustood.perturbations import Ball, Latent, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
 
@@ -57,13 +57,13 @@ class Attacked:
         step_size: default 2.5 radius / steps.
         restarts: 1 starts at random, 0 from the clean input; of more, the best is kept, which
             costs a forward more each.
-        ramp: share of the training over which the radius grows linearly from 0 (norm balls only).
+        ramp: share of the training over which the radius grows linearly from 0 (balls only).
         mode: of the model during the attack, ``"eval"``, ``"train"`` or ``"batch"``
             (:func:`robustood.models.frozen`).
         keep: of one start, the ``"last"`` iterate or the ``"best"``, which costs a forward more.
 
     Raises:
-        ValueError: for a negative radius, steps or ramp, or a ramp over a set that is no norm ball.
+        ValueError: for a negative radius, steps or ramp, or a ramp over a set that is no ball.
     """
 
     within: PerturbationSet | float
@@ -88,14 +88,14 @@ class Attacked:
                 f"{self.within!r}"
             )
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
-        if self.ramp and not isinstance(within, Ball):
-            raise ValueError(f"ramp needs a norm ball such as Linf or L2, got {self.within!r}")
+        if self.ramp and not isinstance(within, (Ball, Latent)):
+            raise ValueError(f"ramp needs a ball such as Linf, L2 or Latent, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:
         """The set after a share ``progress`` of the training."""
         given = self.within
         within = given if isinstance(given, PerturbationSet) else Linf(float(given))
-        if self.ramp and isinstance(within, Ball):
+        if self.ramp and isinstance(within, (Ball, Latent)):
             return within.scaled(min(1.0, progress / self.ramp))
         return within
 
@@ -128,11 +128,19 @@ class Adversarial(Attacked):
     With ``steps=1, step_size=within.radius, restarts=0`` it is FGSM training (Goodfellow et al.
     2015 mix it with the clean loss), with ``steps=1, step_size=1.25 * radius`` the random-start single step of
     Wong et al. (2020, algorithm 3); both can overfit to their own attack.
+
+    Attributes:
+        clean: count the clean input as a member of the set, and take the larger of the two losses, as Wong and
+            Kolter (2021) do with learned sets, which need not hold the input.
     """
+
+    clean: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
         worst = self.worst(model, batch.x, loss, batch.generator, batch.progress)
+        if self.clean:
+            return torch.maximum(loss(batch.x), loss(worst)).mean()
         return cross_entropy(model(worst), batch.y)
 
 

@@ -154,9 +154,7 @@ def fit(
                 f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
                 f"sample, got {tuple(images.shape[1:])}"
             )
-    if not data.train.y.is_floating_point():
-        classes = getattr(model, "classes", None)
-        check_labels(data.train.y, data.train.x, classes, "data.train.y")
+    check_targets(data.train.y, data.train.x, getattr(model, "classes", None))
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
@@ -453,3 +451,13 @@ class Run:
 def check_anything(x: Tensor, name: str) -> None:
     """Vectors have no box."""
     check_values(x, None, name)
+
+
+def check_targets(y: Tensor, x: Tensor, classes: int | None) -> None:
+    """Targets are labels, numbers, or images of 8 bits or in [0, 1]."""
+    if y.ndim == 4 and y.dtype != torch.uint8:
+        check_images(y, "data.train.y")
+    elif y.is_floating_point():
+        check_anything(y, "data.train.y")
+    elif y.ndim != 4:
+        check_labels(y, x, classes, "data.train.y")

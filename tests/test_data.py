@@ -31,17 +31,24 @@ from sklearn.linear_model import LogisticRegression
 from torchvision import datasets
 
 from robustood import data
+from robustood.corruptions import corrupt
 from robustood.data import (
     FONTS,
+    HELD_OUT,
+    LEARNED,
     LETTERS,
     PHOTOS,
     Augment,
     Batch,
     Data,
     Loaded,
+    Pairs,
+    Scenes,
     Shared,
     Split,
+    Views,
     compress,
+    corrupted,
     digest,
     digits,
     draw,
@@ -49,16 +56,25 @@ from robustood.data import (
     fetch,
     fetching,
     folder,
+    folder_of_views,
     glyphs,
+    light_grid,
     load,
     noise,
     packs,
+    paired,
     patches,
+    random_lights,
     read_pack,
+    redrawn,
+    relit,
+    render,
+    scenes,
     sets,
     without_overlap,
     write_pack,
 )
+from robustood.data.relighting import REFERENCE
 from robustood.models import small_cnn
 from robustood.objectives import Standard
 from robustood.training import fit
@@ -1355,3 +1371,177 @@ def test_the_batches_of_several_processes_are_parts_of_one(book):
         for name in ("x", "y", "outliers"):
             parts = getattr(first, name), getattr(second, name)
             assert torch.equal(getattr(whole, name), torch.stack(parts, 1).flatten(0, 1))
+
+
+# ---- pairs ------------------------------------------------------------------------------------
+
+
+def noisy(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random perturbation, one number an image."""
+    return (x + torch.rand(len(x), 1, 1, 1, generator=generator) / 2).clamp(0, 1)
+
+
+def viewed(pairing: str, views: int = 4, n: int = 60) -> Views:
+    """Things whose view v is the constant image (10 i + v) / 1000."""
+    number = 10 * torch.arange(n)[:, None] + torch.arange(views)
+    images = (number / 1000)[:, :, None, None, None].expand(n, views, 1, 2, 2)
+    return Views.of(images, torch.arange(n), pairing)
+
+
+def test_pairs_keep_their_labels_when_cut_and_redrawn(book):
+    made = paired(book, noisy, border=2, seed=3)
+    train = made.train
+    assert train.x.shape[1:] == (1, 12, 12) and torch.equal(train.x[:, :, 2:-2, 2:-2], book.train.x)
+    assert train.x[:, :, :2].max() == 0 and torch.equal(train.labels, book.train.y)
+    cut = train[5:9].to("cpu")
+    assert isinstance(cut, Pairs) and torch.equal(cut.labels, book.train.y[5:9])
+    assert torch.equal(cut.y, train.y[5:9]) and torch.equal(cut.labelled.y, cut.labels)
+    fresh = [redrawn(made, torch.Generator().manual_seed(s)).train for s in (1, 1, 2)]
+    assert torch.equal(fresh[0].y, fresh[1].y) and not torch.equal(fresh[0].y, fresh[2].y)
+    assert torch.equal(fresh[0].x, train.x)
+    assert torch.equal(paired(book, noisy, border=2, seed=3).test.y, made.test.y)
+    assert redrawn(book, torch.Generator()).train is book.train
+    fixed = Pairs(train.x, train.y, train.labels)
+    assert fixed.redraw(torch.Generator()) is fixed
+
+
+@pytest.mark.parametrize("pairing", ["first", "others", "any"])
+def test_views_are_paired_as_they_say(pairing):
+    views, seen = viewed(pairing), set()
+    for seed in range(20):
+        drawn = views.redraw(torch.Generator().manual_seed(seed))
+        thing = torch.arange(60) * 10
+        first, second = (
+            (images[:, 0, 0, 0] * 1000).round().long() - thing for images in (drawn.x, drawn.y)
+        )
+        seen |= set(zip(first.tolist(), second.tolist(), strict=True))
+    ordered = {(a, b) for a in range(4) for b in range(4) if a != b}
+    wanted = {
+        "first": {(0, b) for b in (1, 2, 3)},
+        "others": {(a, b) for a, b in ordered if a and b},
+        "any": ordered,
+    }
+    assert seen == wanted[pairing]
+
+
+def test_all_partners_are_equally_likely():
+    views = viewed("any", n=6000)
+    second = (views.y[:, 0, 0, 0] * 1000).round().long() - torch.arange(6000) * 10
+    counts = torch.bincount(second, minlength=4)
+    assert (counts - 1500).abs().max() < 4 * (6000 * 0.25 * 0.75) ** 0.5
+
+
+def test_corrupted_views_are_the_corruptions(book):
+    few = Split(book.train.x[:3], book.train.y[:3])
+    views = corrupted(few, ("contrast", "brightness"), severity=5, seed=1)
+    assert views.views.shape == (3, 3, 1, 8, 8) and views.views.dtype == torch.uint8
+    assert torch.equal(views.views[:, 0], (few.x * 255).round().to(torch.uint8))
+    plain = corrupt(few.x, "contrast", 5, torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(views.views[:, 1], (plain * 255).round().to(torch.uint8))
+    assert torch.equal(views.x, views.views[:, 0]) and torch.equal(views.labels, few.y)
+    assert len(LEARNED) == 12 and len(HELD_OUT) == 3 and not set(LEARNED) & set(HELD_OUT)
+    assert not any("noise" in name for name in LEARNED)
+
+
+def test_a_folder_of_views_is_read_and_bad_ones_are_named(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    for thing in range(2):
+        (tmp_path / f"room{thing}").mkdir()
+        for light in range(3):
+            image = Image.fromarray(pixels[thing, light])
+            image.save(tmp_path / f"room{thing}" / f"light{light}.png")
+    views = folder_of_views(tmp_path, size=8)
+    assert torch.equal(views.views, torch.as_tensor(pixels).movedim(-1, 2))
+    assert views.pairing == "any" and views.labels.tolist() == [0, 1]
+    (tmp_path / "room1" / "light2.png").unlink()
+    with pytest.raises(ValueError, match=r"as many views as the first, 3; room1 has 2"):
+        folder_of_views(tmp_path, size=8)
+    (tmp_path / "room1" / "light2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"light2.png is no readable image"):
+        folder_of_views(tmp_path, size=8)
+    Image.fromarray(pixels[0, 0]).save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match=r"stray.png lies in no folder"):
+        folder_of_views(tmp_path, size=8)
+    with pytest.raises(ValueError, match="path must be a folder of images"):
+        folder_of_views(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("views", "pairing", "words"),
+    [
+        (torch.zeros(2, 1, 1, 4, 4), "first", r"at least 2 views .* got shape \(2, 1, 1, 4, 4\)"),
+        (torch.zeros(2, 2, 1, 4, 4), "others", "at least 3 views"),
+        (torch.zeros(2, 3, 4, 4), "any", "views must be"),
+        (torch.zeros(2, 3, 1, 4, 4), "pairs", "pairing must be one of .* got 'pairs'"),
+    ],
+)
+def test_views_that_cannot_be_paired_are_refused(untyped, views, pairing, words):
+    with pytest.raises(ValueError, match=words):
+        Views.of(views, torch.zeros(2, dtype=torch.int64), pairing)
+
+
+# ---- rendered scenes --------------------------------------------------------------------------
+
+
+def solid(height: torch.Tensor) -> Scenes:
+    """One grey solid."""
+    return Scenes(torch.tensor([0]), height[None], torch.full((1, 3, *height.shape), 0.8))
+
+
+def hill(size: int = 16, at: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
+    """A dome of height 0.4; place in half sides, to the right and up."""
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    down, right = torch.meshgrid(axis, axis, indexing="ij")
+    return 0.4 * (1 - ((right - at[0]) ** 2 + (down + at[1]) ** 2) / 0.36).clamp_min(0).sqrt()
+
+
+def test_flat_ground_is_lambert():
+    """albedo x colour x (a + (1 - a) sin(elevation)), whatever the azimuth."""
+    for elevation, azimuth, warmth in [(30.0, 0.0, 0.0), (70.0, 200.0, 1.0)]:
+        lights = light_grid((elevation,), (azimuth,), (warmth,))
+        shade = 0.25 + 0.75 * np.sin(np.radians(elevation))
+        wanted = 0.8 * lights.colour[0, 0] * shade
+        got = render(solid(torch.zeros(16, 16)), lights)[0, 0]
+        assert torch.allclose(got, wanted[:, None, None].expand_as(got), atol=1e-5)
+
+
+def test_light_from_a_side_lights_that_side_and_casts_a_shadow_on_the_other():
+    right, up, left, below = render(
+        solid(hill()), light_grid((35.0,), (0.0, 90.0, 180.0, 270.0), (0.0,))
+    )[0, :, 0]
+    assert right[8, 10] > right[8, 5] + 0.1 and right[8, 3] < right[8, 14] - 0.1
+    assert torch.allclose(left, right.flip(1), atol=1e-5)  # the scene is its own mirror image
+    assert torch.allclose(up, right.rot90(1), atol=1e-5)
+    assert torch.allclose(below, up.flip(0), atol=1e-5)
+    dent = render(solid(-hill()), light_grid((35.0,), (0.0,), (0.0,)))[0, 0, 0]
+    assert dent[8, 5] > dent[8, 10] + 0.1, (
+        "a dent lit from the right looks like a dome lit from the left"
+    )
+
+
+def test_a_low_sun_makes_longer_shadows():
+    dark = lambda image: (image < 0.8 * image[0, 0]).sum()  # noqa: E731
+    low, high = (
+        render(solid(hill()), light_grid((e,), (0.0,), (0.0,)))[0, 0, 0] for e in (20.0, 60.0)
+    )
+    assert dark(low[:, :5]) > dark(high[:, :5])
+
+
+def test_held_out_lights_come_from_directions_never_seen():
+    noise = torch.Generator().manual_seed(0)
+    seen, other = (random_lights(200, 20, noise, held_out=h).azimuth for h in (False, True))
+    assert seen.min() >= 90 and seen.max() <= 360 and other.min() >= 0 and other.max() <= 90
+    assert light_grid().azimuth.shape == (1, 3 * 12 * 3)
+
+
+def test_relit_scenes_are_seeded_and_split():
+    made = [relit(30, 10, 10, lights=3, seed=s) for s in (0, 0, 1)]
+    assert torch.equal(made[0].train.views, made[1].train.views)
+    assert not torch.equal(made[0].train.views, made[2].train.views)
+    assert not torch.equal(made[0].train.views[:10], made[0].test.views)
+    test = made[0].test
+    reference = render(scenes(10, 2), REFERENCE)
+    assert torch.equal(test.x, (reference[:, 0] * 255).round().to(torch.uint8))
+    assert torch.equal(test.labels, scenes(10, 2).kind) and test.views.shape == (10, 4, 3, 16, 16)
+    with pytest.raises(ValueError, match="size must be a whole number of at least 8"):
+        scenes(3, 0, size=4)

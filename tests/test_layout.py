@@ -35,8 +35,8 @@ CHAPTER_OF = {
 FLOORS = {
     0: {"inputs", "data", "models", "checkpoints", "corruptions", "widgets"},
     1: {"toy", "perturbations", "detectors", "metrics"},
-    2: {"attacks", "mining", "generative", "plotting"},
-    3: {"engine", "evaluate", "objectives", "smoothing"},
+    2: {"attacks", "mining", "plotting"},
+    3: {"engine", "evaluate", "generative", "objectives", "smoothing"},
     4: {"training", "sanity", "results"},
     5: {"recipes"},
     6: {"cli"},

@@ -215,7 +215,7 @@ def test_trains_against_any_set(data, within):
         (lambda: Adversarial(-0.1), "eps must be a number .* got -0.1"),
         (lambda: Adversarial(0.1, steps=0), "steps must be .* at least 1, got 0"),
         (lambda: Adversarial(0.1, ramp=2), "ramp must be .* got 2"),
-        (lambda: Adversarial(Spatial(10), ramp=0.5), "ramp needs a norm ball .* got Spatial"),
+        (lambda: Adversarial(Spatial(10), ramp=0.5), "ramp needs a ball .* got Spatial"),
         (lambda: Adversarial("0.1"), "within must be a number or a perturbation set .* got '0.1'"),
         (
             lambda: Adversarial(0.1, mode="evil"),
@@ -496,3 +496,17 @@ def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
 def test_bad_outlier_training_is_refused(untyped, mixed, call, words):
     with pytest.raises(ValueError, match=words):
         call(mixed)
+
+
+def test_the_clean_input_can_count_as_a_member(net, book):
+    """With it, the larger of the two losses of each sample counts; at radius 0 nothing changes."""
+    x, y = book.train.x[:32], book.train.y[:32]
+    batch = lambda: Batch(x, y, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    plain, with_clean = (Adversarial(0.1, steps=1, step_size=0.3, clean=c) for c in (False, True))
+    noise = torch.Generator().manual_seed(1)
+    loss = lambda v: cross_entropy(net(v), y, reduction="none")  # noqa: E731
+    worst = loss(plain.worst(net, x, loss, noise))
+    assert torch.allclose(with_clean(net, batch()), torch.maximum(loss(x), worst).mean())
+    assert with_clean(net, batch()) >= plain(net, batch()) - 1e-6
+    still = [Adversarial(0.0, steps=1, clean=c)(net, batch()) for c in (False, True)]
+    assert torch.allclose(*still)

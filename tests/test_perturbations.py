@@ -4,16 +4,21 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from scipy.stats import kstest
+from scipy.stats import chi, kstest
+from torch import nn
 
-from robustood.attacks import maximise
-from robustood.data import digits
+from robustood.attacks import maximise, pgd, robust_accuracy
+from robustood.data import Batch, digits
+from robustood.models import mlp
+from robustood.objectives import Adversarial
 from robustood.perturbations import (
     L2,
     Corruption,
+    Latent,
     Linf,
     Members,
     PerturbationSet,
+    Random,
     Spatial,
     Then,
     norms,
@@ -26,6 +31,21 @@ def images(seed: int, n: int = 3, size: int = 8) -> torch.Tensor:
     return (x * 1.4 - 0.2).clamp(0, 1)
 
 
+class Shades(nn.Module):
+    """A generator in closed form: latent numbers change the brightness of rows; 0 changes nothing."""
+
+    def __init__(self, latent: int = 3):
+        super().__init__()
+        self.latent = latent
+        self.weight = nn.Parameter(torch.linspace(-0.4, 0.5, 8 * latent).view(latent, 8))
+        self.layer = nn.Dropout(0.5)
+
+    def generate(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        shade = self.layer(torch.ones_like(x)) * (u @ self.weight.to(u)).tanh()[:, None, :, None]
+        return x + torch.where(shade > 0, 1 - x, x) * shade
+
+
+SHADES = Shades()
 BALLS = [Linf(0.0), Linf(8 / 255), Linf(0.4), Linf(0.4, None), L2(0.0), L2(1.0), L2(1.0, None)]
 TURNS = [Spatial(30, 1, 0.2), Spatial(rotation=45, fill="border"), Spatial(0, 0, 0)]
 FINITE = [
@@ -33,7 +53,9 @@ FINITE = [
     Corruption(),
     Corruption(("fog", "pixelate"), (1, 5)),
 ]
+LEARNED = [Latent(SHADES, 2.0), Latent(SHADES, 0.0), Latent(Shades(40), 28.0)]
 PAIRS = [
+    Then(Latent(SHADES, 1.0), Linf(0.1)),
     Then(Spatial(30, 1), Linf(0.1)),
     Then(Corruption(("contrast", "shot_noise"), (3,)), Linf(8 / 255)),
     Then(L2(0.5), Spatial(20)),
@@ -46,8 +68,8 @@ def tolerance(within) -> float:
     return IDENTITY.get(type(within), 1e-5)
 
 
-EVERY_SET = pytest.mark.parametrize("within", BALLS + TURNS + FINITE + PAIRS, ids=repr)
-PROJECTED = pytest.mark.parametrize("within", BALLS + TURNS, ids=repr)
+EVERY_SET = pytest.mark.parametrize("within", BALLS + TURNS + LEARNED + FINITE + PAIRS, ids=repr)
+PROJECTED = pytest.mark.parametrize("within", BALLS + TURNS + LEARNED, ids=repr)
 EVERY_BALL = pytest.mark.parametrize("within", BALLS, ids=repr)
 
 
@@ -330,3 +352,110 @@ def test_members_share_the_parents_images():
 def test_bad_sets_are_refused(untyped, make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "within",
+    [Linf(0.2), L2(0.5), Spatial(30, 1), Corruption(("fog", "contrast"), (2, 5)), LEARNED[0]],
+)
+def test_random_members_are_members_and_come_from_the_generator(within):
+    x, state = images(0, n=6), torch.get_rng_state()
+    z = within.draw(x, torch.Generator().manual_seed(3))
+    assert within.contains(x, z).all()
+    made = [Random(within)(x, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(made[0], within.apply(x, z)) and torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2]) and not made[0].requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_corruptions_are_spread_evenly_and_never_clean():
+    within = Corruption(("fog", "contrast", "snow"), (2, 5))
+    z = within.draw(torch.zeros(3000, 1, 8, 8), torch.Generator().manual_seed(0))
+    kinds, counts = z[:, :2].unique(dim=0, return_counts=True)
+    assert kinds.tolist() == [[c, s] for c in (1, 2, 3) for s in (2, 5)]
+    assert (counts - 500).abs().max() < 4 * (3000 * 5 / 36) ** 0.5
+
+
+# --- learned sets -------------------------------------------------------------------------------
+
+
+def test_a_latent_row_is_projected_alone():
+    """Rows of length 100 come back at the radius, also a single one; short rows stay."""
+    u = torch.randn(128, 40, generator=torch.Generator().manual_seed(0))
+    long = 100 * u / norms(u)[:, None]
+    within = Latent(Shades(40), 28.0)
+    x = images(0)[:1].expand(128, -1, -1, -1)
+    assert torch.allclose(norms(within.project(x, long.clone())), torch.tensor(28.0), rtol=1e-6)
+    assert torch.allclose(norms(within.project(x[:1], long[:1].clone())), torch.tensor(28.0))
+    assert torch.equal(within.project(x, 0.1 * u), 0.1 * u)
+    wide = torch.randn(128, 512, generator=torch.Generator().manual_seed(0))
+    wide = 100 * wide / norms(wide)[:, None]
+    columns = wide.renorm(2, 1, 28.0)  # a published slip: coordinates across the batch
+    assert norms(columns).min() > 50 and torch.equal(wide[:1].renorm(2, 1, 28.0), wide[:1])
+
+
+def test_latent_steps_follow_the_unit_gradient_and_a_dead_one_stays():
+    within, x = Latent(SHADES, 2.0), images(0)
+    grad = torch.tensor([[0.0, 3e-20, 4e-20], [0.0, 0, 0], [1.0, 0, 0]])
+    stepped = within.ascend(x, within.null(x), grad, 0.5)
+    assert torch.allclose(stepped, torch.tensor([[0.0, 0.3, 0.4], [0, 0, 0], [0.5, 0, 0]]))
+
+
+@pytest.mark.parametrize(("latent", "radius"), [(3, 1.5), (8, 3.0), (8, 1e3), (512, 2.7)])
+def test_the_truncated_normal_has_the_law_of_its_norm(latent, radius):
+    """The distribution of a chi variable below the radius; beyond all chi values it is chi itself."""
+    within = Latent(Shades(latent), radius)
+    u = within.truncated(images(0)[:1].expand(4000, -1, -1, -1), torch.Generator().manual_seed(1))
+    length = norms(u).double().numpy()
+    assert length.max() <= radius * (1 + 1e-6)
+    if latent < 100:
+        below = chi.cdf(length, latent) / chi.cdf(radius, latent)
+    else:  # the law in closed form where the distribution function underflows: all at the surface
+        assert chi.cdf(radius, latent) == 0
+        depth = torch.linspace(0, 40, 200_001).double()
+        density = (-depth - (radius * (-depth / latent).exp()) ** 2 / 2).exp()
+        share = density.cumsum(0) / density.sum()
+        depths = -latent * torch.as_tensor(length / radius).log()
+        below = 1 - share[(depths / 40 * 200_000).round().long().clamp(0, 200_000)].numpy()
+    assert kstest(below, "uniform").pvalue > 0.01
+    direction = (u / norms(u)[:, None]).mean(0).abs().max()
+    assert direction < 5 / (4000 * latent) ** 0.5
+
+
+def test_latent_starts_have_uniform_length():
+    x = images(0)[:1].expand(4000, -1, -1, -1)
+    (u,) = Latent(SHADES, 2.0).starts(x, 1, torch.Generator().manual_seed(0))
+    assert kstest((norms(u) / 2).numpy(), "uniform").pvalue > 0.01
+
+
+def test_an_attack_leaves_the_generator_as_it_was_and_meets_it_in_eval_mode():
+    within, model, x = Latent(SHADES, 2.0), mlp(64, (8,)), images(0)
+    y = torch.tensor([0, 1, 2])
+    SHADES.train()
+    state = torch.get_rng_state()
+    moved = [pgd(model, x, y, within, steps=4) for _ in range(2)]
+    assert torch.equal(*moved), "dropout was on"
+    assert SHADES.training and SHADES.weight.requires_grad and SHADES.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+    share = robust_accuracy(model, x, y, lambda m, x, y: pgd(m, x, y, within, steps=2))
+    assert share.n == 3
+    loss = Adversarial(within, steps=2, ramp=0.5)(model, Batch(x, y, progress=0.25))
+    loss.backward()
+    assert SHADES.weight.grad is None and all(p.grad is not None for p in model.parameters())
+    assert Adversarial(within, ramp=0.5).set_at(0.25) == Latent(SHADES, 1.0)
+    SHADES.eval()
+
+
+def test_no_latent_radius_is_the_generators_own_copy():
+    x = images(0)
+    found = pgd(mlp(64, (8,)), x, torch.tensor([0, 1, 2]), Latent(SHADES, 0.0), steps=3, restarts=2)
+    assert torch.allclose(found, SHADES.generate(x, torch.zeros(3, 3)))
+
+
+def test_a_bad_latent_set_is_refused(untyped):
+    with pytest.raises(ValueError, match=r"radius must be a number .* got -1"):
+        Latent(SHADES, -1)
+    with pytest.raises(
+        ValueError, match=r"generator must have generate\(x, u\) and latent.* Linear"
+    ):
+        Latent(nn.Linear(2, 2), 1.0)

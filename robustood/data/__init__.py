@@ -12,11 +12,35 @@ from robustood.data.batches import Augment, Shared, draw, drawn, each, place
 from robustood.data.embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
 from robustood.data.fetching import fetch
 from robustood.data.packs import compress, digest, read_pack, write_pack
+from robustood.data.pairs import (
+    HELD_OUT,
+    LEARNED,
+    Drawn,
+    Pairs,
+    Views,
+    corrupted,
+    folder_of_views,
+    paired,
+    perturbed,
+    redrawn,
+)
+from robustood.data.relighting import (
+    SOLIDS,
+    Lights,
+    Scenes,
+    light_grid,
+    random_lights,
+    relit,
+    render,
+    scenes,
+)
 from robustood.data.sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
-    "FLAT", "FONTS", "LETTERS", "PHOTOS", "Augment", "Batch", "Data", "Loaded", "Shared", "Split",
-    "available", "check", "compress", "digest", "digits", "draw", "drawn", "each", "fetch",
-    "folder", "glyphs", "kept", "load", "noise", "patches", "pixels", "place", "read_pack", "root",
-    "without_overlap", "write_pack",
+    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch",
+    "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Shared", "Split", "Views", "available",
+    "check", "compress", "corrupted", "digest", "digits", "draw", "drawn", "each", "fetch",
+    "folder", "folder_of_views", "glyphs", "kept", "light_grid", "load", "noise", "paired",
+    "patches", "perturbed", "pixels", "place", "random_lights", "read_pack", "redrawn", "relit", "render",
+    "root", "scenes", "without_overlap", "write_pack",
 ]  # fmt: skip

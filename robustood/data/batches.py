@@ -123,6 +123,6 @@ def draw(
             chosen = own(order, batch_size, step)
             x = ready(inputs(chosen))
             outliers = ready(data.outliers[own(others, outlier_batch_size, step)]) if pool else None
-            yield Batch(x, data.train.y[chosen], outliers, generator)
+            yield Batch(x, pixels(data.train.y[chosen]), outliers, generator)
 
     return batches()  # the order is drawn now, whenever the first batch is asked for

@@ -118,8 +118,8 @@ class Classifier(nn.Module):
         pool: bool = False,
     ):
         super().__init__()
-        check_count(classes, "classes", low=2)
         check_count(reject, "reject")
+        check_count(classes, "classes", low=1 if reject else 2)
         self.classes, self.reject, self.pool = classes, reject, pool
         self.normalise = normalise or nn.Identity()
         self.body = nn.ModuleList(stages)

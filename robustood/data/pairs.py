@@ -1,0 +1,216 @@
+"""Pairs of an image and a perturbed one, from which a perturbation set can be learned.
+
+A :class:`Pairs` is a split whose targets are images; the classes of its inputs come along. Partners are
+fixed, drawn by a random perturbation (:func:`paired`), or other views of the same thing
+(:class:`Views`): corrupted copies, photographs under other lights, rendered scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from robustood.corruptions import corrupt
+from robustood.data.base import Data, Split, pixels
+from robustood.data.batches import Change, each
+from robustood.data.sets import _images, _read
+from robustood.inputs import check_choice, check_count, check_images
+
+# CIFAR-10-C as learned and as held out by Wong and Kolter (2021), at severity 5; noise is left out.
+LEARNED = (
+    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness",
+    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
+HELD_OUT = ("gaussian_blur", "spatter", "saturate")
+Pairing = Literal["first", "others", "any"]
+
+
+@dataclass(frozen=True)
+class Pairs(Split):
+    """Inputs x with one perturbed image y each, fixed.
+
+    Attributes:
+        labels: classes of the inputs (samples,).
+    """
+
+    labels: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> Pairs:
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> Pairs:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
+
+    @property
+    def labelled(self) -> Split:
+        """The inputs with their classes, for a classifier."""
+        return Split(self.x, self.labels)
+
+    def redraw(self, generator: torch.Generator) -> Pairs:
+        """The same inputs with new partners, where there are others."""
+        return self
+
+
+@dataclass(frozen=True)
+class Drawn(Pairs):
+    """Partners made by a random perturbation.
+
+    Attributes:
+        change: ``change(x, generator)`` perturbs each image at random, such as
+            ``robustood.perturbations.Random(Spatial(30, 1))``.
+    """
+
+    change: Change
+
+    def redraw(self, generator: torch.Generator) -> Drawn:
+        return replace(self, y=self.change(pixels(self.x), generator))
+
+
+@dataclass(frozen=True)
+class Views(Pairs):
+    """Partners from several views of each thing.
+
+    Attributes:
+        views: (samples, views, channel, height, width), float or 8 bits.
+        pairing: ``"first"``: the first view is the input, any other its partner; ``"others"``: an ordered
+            pair of two views that are not the first; ``"any"``: an ordered pair of any two.
+    """
+
+    views: Tensor
+    pairing: Pairing = "first"
+
+    @staticmethod
+    def of(views: Tensor, labels: Tensor, pairing: Pairing = "first", seed: int = 0) -> Views:
+        """Views with a first draw of pairs.
+
+        Raises:
+            ValueError: for views without five axes, too few of them to pair, or an unknown pairing.
+        """
+        check_choice(pairing, "pairing", ("first", "others", "any"))
+        needed = 3 if pairing == "others" else 2
+        if views.ndim != 5 or views.shape[1] < needed:
+            raise ValueError(
+                f"views must be (samples, views, channel, height, width) with at least {needed} views "
+                f"for pairing {pairing!r}, got shape {tuple(views.shape)}"
+            )
+        blank = views[:, 0]
+        made = Views(blank, blank, labels, views, pairing)
+        return made.redraw(torch.Generator(views.device).manual_seed(seed))
+
+    def redraw(self, generator: torch.Generator) -> Views:
+        count, device = self.views.shape[1], self.views.device
+
+        def lot(high: int) -> Tensor:
+            draw = lambda n: torch.randint(high, (n,), generator=generator, device=device)  # noqa: E731
+            return each(draw, len(self.views), generator)
+
+        start = {"first": 0, "others": 1, "any": 0}[self.pairing]
+        first = torch.zeros(len(self.views), dtype=torch.int64, device=device)
+        if self.pairing != "first":
+            first = start + lot(count - start)
+        # Of the remaining views, those from the first on move up by one: never the same twice.
+        second = start + lot(count - start - 1)
+        second = second + (second >= first)
+        at = torch.arange(len(self.views), device=device)
+        return replace(self, x=self.views[at, first], y=self.views[at, second])
+
+
+def redrawn(data: Data, generator: torch.Generator) -> Data:
+    """The data with new partners for its training pairs; other data as they are."""
+    train = data.train
+    return replace(data, train=train.redraw(generator)) if isinstance(train, Pairs) else data
+
+
+def paired(data: Data, change: Change, border: int = 0, seed: int = 0) -> Data:
+    """Labelled images as pairs with a random perturbation: fresh ones at each epoch of training.
+
+    The digits of the book are padded by 2 to 12x12 and changed by ``Random(Spatial(30, 1))``; MNIST-RTS of
+    Wong and Kolter (2021) is MNIST padded by 7 to 42x42 with ``Random(Spatial(45, 7, 0.3))``, where their shifts are
+    whole pixels. (The S stands for size; their text says skew.)
+
+    Args:
+        data: with labelled splits; validation and test pairs are drawn once.
+        change: ``change(x, generator)`` perturbs images at random.
+        border: pixels of zeros added on each side, so that nothing leaves the image.
+        seed: of the fixed draws.
+    """
+    source = torch.Generator().manual_seed(seed)
+    splits = (data.train, data.val, data.test)
+    train, val, test = (perturbed(split, change, source, border) for split in splits)
+    return Data(train, val, test, train.x[:0])
+
+
+def perturbed(split: Split, change: Change, generator: torch.Generator, border: int = 0) -> Drawn:
+    """One labelled split as pairs with a random perturbation; arguments as in :func:`paired`."""
+    check_count(border, "border")
+    x = pad(pixels(split.x), [border] * 4)
+    return Drawn(x, x, split.y, change).redraw(generator)
+
+
+def corrupted(
+    split: Split, names: Sequence[str] = LEARNED, severity: int = 5, seed: int = 0
+) -> Views:
+    """Each image clean and under every one of some corruptions, as 8-bit views.
+
+    Args:
+        split: labelled images (samples, channel, height, width), float in [0, 1] or 8 bits.
+        names: of :mod:`robustood.corruptions`; default the twelve that the paper learns from.
+        severity: 1 to 5.
+        seed: of the corruptions' noise; every image and corruption has its own.
+    """
+    x = pixels(split.x)
+    check_images(x)
+    check_count(len(names), "number of names", low=1)
+    lots = np.random.default_rng(seed).integers(2**31, size=(len(names), len(x)))
+    made = [
+        corrupt(x, name, severity, torch.as_tensor(s)) for name, s in zip(names, lots, strict=True)
+    ]
+    views = torch.stack([x, *made], 1)
+    return Views.of((views * 255).round().to(torch.uint8), split.y, "first", seed)
+
+
+def folder_of_views(
+    path: str | Path, size: int = 32, pairing: Pairing = "any", seed: int = 0
+) -> Views:
+    """Photographs of the same things: one folder a thing, in it one image a view.
+
+    For the scenes of Multi-Illumination (Murmann et al. 2019), or your own. The views of a thing are sorted by
+    name and must be of one number. Labels are the things' places in alphabetical order.
+
+    Args:
+        path: the folder of folders.
+        size: height and width that images are shrunk to (shorter side, then the middle).
+        pairing: see :class:`Views`; photographs have no clean view, so ``"any"``.
+        seed: of the first draw of pairs.
+
+    Raises:
+        ValueError: for a folder without folders of images, an image that cannot be read, or things
+            with different numbers of views; the message names them.
+    """
+    check_count(size, "size", low=1)
+    tree, things = Path(path), dict[str, list[Path]]()
+    for file in _images(tree):
+        if file.parent == tree:
+            raise ValueError(f"{file} lies in no folder; give each thing a folder with its views")
+        things.setdefault(file.parent.relative_to(tree).as_posix(), []).append(file)
+    counts = {name: len(files) for name, files in things.items()}
+    first = next(iter(counts.values()))
+    if odd := [f"{name} has {n}" for name, n in counts.items() if n != first]:
+        raise ValueError(
+            f"all folders in {tree} must hold as many views as the first, {first}; {', '.join(odd[:5])}"
+        )
+    read = [np.stack([_read(file, size)[0] for file in files]) for files in things.values()]
+    views = torch.as_tensor(np.stack(read)).movedim(-1, 2).contiguous()
+    return Views.of(views, torch.arange(len(things)), pairing, seed)

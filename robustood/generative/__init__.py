@@ -1,0 +1,47 @@
+r"""Perturbation sets that are learned from pairs of images (Wong and Kolter 2021).
+
+$$S(x) = \{g(x, u) : \|u\|_2 \le \varepsilon\}, \qquad g(x, u) = \mathrm{decode}(x,\ \mu_p(x) + \sigma_p(x) \odot u).$$
+
+A conditional variational autoencoder (:class:`ConditionalVAE`) is trained by the book's one loop with
+:class:`Variational`; the ball of its latent variables is
+:class:`robustood.perturbations.Latent`, which attacks, training and certificates take as they take a norm
+ball. :func:`radii` takes the radius from data, :func:`set_metrics` says how good the set is,
+:func:`guarantee` checks the theorem behind it on samples.
+"""
+
+from __future__ import annotations
+
+from robustood.generative.learning import Resampled, Variational, distances
+from robustood.generative.networks import (
+    Basis,
+    Bottleneck,
+    ConditionalVAE,
+    Diagonal,
+    Encoder,
+    Painted,
+    Plain,
+    Warp,
+    basis_cvae,
+    divergence,
+    plain_cvae,
+    residual_cvae,
+    warp_cvae,
+)
+from robustood.generative.quality import (
+    Entered,
+    Guarantee,
+    Radii,
+    SetMetrics,
+    guarantee,
+    largest_ratio,
+    log_ratio_bound,
+    radii,
+    set_metrics,
+)
+
+__all__ = [
+    "Basis", "Bottleneck", "ConditionalVAE", "Diagonal", "Encoder", "Entered", "Guarantee", "Painted", "Plain",
+    "Radii", "Resampled", "SetMetrics", "Variational", "Warp", "basis_cvae", "distances", "divergence", "guarantee",
+    "largest_ratio", "log_ratio_bound", "plain_cvae", "radii", "residual_cvae", "set_metrics",
+    "warp_cvae",
+]  # fmt: skip

@@ -1,0 +1,32 @@
+r"""What the adversary may change: a perturbation set $S(x) = \{\mathrm{apply}(x, z) : z \in Z\}$.
+
+A set is described by parameters ``z`` (batch first) and answers five questions: where to start,
+what image a parameter makes, which way is up, whether a parameter is allowed, and which
+parameter changes nothing. Every attack in this package is written against these answers and
+knows nothing else about the set.
+
+For the norm balls $z = \delta$ is the perturbation itself, in pixels, and the box $[0, 1]$ of
+valid images is part of the set (Madry et al. 2018, eq. 2.1 and section 2.2).
+"""
+
+from __future__ import annotations
+
+from robustood.perturbations.balls import L2, Ball, Linf
+from robustood.perturbations.base import (
+    Batch,
+    Drawable,
+    PerturbationSet,
+    Random,
+    norms,
+    per_sample,
+    places,
+    sized,
+)
+from robustood.perturbations.finite import Corruption, Members, Then
+from robustood.perturbations.latent import Generator, Latent
+from robustood.perturbations.spatial import Spatial
+
+__all__ = [
+    "L2", "Ball", "Batch", "Corruption", "Drawable", "Generator", "Latent", "Linf", "Members",
+    "PerturbationSet", "Random", "Spatial", "Then", "norms", "per_sample", "places", "sized",
+]  # fmt: skip

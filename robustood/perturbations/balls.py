@@ -1,0 +1,132 @@
+"""Norm balls of pixels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from robustood.data import drawn
+from robustood.inputs import TOLERANCE, check_number
+from robustood.perturbations.base import Batch, norms, per_sample, places, sized
+
+
+@dataclass(frozen=True)
+class Ball(ABC):
+    """Common part of the norm balls: $z = \\delta$, $\\mathrm{apply}(x, \\delta) = x + \\delta$.
+
+    Attributes:
+        eps: radius in pixels (write ``8/255``), at least 0.
+        box: range of valid inputs, or ``None`` for vectors without one.
+
+    Raises:
+        ValueError: if eps is negative, NaN or infinite, or the box is empty.
+    """
+
+    eps: float
+    box: tuple[float, float] | None = (0, 1)
+    ascendable = True
+
+    def __post_init__(self) -> None:
+        check_number(self.eps, "eps", 0, 1e6, "give a radius of at least 0, such as 8/255")
+        if self.box is not None and not self.box[0] < self.box[1]:
+            raise ValueError(f"box must be (low, high) with low < high, got {self.box!r}")
+
+    @property
+    def radius(self) -> float:
+        return self.eps
+
+    def scaled(self, factor: float) -> Ball:
+        """The same set with ``factor`` times the radius."""
+        return replace(self, eps=factor * self.eps)
+
+    def null(self, x: Batch) -> Batch:
+        return torch.zeros_like(x)
+
+    def starts(
+        self, x: Batch, restarts: int, generator: torch.Generator | None = None
+    ) -> Iterator[Batch]:
+        for place in places(restarts):
+            yield self.draw(x, generator) if place == "random" else self.null(x)
+
+    def draw(self, x: Batch, generator: torch.Generator | None = None) -> Batch:
+        """A parameter drawn uniformly from the ball, then clipped to the box."""
+        return self.project(x, self.uniform(x, generator))
+
+    def apply(self, x: Batch, z: Batch) -> Batch:
+        return x + z
+
+    def project(self, x: Batch, z: Batch) -> Batch:
+        """Ball first, then box, whose clip moves towards x: the norm cannot grow. Overwrites z."""
+        z = self.shrink(z)
+        return z if self.box is None else z.add_(x).clamp_(*self.box).sub_(x)
+
+    def contains(self, x: Batch, z: Batch) -> Bool[Tensor, " batch"]:
+        fits = self.norm(z) <= self.eps + TOLERANCE
+        if self.box is None:
+            return fits
+        moved = (x + z).flatten(1)
+        low, high = self.box
+        return fits & (moved.amin(1) >= low - TOLERANCE) & (moved.amax(1) <= high + TOLERANCE)
+
+    @abstractmethod
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+        """One steepest ascent step in the ball's norm, then projection."""
+
+    @abstractmethod
+    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+        """A perturbation drawn uniformly from the ball."""
+
+    @abstractmethod
+    def shrink(self, z: Batch) -> Batch:
+        """The nearest point of the ball; overwrites z."""
+
+    @abstractmethod
+    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+        """Size of each perturbation."""
+
+
+class Linf(Ball):
+    r"""$\{\delta : \max_i |\delta_i| \le \varepsilon\}$; steepest ascent is the sign."""
+
+    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+        """Uniform in the cube."""
+        return drawn(x, lambda z: z.uniform_(-self.eps, self.eps, generator=generator), generator)
+
+    def shrink(self, z: Batch) -> Batch:
+        return z.clamp_(-self.eps, self.eps)
+
+    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+        return z.flatten(1).abs().amax(1)
+
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+        return self.project(x, grad.sign().mul_(sized(step_size, x)).add_(z))
+
+
+class L2(Ball):
+    r"""$\{\delta : \|\delta\|_2 \le \varepsilon\}$; steepest ascent is the unit gradient."""
+
+    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+        """Uniform in the ball: a Gaussian direction with radius eps U^(1/n)."""
+        direction = drawn(x, lambda z: z.normal_(generator=generator), generator)
+        u = drawn(x.flatten(1)[:, 0], lambda u: u.uniform_(generator=generator), generator)
+        length = self.eps * u ** (1 / x[0].numel()) / norms(direction).clamp_min(1e-12)
+        return direction.mul_(per_sample(length, x))
+
+    def shrink(self, z: Batch) -> Batch:
+        return z.mul_(per_sample((self.eps / norms(z).clamp_min(1e-12)).clamp_max(1), z))
+
+    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+        return norms(z)
+
+    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+        grad = grad.nan_to_num(0.0, 0.0, 0.0)  # one dead pixel must not move all the others
+        # Divide by the largest entry first: the squares of tiny gradients underflow to zero.
+        largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
+        grad = grad.div_(per_sample(largest, grad))
+        length = step_size / norms(grad).clamp_min(1e-12)
+        return self.project(x, grad.mul_(per_sample(length, grad)).add_(z))

@@ -1,0 +1,103 @@
+"""The questions that a perturbation set answers, and what its kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+Batch = Float[Tensor, "batch *shape"]
+
+
+@runtime_checkable
+class PerturbationSet(Protocol):
+    """What an attack needs to know about $S(x)$.
+
+    Attributes:
+        ascendable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
+            searched by enumeration.
+        finite (optional): whether the starts are members that must all be judged; default: if
+            it is not ascendable.
+        box (optional): range of valid inputs, None for vectors without one; default (0, 1).
+        radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius /
+            steps.
+    """
+
+    @property
+    def ascendable(self) -> bool: ...
+    @property
+    def radius(self) -> float: ...
+
+    def null(self, x: Tensor) -> Tensor:
+        """The parameter that leaves x as it is."""
+        ...
+
+    def starts(
+        self, x: Tensor, restarts: int, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """Yield parameters to start from.
+
+        A continuous set yields ``restarts``: the first at random, the second the null one, where a search
+        often ends elsewhere, the others at random; for 0, the null one alone. A finite set
+        yields all its members, the null one first.
+        """
+        ...
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """The perturbed inputs, differentiable in z where the set is ascendable."""
+        ...
+
+    def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+        """One step of steepest ascent in the set's own norm, or one a sample (batch,), then projection."""
+        ...
+
+    def contains(self, x: Tensor, z: Tensor) -> Tensor:
+        """Which parameters are allowed, up to rounding: (batch,) bool."""
+        ...
+
+
+class Drawable(PerturbationSet, Protocol):
+    """A set that can be sampled."""
+
+    def draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A parameter of the set drawn at random, one a sample."""
+        ...
+
+
+def norms(z: Batch) -> Float[Tensor, " batch"]:
+    """Euclidean norm of each sample."""
+    return z.flatten(1).norm(dim=1)
+
+
+def per_sample(values: Shaped[Tensor, " batch"], like: Batch) -> Tensor:
+    """Reshape one number per sample so that it broadcasts over ``like``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def sized(step_size: float | Tensor, like: Batch) -> float | Tensor:
+    """A step that broadcasts over ``like``: one number, or one a sample."""
+    return per_sample(step_size, like) if isinstance(step_size, Tensor) else step_size
+
+
+def places(restarts: int) -> list[str]:
+    """Where a continuous set is entered: more restarts only add to fewer."""
+    return ["random", "null", *["random"] * (restarts - 2)][:restarts] or ["null"]
+
+
+@dataclass(frozen=True)
+class Random:
+    """Perturb each input by a random member of a set: augmentation, or the partners of pairs.
+
+    Attributes:
+        within: a set that can ``draw(x, generator)`` a parameter.
+    """
+
+    within: Drawable
+
+    def __call__(self, x: Batch, generator: torch.Generator | None = None) -> Batch:
+        with torch.no_grad():
+            return self.within.apply(x, self.within.draw(x, generator))

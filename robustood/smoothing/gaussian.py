@@ -1,0 +1,425 @@
+r"""Randomised smoothing of a vote or of a score, over any set with Euclidean parameters.
+
+A perturbation set makes inputs from parameters, $\mathrm{apply}(x, z)$. Smoothing answers at $z$ with what
+the network says of $\mathrm{apply}(x, z + \nu)$, $\nu \sim \mathcal N(0, \sigma^2 I)$. Whatever the network and
+the set are, the probability $p$ of an answer, and the mean of a score in [0, 1], obey
+
+$$\Phi(\Phi^{-1}(p) - r / \sigma) \;\le\; p' \;\le\; \Phi(\Phi^{-1}(p) + r / \sigma)$$
+
+where the parameters have moved by at most r in the Euclidean norm (Cohen et al. 2019, theorem 1 and its
+proof; Salman et al. 2019). For :class:`~robustood.perturbations.L2` the parameters are the pixels' changes.
+For a learned set they are a latent code: then the certificate is about x *as the condition*, not about an
+image that comes without its x, nor about images that the set cannot make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.special import betaincinv, ndtri
+from scipy.stats import binom
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from robustood.data import drawn
+from robustood.inputs import check_count, check_labels, check_number, check_values
+from robustood.metrics import Estimate, auroc, confidence_interval, proportion
+from robustood.models import frozen
+from robustood.perturbations import Batch, Linf, PerturbationSet
+
+Model = Callable[[Tensor], Tensor]
+Labels = Int[Tensor, " batch"]
+Values = Float[Tensor, " batch"]
+ABSTAIN = -1
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""$x \mapsto \mathrm{apply}(x, z + \nu)$ with $\nu \sim \mathcal N(0, \sigma^2 I)$.
+
+    Smoothing's own noise; as the ``augment`` of :func:`robustood.training.fit` it trains a network for it.
+    Noisy images may leave [0, 1]: the noise is the smoothed network's, not the adversary's.
+
+    Attributes:
+        within: a set with Euclidean parameters, such as ``L2(eps)``.
+        sigma: standard deviation, in the unit of the set's radius.
+
+    Raises:
+        ValueError: for a negative sigma, an ``Linf`` ball or a finite set.
+    """
+
+    within: PerturbationSet
+    sigma: float
+
+    def __post_init__(self) -> None:
+        check_number(self.sigma, "sigma", 0, 1e6)
+        finite = getattr(self.within, "finite", not self.within.ascendable)
+        if isinstance(self.within, Linf) or finite:
+            raise ValueError(
+                f"within must have Euclidean parameters, such as L2(0.5), got {self.within!r}; "
+                "Gaussian noise says nothing about other norms"
+            )
+
+    def __call__(
+        self, x: Batch, generator: torch.Generator | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        """One noisy copy of each input, around the parameters z (default: of x itself)."""
+        z = self.within.null(x) if z is None else z
+        nu = drawn(z, lambda v: v.normal_(generator=generator), generator)
+        return self.within.apply(x, z + self.sigma * nu)
+
+    def total(
+        self,
+        f: Model,
+        x: Batch,
+        n: int,
+        z: Tensor | None,
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
+        check_values(x, getattr(self.within, "box", (0, 1)))
+        check_count(n, "n", low=1)
+        check_count(batch_size, "batch_size", low=1)
+        generator = generator or torch.Generator(x.device).manual_seed(0)
+        z, sums = self.within.null(x) if z is None else z, []
+        for inputs, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
+            most, sum_ = max(1, batch_size // len(inputs)), torch.zeros(())
+            for done in range(0, n, most):
+                copies = min(most, n - done)
+                many = [v.repeat(copies, *[1] * (v.ndim - 1)) for v in (inputs, centre)]
+                values = f(self(many[0], generator, many[1]))
+                sum_ = sum_.to(values) + values.unflatten(0, (copies, len(inputs))).sum(0)
+            sums.append(sum_)
+        return torch.cat(sums)
+
+
+# --- votes
+
+
+@torch.no_grad()
+def votes(
+    model: Model,
+    x: Batch,
+    within: PerturbationSet,
+    *,
+    sigma: float,
+    n: int,
+    at: Tensor | None = None,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch outputs"]:
+    """How often each output is the largest among n noisy copies of each input.
+
+    Args:
+        model: inputs to outputs (batch, outputs).
+        x: inputs (batch, ...), in the set's box.
+        within: whose parameters the noise is added to.
+        sigma: standard deviation of the noise.
+        n: number of copies.
+        at: parameters of the smoothed point (batch, ...); default: of x itself.
+        batch_size: copies that the network sees at one time.
+        generator: source of the noise; default: a fresh one with seed 0.
+    """
+
+    def ballots(v: Tensor) -> Tensor:
+        outputs = model(v)
+        return one_hot(outputs.argmax(1), outputs.shape[1])
+
+    with frozen(model):
+        return Noise(within, sigma).total(ballots, x, n, at, batch_size, generator)
+
+
+@dataclass(frozen=True)
+class CertifiedVote:
+    """What the smoothed classifier answers, and how far that is proved.
+
+    Attributes:
+        label: (batch,) the class, or ``ABSTAIN``.
+        radius: (batch,) the vote is the same for all parameters nearer than this; 0 on abstention.
+        p: (batch,) lower confidence bound of the class's probability under noise.
+    """
+
+    label: Labels
+    radius: Values
+    p: Values
+
+
+def certify(
+    model: Model,
+    x: Batch,
+    within: PerturbationSet,
+    *,
+    sigma: float,
+    n0: int = 100,
+    n: int = 10_000,
+    alpha: float = 0.001,
+    at: Tensor | None = None,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> CertifiedVote:
+    r"""Class and radius $R = \sigma\,\Phi^{-1}(\underline{p_A})$ of each input (Cohen et al. 2019, section 3.2.2).
+
+    ``n0`` draws choose the class, ``n`` fresh ones count it: on the same draws the choice would favour the
+    lucky class. Where the bound does not exceed one half, the answer is to abstain.
+
+    Args:
+        alpha: probability, for each input, that its certificate is wrong.
+        model, x, within, sigma, at, batch_size, generator: as in :func:`votes`. The set's own
+            radius plays no part.
+
+    Raises:
+        ValueError: for inputs outside the set's box, or bad settings, before any work.
+    """
+    check_alpha(alpha)
+    check_count(n0, "n0", low=1)
+    check_count(n, "n", low=1)
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    how = {"sigma": sigma, "at": at, "batch_size": batch_size, "generator": generator}
+    label = votes(model, x, within, n=n0, **how).argmax(1)
+    hits = votes(model, x, within, n=n, **how).gather(1, label[:, None])[:, 0]
+    p = lower_bound(hits, n, alpha)
+    sure = p > 0.5
+    radius = torch.where(sure, sigma * torch.special.ndtri(p.clamp_min(0.5)), 0)
+    return CertifiedVote(label.masked_fill(~sure, ABSTAIN), radius, p)
+
+
+def predict(
+    model: Model,
+    x: Batch,
+    within: PerturbationSet,
+    *,
+    sigma: float,
+    n: int = 1000,
+    alpha: float = 0.001,
+    at: Tensor | None = None,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> Labels:
+    """The vote where it is significant, else ``ABSTAIN`` (Cohen et al. 2019, section 3.2.1).
+
+    Significant: were the two leading classes equally likely, a lead like this would have a probability of at
+    most alpha (two-sided binomial test). So the answer is not the smoothed classifier's with a
+    probability of at most alpha. Arguments as in :func:`certify`.
+    """
+    check_alpha(alpha)
+    counts = votes(
+        model, x, within, sigma=sigma, n=n, at=at, batch_size=batch_size, generator=generator
+    )
+    lead = counts.topk(2, dim=1)
+    first, second = lead.values.cpu().numpy().T
+    p_value = 2 * binom.sf(first - 1, first + second, 0.5)
+    unsure = torch.from_numpy(p_value > alpha).to(counts.device)
+    return lead.indices[:, 0].masked_fill(unsure, ABSTAIN)
+
+
+def certified_accuracy(
+    found: CertifiedVote, y: Labels, radii: Sequence[float], confidence: float = 0.95
+) -> list[Estimate]:
+    """Share of inputs whose certified class is right and whose radius exceeds r, for each r.
+
+    A lower bound on the accuracy of the smoothed classifier under any attack of length r. The intervals are
+    about the sample of inputs.
+    """
+    check_labels(y, found.label)
+    right = found.label == y
+    return [
+        proportion(int((right & (found.radius > radius)).sum()), len(y), confidence)
+        for radius in radii
+    ]
+
+
+def sigma_for(radius: float, n: int = 10_000, alpha: float = 0.001) -> float:
+    r"""The noise with which n draws can just certify a radius: $r / \Phi^{-1}(\alpha^{1/n})$.
+
+    $\alpha^{1/n}$ is the confidence bound where all n draws agree: no more can be shown with n draws.
+
+    >>> print(f"{sigma_for(2.69):.2f} {sigma_for(17.0, n=1000):.1f}")
+    0.84 6.9
+    """
+    check_number(radius, "radius", 0, 1e6)
+    check_alpha(alpha)
+    check_count(n, "n", low=1)
+    if alpha ** (1 / n) <= 0.5:
+        fewest = math.floor(math.log2(1 / alpha)) + 1
+        raise ValueError(
+            f"n must be at least {fewest} to certify anything at alpha {alpha:g}, got {n}"
+        )
+    return radius / float(ndtri(alpha ** (1 / n)))
+
+
+def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
+    r"""One-sided Clopper-Pearson bound $\mathrm{BetaInv}(\alpha;\, k,\, n - k + 1)$, in float64.
+
+    The least probability under which k hits or more of n would still come with probability alpha; the
+    lower end of a two-sided interval at $2 \alpha$ (Clopper and Pearson 1934).
+
+    >>> print(f"{lower_bound(torch.tensor([10_000]), 10_000, 0.001).item():.8f}")
+    0.99930946
+    """
+    k = hits.cpu().numpy()
+    # No hit, no bound: the law of the formula would need a positive first parameter.
+    ends = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, alpha), 0.0)
+    return torch.from_numpy(ends).to(hits.device)
+
+
+# --- scores
+
+
+@dataclass(frozen=True)
+class CertifiedScore:
+    r"""Bounds of the smoothed score $\bar s = \mathbb E\, s(\mathrm{apply}(x, z + \nu))$ of each input.
+
+    Attributes:
+        mean: (batch,) of the draws.
+        low, high: (batch,) confidence bounds of $\bar s$ where nothing was moved.
+        sigma: of the noise.
+    """
+
+    mean: Values
+    low: Values
+    high: Values
+    sigma: float
+
+    def lower(self, radius: float) -> Values:
+        r"""$\Phi(\Phi^{-1}(\mathrm{low}) - r / \sigma)$: no attack of length r brings $\bar s$ below it."""
+        return self.moved(self.low, -radius)
+
+    def upper(self, radius: float) -> Values:
+        r"""$\Phi(\Phi^{-1}(\mathrm{high}) + r / \sigma)$: none brings $\bar s$ above it."""
+        return self.moved(self.high, radius)
+
+    def moved(self, p: Values, by: float) -> Values:
+        return torch.special.ndtr(torch.special.ndtri(p) + by / self.sigma)
+
+
+@torch.no_grad()
+def certified_score(
+    score: Model,
+    x: Batch,
+    within: PerturbationSet,
+    *,
+    sigma: float,
+    n: int = 1000,
+    alpha: float = 0.001,
+    at: Tensor | None = None,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> CertifiedScore:
+    """Bound the smoothed score of each input from n draws.
+
+    Args:
+        score: inputs to values in [0, 1], higher for more in-distribution, such as ``lambda v: 1 +
+            RejectClass(model).published(v)``; a module is put in eval mode for the time being.
+        alpha: probability, for each input and each of its two bounds, that the bound is wrong. For one
+            statement about many inputs at once, divide by their number.
+        x, within, sigma, n, at, batch_size, generator: as in :func:`votes`.
+
+    Raises:
+        ValueError: for a score that leaves [0, 1], and as :func:`certify`.
+    """
+    check_alpha(alpha)
+    check_number(sigma, "sigma", 1e-9, 1e6)
+
+    def checked(v: Tensor) -> Tensor:
+        values = score(v).double()
+        check_values(values, name="the score")
+        return values
+
+    with frozen(score):
+        mean = Noise(within, sigma).total(checked, x, n, at, batch_size, generator) / n
+    mean = mean.clamp(0, 1)
+    low, high = mean_bound(mean, n, alpha), 1 - mean_bound(1 - mean, n, alpha)
+    return CertifiedScore(mean, low, high, sigma)
+
+
+def mean_bound(mean: Values, n: int, alpha: float) -> Values:
+    r"""Lower confidence bound of the mean of a variable in [0, 1], of which n draws have this mean.
+
+    The least q with $n\,\mathrm{kl}(\hat s, q) \le \log \frac1\alpha$, where $\mathrm{kl}(p, q) = p \log\frac pq +
+    (1 - p)\log\frac{1 - p}{1 - q}$. Valid for every n and every law on [0, 1], because $\Pr[\hat s \ge t] \le
+    e^{-n\,\mathrm{kl}(t, q)}$ for a mean q < t (Hoeffding 1963, theorem 1). Where all draws are 1 it is
+    $\alpha^{1/n}$, the Clopper-Pearson bound; in between it is slightly wider. The scores of a good detector lie
+    at the ends, where bounds of width $1 / \sqrt n$ are of no use.
+
+    >>> print(f"{mean_bound(torch.ones(1).double(), 1000, 0.001).item():.6f} {0.001 ** (1 / 1000):.6f}")
+    0.993116 0.993116
+    """
+    low, high = torch.zeros_like(mean), mean.clone()
+    for _ in range(60):
+        q = (low + high) / 2
+        divergence = torch.xlogy(mean, mean / q) + torch.xlogy(1 - mean, (1 - mean) / (1 - q))
+        outside = n * divergence > math.log(1 / alpha)
+        low, high = torch.where(outside, q, low), torch.where(outside, high, q)
+    return low
+
+
+def guaranteed_auroc(
+    lower: Callable[[float], Tensor],
+    upper: Callable[[float], Tensor],
+    radii: Sequence[float],
+    confidence: float = 0.95,
+) -> list[Estimate]:
+    """AUROC of lower bounds in-distribution against upper bounds of outliers, for each radius.
+
+    No attack of that radius on both sides brings the AUROC on these inputs below it. The intervals are
+    about the sample of inputs.
+
+    Args:
+        lower: radius to lower bounds of the in-distribution scores, such as :meth:`CertifiedScore.lower`.
+        upper: radius to upper bounds of the outliers' scores.
+    """
+    return [
+        confidence_interval(auroc, lower(radius), upper(radius), confidence=confidence)
+        for radius in radii
+    ]
+
+
+class Smoothed(nn.Module):
+    r"""The smoothed network in a form that attacks and detectors take.
+
+    Its outputs are $\log \frac1m \sum_j \mathrm{softmax}(f(\mathrm{apply}(x, z + \nu_j)))$. The draws $\nu_j$ are the
+    same at each call, so it is an ordinary function with an ordinary gradient. To climb this mean instead
+    of the network at x is what makes an attack adaptive (Salman et al. 2019). It stands for the
+    smoothed answer, it is not the answer: judge what was found by fresh draws.
+
+    Args:
+        model: inputs to outputs.
+        within, sigma: as in :func:`votes`.
+        draws: number m of copies.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        within: PerturbationSet,
+        sigma: float,
+        draws: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_count(draws, "draws", low=1)
+        self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
+        self.classes = getattr(model, "classes", None)
+        self.reject = getattr(model, "reject", 0)
+
+    def forward(self, x: Batch, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
+        """Log-probabilities at the parameters z (default: of x itself)."""
+        within, m = self.noise.within, self.draws
+        z = within.null(x) if z is None else z
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        nu = torch.randn(m, *z.shape[1:], dtype=z.dtype, device=z.device, generator=generator)
+        around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)
+        log_p = self.model(within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
+        return log_p.unflatten(0, (len(x), m)).logsumexp(1) - math.log(m)
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse an error probability outside (0, 1/4]."""
+    check_number(alpha, "alpha", 1e-12, 0.25, "write 0.001 for one wrong bound in a thousand")

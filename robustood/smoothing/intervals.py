@@ -1,0 +1,207 @@
+r"""Interval bounds: a box of inputs, followed through a network layer by layer.
+
+A layer that is monotone in each input maps the ends of the box to the ends of its outputs. An affine layer
+maps centre and radius,
+
+$$W x + b \in W c + b \pm |W|\, r \quad\text{for } |x - c| \le r$$
+
+(Gowal et al. 2018, section 3). Each layer forgets how its inputs depend on one another, so the box grows
+from layer to layer. The bounds hold for every network, up to rounding; they are of use for one that was
+trained by them, such as the outlier detectors of Bitterwolf et al. (2020) and Meinke et al. (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from robustood.data import Batch
+from robustood.inputs import check_images, check_number
+from robustood.models import Adapted, Classifier, Normalise
+
+Inputs = Float[Tensor, "batch *shape"]
+Outputs = Float[Tensor, "batch outputs"]
+Values = Float[Tensor, " batch"]
+MONOTONE = (
+    nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, Normalise,
+)  # fmt: skip
+SKIPPED = (nn.Dropout, nn.Dropout2d)  # the bounds are those of the network in eval mode
+
+
+def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Outputs, Outputs]:
+    """Bounds of each output over all inputs between ``lower`` and ``upper``, pixel by pixel.
+
+    Differentiable in the network's parameters. Batch normalisation must be in eval mode.
+
+    Args:
+        model: a chain of convolutions, linear layers, monotone activations and pooling.
+        lower, upper: ends of the boxes (batch, ...).
+
+    Raises:
+        ValueError: for a layer that the bounds do not know, by its name, or a box with lower > upper.
+    """
+    if lower.shape != upper.shape or bool((lower > upper).any()):
+        raise ValueError(
+            f"lower and upper must be of one shape with lower <= upper, got {tuple(lower.shape)} and "
+            f"{tuple(upper.shape)}; write x - eps and x + eps"
+        )
+    return through(layers(model), lower, upper)
+
+
+def margin_bounds(
+    model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
+) -> tuple[Outputs, Outputs]:
+    r"""Bounds of $z_k - z_y$ for every output k, with the last layer taken as that of the difference.
+
+    Tighter than the difference of two bounds (Gowal et al. 2018, section 3).
+
+    Args:
+        y: (batch,) the output to compare with; the last one, say, to reject.
+    """
+    *body, head = layers(model)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"model must end in a linear layer, got {head!r}")
+    low, high = through(body, lower, upper)
+    weight = head.weight - head.weight[y][:, None]
+    shift = 0 if head.bias is None else head.bias - head.bias[y][:, None]
+    mid = torch.einsum("bkw,bw->bk", weight, (high + low) / 2) + shift
+    spread = torch.einsum("bkw,bw->bk", weight.abs(), (high - low) / 2)
+    return mid - spread, mid + spread
+
+
+def worst_cross_entropy(
+    model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
+) -> Values:
+    r"""Upper bound of the cross-entropy to y over the box: $\log \sum_k e^{\max(z_k - z_y)}$."""
+    return margin_bounds(model, lower, upper, y)[1].logsumexp(1)
+
+
+def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Values]:
+    r"""Bounds of a reject class's score $\mathrm{LSE}_k(z_k - z_{K+1})$ over the $\ell_\infty$ ball within [0, 1].
+
+    The score is that of :class:`~robustood.detectors.RejectClass`.
+
+    Raises:
+        ValueError: for a network that has not one reject output, and as :func:`interval_bounds`.
+    """
+    check_images(x)
+    low, high = margin_bounds(model, *box(x, eps), reject(model, x))
+    return low[:, :-1].logsumexp(1), high[:, :-1].logsumexp(1)
+
+
+@dataclass(frozen=True)
+class IntervalOutliers:
+    r"""Train a reject class by interval bounds, on both sides:
+
+    $$\mathbb E_{in}\, L(x, y) + \lambda\, \mathbb E_{out}\, L(u, K + 1), \qquad
+    L(x, y) = (1 - s)\,\mathrm{CE}(f(x), y) + s\, \overline{\mathrm{CE}}_{\varepsilon}(x, y)$$
+
+    where $\overline{\mathrm{CE}}_{\varepsilon}$ is :func:`worst_cross_entropy` over the ball. The shape is that of
+    :class:`~robustood.objectives.OutlierTraining`, with a bound in place of the attack. The outlier term is that of
+    Bitterwolf et al. (2020) for a reject class; a network with one class and one reject output is the binary
+    head of Meinke et al. (2022). Both radius and s grow from 0 (Gowal et al. 2018, section 3).
+
+    Attributes:
+        eps: radius, in pixels.
+        weight: $\lambda$ on the mean over a step's outliers.
+        share: s at the end.
+        ramp: share of the training over which radius and s grow linearly from 0.
+    """
+
+    eps: float
+    weight: float = 1.0
+    share: float = 0.5
+    ramp: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(self.eps, "eps", 0, 1e6, "give a radius of at least 0, such as 0.02")
+        check_number(self.weight, "weight", 0)
+        check_number(self.share, "share", 0, 1)
+        check_number(self.ramp, "ramp", 0, 1)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        if batch.outliers is None:
+            raise ValueError("data.outliers is empty; this objective learns from outliers")
+        grown = min(1.0, batch.progress / self.ramp) if self.ramp else 1.0
+        v = torch.cat([batch.x, batch.outliers])
+        y = torch.cat([batch.y, reject(model, batch.outliers)])
+        plain = cross_entropy(model(v), y, reduction="none")
+        worst = worst_cross_entropy(model, *box(v, grown * self.eps), y)
+        losses = (1 - grown * self.share) * plain + grown * self.share * worst
+        inside, outside = losses.split([len(batch.x), len(batch.outliers)])
+        return inside.mean() + self.weight * outside.mean()
+
+
+# --- layer by layer
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a network in the order of their use.
+
+    Types are compared exactly, here and below: a subclass may compute something else.
+    """
+    if type(model) is Classifier:
+        pool = [nn.AdaptiveAvgPool2d(1)] if model.pool else []
+        parts: Iterable[nn.Module] = [model.normalise, *model.body, *pool, nn.Flatten(), model.head]
+    elif type(model) is Adapted:
+        parts = [model.normalise, model.inner]
+    elif type(model) is nn.Sequential:
+        parts = model
+    else:
+        return [model]
+    return [layer for part in parts for layer in layers(part)]
+
+
+def through(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The box after each layer in turn."""
+    for layer in chain:
+        if type(layer) in MONOTONE:
+            low, high = layer(low), layer(high)
+        elif type(layer) not in SKIPPED:
+            centre, radius = (high + low) / 2, (high - low) / 2
+            spread, mid = magnitude(layer, radius), layer(centre)
+            low, high = mid - spread, mid + spread
+    return low, high
+
+
+def magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
+    """$|W|\\, r$ of an affine layer."""
+    if type(layer) is nn.Linear:
+        return linear(radius, layer.weight.abs())
+    if type(layer) is nn.Conv2d:
+        return layer._conv_forward(radius, layer.weight.abs(), None)
+    if type(layer) is nn.BatchNorm2d:
+        if layer.training or layer.running_var is None:
+            raise ValueError(
+                "interval bounds need running statistics, but a BatchNorm2d layer is in train mode; "
+                "call model.eval() or build the network without batch normalisation"
+            )
+        scale = (layer.running_var + layer.eps).rsqrt()
+        if layer.weight is not None:
+            scale = scale * layer.weight.abs()
+        return radius * scale[:, None, None]
+    raise ValueError(
+        f"interval bounds do not know the layer {type(layer).__name__}; they know chains of Linear, "
+        f"Conv2d, BatchNorm2d, {', '.join(kind.__name__ for kind in MONOTONE)}"
+    )
+
+
+def box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Ends of the ball within the valid images."""
+    return (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+
+
+def reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
+    """The index of the one output that rejects, for each input."""
+    if getattr(model, "reject", 0) != 1:
+        raise ValueError(
+            f"model must have one reject output, got {getattr(model, 'reject', 0)}; "
+            "build it with reject=1"
+        )
+    return torch.full((len(x),), int(model.classes), device=x.device)  # ty: ignore

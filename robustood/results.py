@@ -118,6 +118,8 @@ def restore(name: str, folder: str | Path) -> Path:
     weights = kept_file("weights", f"{name}.safetensors", get)
     run = record["run"]
     recipe = {"name": run["recipe"], "about": run["about"], **run["settings"]}
+    if record["report"]:  # measured as it was
+        recipe["evaluation"] = record["report"]["settings"]
     folder.mkdir(parents=True, exist_ok=True)
     for ending in (".safetensors", ".json"):
         write_whole(folder / f"weights{ending}", weights.with_suffix(ending).read_bytes())

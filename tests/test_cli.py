@@ -312,6 +312,50 @@ def test_real_images(tmp_path, monkeypatch, capsys):
     assert "aloe_cifar10_cpu" in capsys.readouterr().out
 
 
+MEASURED = {r["folder"]: r for r in results.load() if r["report"] and "cifar" in r["folder"]}
+
+
+def again(name, folder, *changes):
+    """Measure a kept run anew on the real images; returns the kept report and scores, and the new ones."""
+    report, scores = MEASURED[name]["report"], results.scores(name)
+    wanted = [card["name"] for card in report["data"].values()]
+    if missing := [each for each in wanted if each not in data.available()]:
+        pytest.skip(f"no {', '.join(missing)} in {data.root()}: robustood data fetch or pack them")
+    results.restore(name, folder)
+    new = recipes.read(folder / "recipe.json", changes).evaluate(folder, "cpu")
+    with np.load(folder / "scores.npz", allow_pickle=False) as kept:
+        return report, scores, new, dict(kept)
+
+
+def same_aurocs(report, new):
+    """All AUROCs of the new report are within half a point of the kept ones."""
+    key = lambda row: [row[k] for k in ("detector", "attack", "side", "set")]  # noqa: E731
+    for row in new["rows"]:
+        (old,) = [r for r in report["rows"] if key(r) == key(row)]
+        assert abs(row["auroc"]["value"] - old["auroc"]["value"]) <= 0.005, key(row)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_kept_weights_give_the_kept_scores(name, tmp_path):
+    report, scores, new, measured = again(name, tmp_path / name, "evaluation.attacks=['none']")
+    for key, values in measured.items():
+        assert np.abs(values - scores[key]).max() <= 1e-3, key
+    assert len(new["rows"]) == len([r for r in report["rows"] if r["attack"] == "none"])
+    same_aurocs(report, new)
+    assert abs(new["accuracy"]["value"] - report["accuracy"]["value"]) <= 3e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
+def test_kept_weights_give_the_kept_attacked_rates(name, tmp_path):
+    sides = {r["set"] for r in MEASURED[name]["report"]["rows"]}
+    report, _, new, _ = again(
+        name, tmp_path / name, "evaluation.attacks=['paper', 'adaptive']",
+        f"evaluation.sets={sorted(sides)[:1]}", "evaluation.detectors=['auto']",
+    )  # fmt: skip
+    same_aurocs(report, new)
+
+
 # --- disturbed runs
 
 

@@ -2,9 +2,14 @@
 
 import json
 
+import keeping
+import numpy as np
 import pytest
+import results_mnist
+import torch
 
-from robustood import results
+from robustood import data, metrics, results
+from robustood.checkpoints import load_weights
 from robustood.results import load, table
 
 
@@ -105,3 +110,72 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "one" / "run.json").write_text('{"recipe": ')
     with pytest.raises(ValueError, match=r"run\.json is damaged .*; delete it"):
         load(tmp_path)
+
+
+def test_the_mean_over_sets_is_the_rate_of_their_mixture():
+    noise = np.random.default_rng(0)
+    draw = {name: noise.normal(size=n).astype(np.float32) for name, n in
+            {"in": 300, "a": 50, "b": 50, "c": 50}.items()}  # fmt: skip
+    scores = {f"MSP none {name}": values for name, values in draw.items()}
+    inside, outside = results.pooled(scores, "MSP", "none", "abc")
+    each = [metrics.auroc(draw["in"], draw[name]) for name in "abc"]
+    assert metrics.auroc(inside, outside) == pytest.approx(np.mean(each), abs=1e-12)
+    threshold = metrics.threshold_at_tpr(draw["in"])
+    each = [metrics.acceptance(draw[name], threshold).value for name in "abc"]
+    assert metrics.acceptance(outside, threshold).value == pytest.approx(np.mean(each), abs=1e-12)
+
+    scores["MSP none d"] = draw["a"][:20]  # a smaller set weighs as much as a larger one
+    assert len(results.pooled(scores, "MSP", "none", "ad")[1]) == 40
+    with pytest.raises(
+        ValueError, match=r"no scores \['MSP paper in', 'MSP paper a'\]; there are: MSP"
+    ):
+        results.pooled(scores, "MSP", "paper", "a")
+
+
+def estimates(value):
+    """All estimates in a kept table."""
+    if isinstance(value, dict) and value.keys() == {"value", "low", "high", "n"}:
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from estimates(each)
+
+
+@pytest.mark.parametrize(
+    "name", ["tradeoff", "changed", "sample_size", "gradients", "large_eps", "fiveseven"]
+)
+def test_the_kept_mnist_tables_are_whole(name):
+    kept = data.kept(f"mnist_{name}")
+    assert (kept["name"], kept["scale"]) == (f"mnist_{name}", "mnist")
+    assert {"python", "torch", "numpy"} <= kept["versions"].keys()
+    experiment, settings = results_mnist.EXPERIMENTS[name]
+    assert kept["settings"] == keeping.plain(settings), "run make results-mnist"
+    for seed in (0, 1, 2):
+        wanted = [setting for setting, _ in experiment(seed)]
+        assert [r["settings"] for r in kept["rows"] if r["seed"] == seed] == wanted
+    found = list(estimates(kept["rows"]))
+    assert len(found) >= len(kept["rows"])
+    assert all(e["low"] <= e["value"] <= e["high"] and e["n"] > 50 for e in found)
+
+
+def test_the_kept_mnist_accuracies_fall_with_the_test_radius():
+    rows = [row["metrics"] for row in data.kept("mnist_tradeoff")["rows"]]
+    rows += [{"pgd": row["metrics"]["exact"]} for row in data.kept("mnist_fiveseven")["rows"]]
+    for row in rows:
+        for curve in (row["pgd"], list(row.get("targets", {}).values())):
+            values = [e["value"] for e in curve]
+            assert values == sorted(values, reverse=True)
+
+
+def test_the_kept_mnist_networks_load():
+    torch.manual_seed(0)
+    x = torch.rand(4, 1, 28, 28)
+    for row in data.kept("mnist_tradeoff")["rows"]:
+        eps, clean = row["settings"]["train_eps"], row["metrics"]["clean"]
+        path, model = results_mnist.file_of(eps), results_mnist.network(seed=1)
+        before = model(x)
+        card = load_weights(path, model)
+        assert path.stat().st_size < 2**20
+        assert (card["train_eps"], card["clean"]) == (eps, clean)
+        assert card["recipe"] == keeping.plain(results_mnist.RECIPE)
+        assert model(x).isfinite().all() and not torch.equal(model(x), before)

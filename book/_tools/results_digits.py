@@ -4,28 +4,21 @@
     python book/_tools/results_digits.py trades --seeds 0    one experiment, one seed
     python book/_tools/results_digits.py --again             measure anew what is already kept
 
-Each experiment fills ``data/results/digits_<name>.json``, which ``robustood.data.kept`` reads. A file
-holds the versions, the common settings, and one row for each setting and seed. A row is written as
-soon as it is measured, and rows that are there are skipped, so a run can be stopped and goes on. On
-one machine the numbers are a function of the settings; only ``seconds`` (CPU time of training)
-differs. A seed sets the initial weights and the order of the data. The split is always the book's.
+Each experiment fills ``data/results/digits_<name>.json``; a run can be stopped and goes on (``keeping.py``). A
+seed sets the initial weights and the order of the data. The split is always the book's.
 
 All accuracies are shares of the 500 test digits with exact 95 % binomial intervals. The experiments
-with outliers are in ``results_outliers.py``.
+with outliers are in ``results_outliers.py``, the same measurements on MNIST in ``results_mnist.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import results_outliers
 import torch
+from keeping import Experiment, Task, main
 from torch import Tensor, nn
 
 from robustood import toy
@@ -44,7 +38,6 @@ from robustood.attacks import (
     pgd,
     robust_accuracy,
 )
-from robustood.checkpoints import write_whole
 from robustood.data import Data, Split
 from robustood.data import digits as load_digits
 from robustood.metrics import Estimate, proportion
@@ -53,7 +46,6 @@ from robustood.objectives import TRADES, Adversarial, Standard
 from robustood.perturbations import L2, Ball, Linf
 from robustood.training import fit
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "results"
 LINF = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 L2_RADII = (0.0, 0.25, 0.5, 1.0, 1.5)
 SIZES = (20, 50, 100, 200, 500, 1097)
@@ -70,7 +62,6 @@ RECIPE = {
 }  # fmt: skip
 
 Rule = Standard | Adversarial | TRADES
-Task = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 # --- networks and measurements
 
@@ -115,8 +106,15 @@ def rule(within: Ball) -> Rule:
     return Adversarial(within) if within.eps else Standard()
 
 
-def accuracy(model: nn.Module, within: Ball, attack: Callable[..., Tensor] = pgd, **how: Any):
-    test = digits().test
+def accuracy(
+    model: nn.Module,
+    within: Ball,
+    attack: Callable[..., Tensor] = pgd,
+    test: Split | None = None,
+    **how: Any,
+) -> Estimate:
+    """Under an attack, on the test digits or another split."""
+    test = test or digits().test
     return robust_accuracy(model, test.x, test.y, partial(attack, within=within, **how))
 
 
@@ -135,17 +133,27 @@ def tradeoff_linf(seed: int) -> Iterator[Task]:
     """Accuracy for each training radius at each test radius, l_inf."""
     for name in ("linear", "mlp", "cnn"):
         for eps in LINF:
-            yield {"model": name, "train_eps": eps}, partial(linf_curve, name, eps, seed)
+
+            def measure(name: str = name, eps: float = eps) -> dict[str, Any]:
+                model, seconds = trained(name, rule(Linf(eps)), seed)
+                test, targets = digits().test, () if name == "linear" else (0.1, 0.2)
+                row = linf_curve(model, test, LINF, targets, steps=10) | {"seconds": seconds}
+                if name == "linear":  # exact: one step of full length towards each wrong class
+                    exact = partial(accuracy, model, loss="targets", steps=1, restarts=0)
+                    row = row | {"exact": [exact(Linf(r)) for r in LINF]}
+                return row
+
+            yield {"model": name, "train_eps": eps}, measure
 
 
-def linf_curve(name: str, eps: float, seed: int) -> dict[str, Any]:
-    model, seconds = trained(name, rule(Linf(eps)), seed)
-    row = {"pgd": [accuracy(model, Linf(r), steps=40) for r in LINF], "seconds": seconds}
-    if name == "linear":  # exact: one step of full length towards each wrong class
-        exact = partial(accuracy, model, loss="targets", steps=1, restarts=0)
-        return row | {"exact": [exact(Linf(r)) for r in LINF]}
-    each = partial(accuracy, model, loss="targets", steps=10)
-    return row | {"targets": {str(r): each(Linf(r)) for r in (0.1, 0.2)}}
+def linf_curve(
+    model: nn.Module, test: Split, radii: Sequence[float], targets: Sequence[float], steps: int
+) -> dict[str, Any]:
+    """Accuracy under 40 steps of PGD at all radii, and towards each class at some."""
+    pgd40 = [accuracy(model, Linf(r), test=test, steps=40 if r else 0) for r in radii]
+    each = partial(accuracy, model, test=test, loss="targets", steps=steps)
+    found = {"targets": {str(r): each(Linf(r)) for r in targets}} if targets else {}
+    return {"pgd": pgd40, **found}
 
 
 def tradeoff_l2(seed: int) -> Iterator[Task]:
@@ -199,22 +207,26 @@ def gradients(seed: int) -> Iterator[Task]:
         def measure(eps: float = eps) -> dict[str, Any]:
             data = padded(digits(), 2)
             model, seconds = trained("mlp", rule(Linf(eps)), seed, steps=600, pad=2)
-            x = data.test.x.clone().requires_grad_()
-            with frozen(model):
-                loss = cross_entropy(model(x), data.test.y).sum()
-                size = torch.autograd.grad(loss, x)[0].flatten(1).abs()
-            dead = (data.train.x == 0).all(0).flatten()
-            total = size.sum(1)
-            moved = total > 0  # a saturated loss can have a gradient of exactly zero
-            return {
-                "dead_gradient": mean(size[moved][:, dead].sum(1) / total[moved]),
-                "dead_pixels": float(dead.double().mean()),
-                "median_l1": float(total.median()),
-                "clean": proportion(int((model(x).argmax(1) == data.test.y).sum()), len(x)),
-                "seconds": seconds,
-            }
+            return dead_share(model, data.test, data.train.x) | {"seconds": seconds}
 
         yield {"train_eps": eps}, measure
+
+
+def dead_share(model: nn.Module, test: Split, seen: Tensor) -> dict[str, Any]:
+    """Where the loss gradient lies, against the pixels that are 0 in all training images."""
+    x = test.x.clone().requires_grad_()
+    with frozen(model):
+        loss = cross_entropy(model(x), test.y).sum()
+        size = torch.autograd.grad(loss, x)[0].flatten(1).abs()
+    dead = (seen == 0).all(0).flatten()
+    total = size.sum(1)
+    moved = total > 0  # a saturated loss can have a gradient of exactly zero
+    return {
+        "dead_gradient": mean(size[moved][:, dead].sum(1) / total[moved]),
+        "dead_pixels": float(dead.double().mean()),
+        "median_l1": float(total.median()),
+        "clean": proportion(int((model(x).argmax(1) == test.y).sum()), len(x)),
+    }
 
 
 def splits(seed: int) -> Iterator[Task]:
@@ -251,28 +263,54 @@ def large_eps(seed: int) -> Iterator[Task]:
         "TRADES 0.15": TRADES(Linf(0.15), beta=6.0),
     }
     for name, chosen in rules.items():
-        yield {"model": "cnn", "training": name}, partial(far, chosen, seed)
+
+        def measure(chosen: Rule = chosen) -> dict[str, Any]:
+            model, seconds = trained("cnn", chosen, seed, steps=800)
+            return far(model, digits().test, digits().train, FAR, seed) | {"seconds": seconds}
+
+        yield {"model": "cnn", "training": name}, measure
 
 
-def far(chosen: Rule, seed: int) -> dict[str, Any]:
-    model, seconds = trained("cnn", chosen, seed, steps=800)
-    test, train = digits().test, digits().train
+def goals(test: Split, seed: int) -> Tensor:
+    """A random wrong class for each image."""
     shift = torch.randint(1, 10, (len(test),), generator=torch.Generator().manual_seed(seed))
-    target = (test.y + shift) % 10
+    return (test.y + shift) % 10
+
+
+def towards(model: nn.Module, x: Tensor, target: Tensor, eps: float, restarts: int = 1) -> Tensor:
+    """Images moved towards a class, as far as l_2 allows."""
+    with frozen(model):
+        objective = lambda moved: -cross_entropy(model(moved), target)  # noqa: E731
+        return maximise(objective, x, L2(eps), steps=60, restarts=restarts)
+
+
+def read_as(model: nn.Module, x: Tensor, target: Tensor) -> Estimate:
+    """Share of images that the network reads as the target class."""
+    return proportion(int((model(x).argmax(1) == target).sum()), len(x))
+
+
+def far(
+    model: nn.Module,
+    test: Split,
+    train: Split,
+    radii: Sequence[float],
+    seed: int,
+    restarts: int = 1,
+) -> dict[str, Any]:
+    """Whether targeted attacks reach their class: by the network, and by the nearest neighbour."""
+    target = goals(test, seed)
 
     def reach(x: Tensor) -> Estimate:
         """Share of images whose nearest training digit has the target label."""
         nearest = torch.cdist(x.flatten(1), train.x.flatten(1)).argmin(1)
         return proportion(int((train.y[nearest] == target).sum()), len(x))
 
-    row: dict[str, Any] = {"reached": [], "fooled": [], "seconds": seconds}
+    row: dict[str, Any] = {"reached": [], "fooled": []}
     moved = test.x
-    for eps in FAR:
-        with frozen(model):
-            toward = lambda x: -cross_entropy(model(x), target)  # noqa: E731
-            moved = maximise(toward, test.x, L2(eps), steps=60)
+    for eps in radii:
+        moved = towards(model, test.x, target, eps, restarts)
         row["reached"].append(reach(moved))
-        row["fooled"].append(proportion(int((model(moved).argmax(1) == target).sum()), len(test)))
+        row["fooled"].append(read_as(model, moved, target))
     return row | {"path": [reach(test.x.lerp(moved, t)) for t in PATH]}
 
 
@@ -280,16 +318,22 @@ def fiveseven(seed: int) -> Iterator[Task]:
     """A linear classifier of 5 against 7 on all or only on well correlated pixels, closed form."""
     if seed:  # training is deterministic: zero start, full batch
         return
+    data, radii = digits(), (0.0, 0.1, 0.2, 0.3)
     for eps, least in [(0.0, 0.0), (0.0, 0.5), (0.0, 0.7), (0.1, 0.0), (0.2, 0.0)]:
-        yield {"train_eps": eps, "least_correlation": least}, partial(linear_pair, eps, least)
+        setting = {"train_eps": eps, "least_correlation": least}
+        yield setting, partial(linear_pair, data.train, data.test, eps, least, radii)
 
 
-def linear_pair(eps: float, least: float) -> dict[str, Any]:
+def linear_pair(
+    train: Split, test: Split, eps: float, least: float, radii: Sequence[float]
+) -> dict[str, Any]:
+    """Exact accuracy of a linear 5-against-7, trained on pixels whose correlation with the label is enough."""
+
     def pair(split: Split) -> tuple[Tensor, Tensor]:
         chosen = (split.y == 5) | (split.y == 7)
         return split.x[chosen].flatten(1), (split.y[chosen] == 5).long() * 2 - 1
 
-    (x, y), (test_x, test_y) = pair(digits().train), pair(digits().test)
+    (x, y), (test_x, test_y) = pair(train), pair(test)
     centre = x.mean(0)
     with np.errstate(invalid="ignore"):  # constant pixels have no correlation
         table = np.corrcoef(x.numpy(), y.numpy()[:, None], rowvar=False)[-1, :-1]
@@ -301,10 +345,7 @@ def linear_pair(eps: float, least: float) -> dict[str, Any]:
     margin = ((test_x - centre)[:, used] @ w) * test_y
     weak = float(w[correlation[used] < 0.3].abs().sum() / w.abs().sum())
     return {
-        "exact": [
-            proportion(int((margin > r * w.abs().sum()).sum()), len(margin))
-            for r in (0.0, 0.1, 0.2, 0.3)
-        ],
+        "exact": [proportion(int((margin > r * w.abs().sum()).sum()), len(margin)) for r in radii],
         "pixels": int(used.sum()),
         "weak_share": weak,
         "seconds": seconds,
@@ -352,7 +393,7 @@ OVERFITTING: dict[str, Any] = {
     "batch_size": 64,
 }
 
-CLASSIFIERS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] = {
+CLASSIFIERS: dict[str, Experiment] = {
     "fiveseven": (fiveseven, {"test_eps": [0.0, 0.1, 0.2, 0.3], "weak": "|correlation| < 0.3"}),
     "gradients": (gradients, {"size": [12, 12], "train_steps": 600}),
     "overfitting": (overfitting, OVERFITTING),
@@ -369,66 +410,5 @@ CLASSIFIERS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] =
 EXPERIMENTS = {name: (rows, RECIPE | more) for name, (rows, more) in CLASSIFIERS.items()}
 EXPERIMENTS |= results_outliers.EXPERIMENTS
 
-# --- keeping
-
-
-def plain(value: Any) -> Any:
-    """Estimates as dicts, numbers to four digits."""
-    if isinstance(value, Estimate):
-        return plain(asdict(value))
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def measure(name: str, seed: int, *, again: bool) -> None:
-    """Fill one experiment's file with the rows of one seed."""
-    experiment, settings = EXPERIMENTS[name]
-    path = FOLDER / f"digits_{name}.json"
-    packages = ("torch", "numpy", "scikit-learn")
-    kept: dict[str, Any] = {
-        "name": f"digits_{name}",
-        "what": (experiment.__doc__ or "").strip(),
-        "scale": "digits",
-        "settings": plain(settings),
-        "versions": {"python": sys.version.split()[0]} | {p: version(p) for p in packages},
-        "rows": [],
-    }
-    if path.exists():
-        old = json.loads(path.read_text("utf-8"))
-        if old["settings"] == kept["settings"]:
-            kept["rows"] = [r for r in old["rows"] if not (again and r["seed"] == seed)]
-    there = [row["settings"] for row in kept["rows"] if row["seed"] == seed]
-    for setting, task in experiment(seed):
-        if setting in there:
-            continue
-        measured = task()
-        seconds = round(measured.pop("seconds"), 1)
-        row = {"settings": setting, "seed": seed, "metrics": measured, "seconds": seconds}
-        kept["rows"] = sorted([*kept["rows"], plain(row)], key=lambda r: r["seed"])
-        write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
-        print(f"{name}  seed {seed}  {setting}  {seconds} s of training", flush=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none means all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--again", action="store_true", help="measure anew what is kept")
-    args = parser.parse_args()
-    if unknown := set(args.names) - EXPERIMENTS.keys():
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; known: {', '.join(EXPERIMENTS)}")
-    torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:  # all experiments of one seed first: they share networks
-        for name in args.names or EXPERIMENTS:
-            measure(name, seed, again=args.again)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "digits", EXPERIMENTS))

@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from keeping import Experiment, Task
 from torch import Tensor
 
 from robustood import metrics
@@ -50,7 +51,6 @@ from robustood.perturbations import Corruption, Linf
 from robustood.training import fit
 
 EPS = 0.1
-Task = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 RECIPE: dict[str, Any] = {
     "train_digits": 1097, "batch_size": 64, "outlier_batch_size": 128, "epochs": 40, "optimiser": "Adam",
     "lr": 3e-3, "schedule": "15 % linear warm-up, then half a cosine to zero",
@@ -339,7 +339,7 @@ def ablated(change: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**accuracies(model), "both": found, "seconds": seconds}
 
 
-EXPERIMENTS: dict[str, tuple[Callable[[int], Iterator[Task]], dict[str, Any]]] = {
+EXPERIMENTS: dict[str, Experiment] = {
     "transfer": (transfer, RECIPE | {"outliers": "67 letters, 67 patches, 66 noise; gap over 500 resamples"}),
     "fall": (fall, RECIPE),
     "defences": (defences, ROBUST | {"targets": "every class for standard, OE, ADV, AOE and ALOE; the 3 "

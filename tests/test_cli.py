@@ -231,8 +231,8 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, monkeypatch, capsy
     assert (
         len(right) == 6 and right[0] >= right[2] == curve["attacked_accuracy"]["value"] >= right[5]
     )
-    with pytest.raises(ValueError, match="no plan 'stong'; did you mean 'strong'"):
-        recipes.read(finished / "recipe.json", plan="stong")
+    with pytest.raises(ValueError, match=r"no plan 'weak'; .*strong"):
+        recipes.read(finished / "recipe.json", plan="weak")
 
 
 def test_a_kept_run_without_weights_says_where_they_are(tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ from robustood.detectors import to_uniform
 from robustood.objectives import OutlierTraining, to_reject
 from robustood.recipes import read, running, schema, testing
 
+LEARNED_SETS = ["cvae_cifar10c", "cvae_mnist_rts"]
 ALL = recipes.names()
+CLASSIFIERS = [name for name in ALL if name not in LEARNED_SETS]
 OLD = ["standard", "oe", "adv", "aoe", "aloe", "acet", "ntom", "atom"]
 
 
@@ -28,10 +30,11 @@ def test_every_method_has_its_recipes():
     wanted = [f"{m}_cifar{n}_paper" for m in OLD for n in (10, 100)]
     wanted += [f"{m}_cifar{n}_fast" for m in [*OLD, "robustmining"] for n in (10, 100)]
     wanted += [f"{m}_cifar10_cpu" for m in [*OLD, "robustmining"]]
+    wanted += LEARNED_SETS
     assert sorted(wanted) == ALL
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_each_recipe_resolves_and_builds(name):
     recipe = read(name)
     classes = 100 if "cifar100" in name else 10
@@ -343,3 +346,34 @@ def test_images_are_tested_with_the_compression_they_were_trained_with():
     passed = testing.as_trained(test, {"jpeg": 90}, card)
     assert torch.equal(passed.x, data.compress(x, 90)) and torch.equal(passed.y, test.y)
     assert card["passed through JPEG"] == 90
+
+
+# --- learned sets
+
+
+def test_a_recipe_learns_and_measures_a_set(sets, tmp_path):
+    """Pairs from the first images, radii from the last; the same call goes on, other settings are refused."""
+    few = ["data.images=32", "data.validation=8", "training.epochs=1", "training.batch_size=16"]
+    small = ["model.width=4", "model.blocks=1", "model.latent=4", "evaluation.n_in=6"]
+    recipe = read("cvae_cifar10c", few + small)
+    found, cards = running.for_training(recipe, None)
+    train = sets[0]["cifar10:train"]
+    assert torch.equal(found.train.x, train.x[:32]) and torch.equal(found.val.x, train.x[52:])
+    assert found.train.views.shape[1] == 13 and cards["train"]["held out"] == 8
+    assert recipe.train(tmp_path)["finished"] and recipe.train(tmp_path)["finished"]
+    report = recipe.evaluate(tmp_path)
+    assert set(report["sets"]) == {"learned", *data.HELD_OUT}
+    assert all(measured["ordered"] for measured in report["sets"].values())
+    assert 0 < report["radii"]["median"] <= report["radii"]["maximum"]
+    with pytest.raises(ValueError, match="holds weights"):
+        read("cvae_cifar10c", [*few, *small, "objective.beta=2"]).evaluate(tmp_path)
+    with pytest.raises(ValueError, match=r"data.images = 60 and data.validation = 8 must fit"):
+        running.for_training(read("cvae_cifar10c", ["data.images=60", "data.validation=8"]), None)
+
+
+def test_a_learned_set_needs_all_its_parts():
+    for change in ("objective.name=Standard", "model.name=small_cnn"):
+        with pytest.raises(ValueError, match=r"need one another|no key"):
+            read("cvae_mnist_rts", [change])
+    with pytest.raises(ValueError, match=r"need one another; got OutlierExposure"):
+        read("oe_cifar10_cpu", ["data.pairs=rts"])

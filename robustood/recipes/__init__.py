@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 
-from robustood import models
 from robustood.checkpoints import read_json
 from robustood.data import Data
-from robustood.models import Classifier
 from robustood.objectives import Objective
-from robustood.recipes import running, schema, testing
+from robustood.recipes import pairs, running, schema, testing
 from robustood.recipes.schema import SECTIONS, Section
 
 FOLDER = Path(__file__).parent
@@ -60,12 +58,13 @@ class Recipe:
         """The training rule."""
         return schema.objective(self.settings["objective"])
 
-    def model(self) -> Classifier:
-        """The untrained network; its initial weights are drawn from the seed of the training."""
+    def model(self) -> Any:
+        """The untrained network, a classifier or an autoencoder; the seed of the training draws its weights."""
         given = {k: v for k, v in self.settings["model"].items() if k != "name"}
         try:
-            make = getattr(models, self.settings["model"]["name"])
-            return make(**given, seed=self.settings["training"]["seed"])
+            return schema.network(self.settings["model"]["name"])(
+                **given, seed=self.settings["training"]["seed"]
+            )
         except ValueError as error:
             raise ValueError(f"recipe {self.name}: model: {error}") from error
 
@@ -97,8 +96,9 @@ class Recipe:
         root: str | Path | None = None,
         tell: Callable[[str], None] = running.silent,
     ) -> dict[str, Any]:
-        """Measure the run in ``folder`` (:func:`robustood.recipes.testing.evaluate`)."""
-        return testing.evaluate(self, folder, device, root, tell)
+        """Measure the run in ``folder`` (:func:`robustood.recipes.testing.evaluate`, or ``pairs.evaluate``)."""
+        measure = pairs.evaluate if "pairs" in self.settings["data"] else testing.evaluate
+        return measure(self, folder, device, root, tell)
 
     def to_json(self) -> str:
         """The whole recipe, such as :func:`read` takes it."""

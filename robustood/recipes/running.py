@@ -62,6 +62,10 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         ValueError: for an unknown or unfitting set, or a pool that is smaller than the recipe demands.
     """
     want, objective = recipe.settings["data"], recipe.objective()
+    if "pairs" in want:
+        from robustood.recipes import pairs  # which builds on this module
+
+        return pairs.for_training(recipe, root)
     used = uses_outliers(objective)
     check_there([want["train"], *([want["outliers"]] if used else [])], root)
     cards: dict[str, Card] = {}
@@ -193,9 +197,10 @@ def train(
         tell(
             f"reading the images took the {minutes:g} minutes; give more, or no step is ever taken"
         )
+    classifies = "pairs" not in recipe.settings["data"]
     history = training.fit(
-        model, objective, data, **to_fit(recipe), engine=chosen, device=device,
-        run_dir=folder, minutes=left, monitor=partial(held_out, data.val),
+        model, objective, data, **to_fit(recipe), engine=chosen if classifies else None, device=device,
+        run_dir=folder, minutes=left, monitor=partial(held_out, data.val) if classifies else None,
         tell=partial(epoch_line, tell, recipe.settings["training"]["epochs"]),
     )  # fmt: skip
     rows = history.rows
@@ -258,6 +263,8 @@ def keep(folder: Path, recipe: Recipe, run: dict[str, Any]) -> None:
 
 def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
     """How to compute: as the recipe says, and by a short measurement where it says "auto"."""
+    if "pairs" in recipe.settings["data"]:
+        return Engine()  # an autoencoder runs as it is
     want = {k: recipe.settings["training"][k] for k in ("precision", "channels_last", "compile")}
     shape = tuple(data.train.x.shape[1:])
     return agreed(engine.choose(model, shape, device, **want))

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
-from robustood import detectors, models, objectives
+from robustood import detectors, generative, models, objectives
 from robustood.evaluate import PAPERS
 from robustood.objectives import Objective, OutlierTraining
 
@@ -103,7 +103,9 @@ DETECTORS = ("MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN
              "GradNorm", "RejectClass")  # fmt: skip
 ATTACKS = ("none", "paper", "adaptive", "strong", "corruption", "compositional_paper",
            "compositional")  # fmt: skip
-MODELS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
+CLASSIFIERS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
+GENERATORS = ("plain_cvae", "residual_cvae", "warp_cvae")  # of robustood.generative
+MODELS = (*CLASSIFIERS, *GENERATORS)
 
 # key: (default, kind)
 DATA: dict[str, tuple[Any, Kind]] = {
@@ -118,6 +120,8 @@ DATA: dict[str, tuple[Any, Kind]] = {
     "crop": (4, whole()),
     "flip": (True, FLAG),
     "pool_minimum": (0, whole()),  # of an objective that mines
+    "pairs": (None, one_of("rts", "corruptions")),  # to learn a perturbation set from
+    "images": (None, whole(1)),  # of train, in pairs
 }
 TRAINING: dict[str, tuple[Any, Kind]] = {
     "epochs": (NEEDED, whole(1)),
@@ -185,6 +189,11 @@ OBJECTIVES: dict[str, dict[str, tuple[Any, Kind]]] = {
     "NTOM": {**WEIGHT, **MINING},
     "ATOM": {**ATTACK, **SHARE, **MINING},
     "RobustMining": {**ATTACK, **SHARE, **MINING},
+    "Variational": {
+        "beta": (None, number(0)),
+        "schedule": (None, several(several(number(0, 1)))),
+        "distance": (None, one_of("squared error", "cross-entropy")),
+    },
 }
 SECTIONS = ("data", "model", "objective", "training", "evaluation")
 
@@ -257,19 +266,26 @@ def filled(
     return values
 
 
+def network(name: str) -> Callable[..., Any]:
+    """The function that builds a network, of :mod:`robustood.models` or :mod:`robustood.generative`."""
+    return getattr(generative if name in GENERATORS else models, name)
+
+
 def arguments(model: str) -> dict[str, tuple[Any, Kind]]:
-    """The keys of a network: the arguments of its function in :mod:`robustood.models`, but for the seed.
+    """The keys of a network: the arguments of its function, but for the seed.
 
     Where an argument has a default, its type says what is allowed.
     """
     kinds: dict[str, tuple[Any, Kind]] = {}
-    for name, parameter in inspect.signature(getattr(models, model)).parameters.items():
+    for name, parameter in inspect.signature(network(model)).parameters.items():
         if name == "seed":
             continue
         default = parameter.default
         needed = default is inspect.Parameter.empty
         kind = TEXT
-        if isinstance(default, bool):
+        if name == "shape":
+            kind = several(whole(1))
+        elif isinstance(default, bool):
             kind = FLAG
         elif needed or isinstance(default, int):
             kind = whole()
@@ -295,6 +311,12 @@ def check_together(recipe: str, settings: dict[str, Section]) -> None:
             "data.outliers=tinyimagenet:train"
         )
     model = settings["model"]
+    learns = [name == "Variational", model["name"] in GENERATORS, "pairs" in settings["data"]]
+    if any(learns) and not all(learns):
+        raise ValueError(
+            f"{start}Variational, a network such as residual_cvae, and data.pairs need one another; got "
+            f"{name}, {model['name']} and data.pairs = {settings['data'].get('pairs')!r}"
+        )
     if needs_reject(built) and not model.setdefault("reject", 1):
         raise ValueError(f"{start}{name} needs model.reject of at least 1, got 0; leave it out")
     if "RejectClass" in settings["evaluation"]["detectors"] and not model.get("reject"):
@@ -326,8 +348,8 @@ def objective(given: Section) -> Objective:
     otherwise; ``step_size``, ``restarts``, ``mode``, ``keep`` and ``ramp`` go to its inner maxima.
     """
     name, rest = given["name"], {k: v for k, v in given.items() if k != "name"}
-    make = getattr(objectives, name)
-    if name in ("Standard", "Adversarial", "TRADES"):
+    make = getattr(generative if name == "Variational" else objectives, name)
+    if name in ("Standard", "Adversarial", "TRADES", "Variational"):
         return make(**rest)
     built = make(**{k: rest.pop(k) for k in ("within", "steps") if k in rest})
     if mining := {k: rest.pop(k) for k in MINING if k in rest}:

@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks results-digits results-mnist format clean
+.PHONY: help venv book test lint types pytest check notebooks results-digits results-generative results-mnist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -60,6 +60,9 @@ notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 
 results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
 	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
+
+results-generative: $(STAMP) ## Measure the tables of learned sets again (half an hour)
+	$(BIN)/python book/_tools/results_generative.py $(AGAIN)
 
 results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
 	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)

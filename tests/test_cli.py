@@ -433,9 +433,11 @@ def test_a_signal_leaves_a_run_that_goes_on(number, tiny, finished, monkeypatch,
             signal.raise_signal(number)
         return False
 
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "out_of_time", hit)
         assert tiny("train") == cli.INTERRUPTED == 130
+    signal.signal(signal.SIGINT, heard)
     assert "interrupted; the same command goes on" in capsys.readouterr().out
     assert tiny("train") == 0
     said = capsys.readouterr().out
@@ -451,6 +453,9 @@ def test_ctrl_c_in_a_process_of_its_own(packs, finished, tmp_path, monkeypatch):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored in the background
     )
     patience = time.monotonic() + 60
     while not (tmp_path / "state.pt").exists() and time.monotonic() < patience:

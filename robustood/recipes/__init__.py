@@ -96,8 +96,8 @@ class Recipe:
         root: str | Path | None = None,
         tell: Callable[[str], None] = running.silent,
     ) -> dict[str, Any]:
-        """Measure the run in ``folder`` (:func:`robustood.recipes.testing.evaluate`, or ``pairs.evaluate``)."""
-        measure = pairs.evaluate if "pairs" in self.settings["data"] else testing.evaluate
+        """Measure the run in ``folder`` (:func:`robustood.recipes.testing.evaluate`, or ``pairs.measure``)."""
+        measure = pairs.measure if "pairs" in self.settings["data"] else testing.evaluate
         return measure(self, folder, device, root, tell)
 
     def to_json(self) -> str:

@@ -36,7 +36,7 @@ def pairs(kind: str, split: Split, seed: int, names: tuple[str, ...] = LEARNED) 
     return corrupted(split, names, seed=seed)
 
 
-def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
+def learned_from(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     """Training and validation pairs, from the first and the last images of a set."""
     want, seed = recipe.settings["data"], recipe.settings["training"]["seed"]
     inside, held = sets.load(want["train"], root=root), want["validation"]
@@ -52,7 +52,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     return Data(train, val, val[:0], train.x[:0]), cards
 
 
-def evaluate(
+def measure(
     recipe: Recipe,
     folder: str | Path,
     device: torch.device | str | None,
@@ -75,7 +75,7 @@ def evaluate(
     want, test = recipe.settings["data"], sets.load(recipe.settings["data"]["test"], root=root)
     some = test[: recipe.settings["evaluation"]["n_in"]]
     some = Split(some.x, some.y)
-    val = for_training(recipe, root)[0].val
+    val = learned_from(recipe, root)[0].val
     tell("radii of the validation pairs")
     found = generative.radii(model, *both(val, device))
     report: dict[str, Any] = {

@@ -65,7 +65,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     if "pairs" in want:
         from robustood.recipes import pairs  # which builds on this module
 
-        return pairs.for_training(recipe, root)
+        return pairs.learned_from(recipe, root)
     used = uses_outliers(objective)
     check_there([want["train"], *([want["outliers"]] if used else [])], root)
     cards: dict[str, Card] = {}

@@ -106,7 +106,7 @@ def evaluate(
             "device": device_name(device), **accuracies(model, test, inside, want, tell),
         }  # fmt: skip
         rows, curve, scores = [], [], {}
-        for name in named(want["detectors"], model):
+        for name in detectors_of(want["detectors"], model):
             measured = fitted(recipe, name, model, root)
             curve += along(measured, pixels(inside.x), outside, want, notes, tell)
             for attack in want["attacks"] if outside else []:
@@ -127,7 +127,7 @@ def evaluate(
     return report
 
 
-def named(wanted: list[str], model: nn.Module) -> list[str]:
+def detectors_of(wanted: list[str], model: nn.Module) -> list[str]:
     """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
     alone = "RejectClass" if model.reject else "MSP"
     by_network = [alone] if model.reject else ["MSP", "ODIN"]
@@ -154,7 +154,7 @@ def along(
             **{k: want[k] for k in ("steps", "restarts", "targets", "batch_size")},
             run_dir=notes / f"{name}_curve_{each.replace(':', '_')}",
         )  # fmt: skip
-        rows += [{"detector": name, "set": each, **plain(row)} for row in found]
+        rows += [{"detector": name, "set": each, **as_dict(row)} for row in found]
     return rows
 
 
@@ -263,10 +263,10 @@ def after_corruption(
 def rows_of(report: Report, name: str, attack: str, seen: str) -> list[dict[str, Any]]:
     """The rows of a report as they go into a file."""
     start = {"detector": name, "attack": attack, "side": report.settings["side"]}
-    return [{**start, "seen": row["set"] == seen, **plain(row)} for row in report.rows]
+    return [{**start, "seen": row["set"] == seen, **as_dict(row)} for row in report.rows]
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
+def as_dict(row: dict[str, Any]) -> dict[str, Any]:
     """A row without classes of its own."""
     return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
 

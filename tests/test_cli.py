@@ -313,6 +313,10 @@ def test_real_images(tmp_path, monkeypatch, capsys):
 
 
 MEASURED = {r["folder"]: r for r in results.load() if r["report"] and "cifar" in r["folder"]}
+NONE_YET = pytest.mark.skip(
+    reason="no kept run on CIFAR has a report; robustood evaluate makes one"
+)
+each_measured = pytest.mark.parametrize("name", MEASURED or [pytest.param("", marks=NONE_YET)])
 
 
 def again(name, folder, *changes):
@@ -335,7 +339,7 @@ def same_aurocs(report, new):
         assert abs(row["auroc"]["value"] - old["auroc"]["value"]) <= 0.005, key(row)
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@each_measured
 def test_kept_weights_give_the_kept_scores(name, tmp_path):
     report, scores, new, measured = again(name, tmp_path / name, "evaluation.attacks=['none']")
     for key, values in measured.items():
@@ -346,7 +350,7 @@ def test_kept_weights_give_the_kept_scores(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURED)
+@each_measured
 def test_kept_weights_give_the_kept_attacked_rates(name, tmp_path):
     sides = {r["set"] for r in MEASURED[name]["report"]["rows"]}
     report, _, new, _ = again(

@@ -13,10 +13,10 @@ import torch
 
 from robustood import data as sets
 from robustood import generative
-from robustood.checkpoints import load_weights, write_whole
+from robustood.checkpoints import write_whole
 from robustood.data import HELD_OUT, LEARNED, Data, Pairs, Split, corrupted, perturbed, pixels
 from robustood.perturbations import Random, Spatial
-from robustood.recipes.running import Card, Root, card, check_recipe, commit, device_name, versions
+from robustood.recipes.running import Card, Root, card, origin, trained
 from robustood.recipes.schema import Section
 
 if TYPE_CHECKING:
@@ -65,13 +65,7 @@ def measure(
     by one. Arguments and errors as in :func:`robustood.recipes.testing.evaluate`.
     """
     folder, began = Path(folder), time.monotonic()
-    if not (folder / "weights.safetensors").is_file():
-        raise ValueError(f"no weights in {folder}: the run is not finished; train it further")
-    model: Any = recipe.model()
-    written = load_weights(folder / "weights.safetensors", model)
-    check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(device).eval()
+    model, written, device = trained(recipe, folder, device)
     want, test = recipe.settings["data"], sets.load(recipe.settings["data"]["test"], root=root)
     some = test[: recipe.settings["evaluation"]["n_in"]]
     some = Split(some.x, some.y)
@@ -79,9 +73,7 @@ def measure(
     tell("radii of the validation pairs")
     found = generative.radii(model, *both(val, device))
     report: dict[str, Any] = {
-        "recipe": recipe.name, "seed": written["seed"], "weights": written["sha256"],
-        "settings": recipe.settings["evaluation"], "data": {"test": card(want["test"], test)},
-        "commit": commit(), "versions": versions(), "device": device_name(device),
+        **origin(recipe, written, device), "data": {"test": card(want["test"], test)},
         "radii": asdict(found), "rows": [], "means": [], "curve": [],
     }  # fmt: skip
     kinds: dict[str, tuple[str, ...]] = {"learned": LEARNED}

@@ -19,7 +19,7 @@ import robustood
 from robustood import data as sets
 from robustood import engine, training
 from robustood.attacks import robust_accuracy
-from robustood.checkpoints import check_same, read_json, save_weights, write_whole
+from robustood.checkpoints import check_same, load_weights, read_json, save_weights, write_whole
 from robustood.data import Augment, Data, Loaded, Split, digest, pixels
 from robustood.engine import Engine
 from robustood.metrics import Estimate
@@ -236,6 +236,36 @@ def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
     run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
     return run
+
+
+def trained(
+    recipe: Recipe, folder: Path, device: torch.device | str | None
+) -> tuple[Any, Card, torch.device]:
+    """The network with the weights in a run's folder, in eval mode on its device, and the weights' card.
+
+    Raises:
+        ValueError: if the weights belong to another recipe, or the run is not finished.
+    """
+    file = folder / "weights.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"no weights in {folder}: the run is not finished; give its robustood train command "
+            "again, it goes on"
+        )
+    model = recipe.model()
+    written = load_weights(file, model)
+    check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.to(device).eval(), written, device
+
+
+def origin(recipe: Recipe, written: Card, device: torch.device) -> dict[str, Any]:
+    """What a report says of the weights, of the settings and of where it was made."""
+    return {
+        "recipe": recipe.name, "seed": written["seed"], "weights": written["sha256"],
+        "settings": recipe.settings["evaluation"], "commit": commit(), "versions": versions(),
+        "device": device_name(device),
+    }  # fmt: skip
 
 
 def check_recipe(recipe: Recipe, name: str, settings: dict[str, Section], holder: str) -> None:

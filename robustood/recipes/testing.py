@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustood.attacks import pgd
-from robustood.checkpoints import load_weights, write_whole
+from robustood.checkpoints import write_whole
 from robustood.data import Split, compress, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import (
@@ -35,11 +35,9 @@ from robustood.recipes.running import (
     Card,
     Root,
     accuracy,
-    check_recipe,
-    commit,
-    device_name,
     for_testing,
-    versions,
+    origin,
+    trained,
 )
 from robustood.recipes.schema import Section, detector
 
@@ -79,16 +77,9 @@ def evaluate(
         ValueError: if the weights belong to another recipe, or the run is not finished.
     """
     folder, start = Path(folder), time.monotonic()
-    if not (folder / "weights.safetensors").is_file():
-        raise ValueError(
-            f"no weights in {folder}: the run is not finished; give its robustood train command "
-            "again, it goes on"
-        )
-    model, want = recipe.model(), recipe.settings["evaluation"]
-    written = load_weights(folder / "weights.safetensors", model)
-    check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(device).to(memory_format=torch.channels_last).eval()
+    want = recipe.settings["evaluation"]
+    model, written, device = trained(recipe, folder, device)
+    model = model.to(memory_format=torch.channels_last)
     test, outside, cards = for_testing(recipe, root)
     test = as_trained(test, written["data"]["train"], cards["test"])
     inside = pick(test, want["n_in"])
@@ -101,9 +92,7 @@ def evaluate(
     notes = folder / "evaluation" / mark.hexdigest()[:8]  # other settings, other notes
     with full_precision():
         report = {
-            "recipe": recipe.name, "seed": written["seed"], "weights": written["sha256"],
-            "settings": want, "data": cards, "commit": commit(), "versions": versions(),
-            "device": device_name(device), **accuracies(model, test, inside, want, tell),
+            **origin(recipe, written, device), "data": cards, **accuracies(model, test, inside, want, tell),
         }  # fmt: skip
         rows, curve, scores = [], [], {}
         for name in detectors_of(want["detectors"], model):

@@ -136,11 +136,12 @@ def evaluate(given: argparse.Namespace) -> int:
         )
     recipe = recipes.read(file, given.set, given.plan)
     if engine.rank() == 0:  # several processes would measure the same
-        recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
+        report = recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
         if not given.plan:
             say(results.table(results.load(given.run)))
         ending = f"_{given.plan}" if given.plan else ""
-        say(f"in full: {given.run / f'report{ending}.json'}, scores: scores{ending}.npz beside it")
+        beside = f", scores: scores{ending}.npz beside it" if report["rows"] else ""
+        say(f"in full: {given.run / f'report{ending}.json'}{beside}")
     return 0
 
 

@@ -144,14 +144,37 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
     """One line a run: accuracy, mean AUROC over new outliers by the deployed detector, and the price.
 
     The detector is the reject class where there is one, else ODIN, else the first that was measured. What
-    was not measured is left empty.
+    was not measured is left empty. Learned perturbation sets stand below, in a table of their own: one line for
+    each kind of pairs, squared errors per 1000 pixels.
 
     Args:
         runs: from :func:`load`.
         markdown: with bars, for a text file.
     """
-    cells = [[name for name, _ in COLUMNS]]
-    cells += [[read(run) for _, read in COLUMNS] for run in runs]
+    learned = [run for run in runs if "sets" in (run["report"] or {})]
+    others = [run for run in runs if run not in learned]
+    parts = []
+    if others or not learned:
+        head = [name for name, _ in COLUMNS]
+        parts.append([head, *([read(run) for _, read in COLUMNS] for run in others)])
+    if learned:
+        head = ["recipe", "seed", "pairs", "longest", *METRICS]
+        parts.append([head, *(line for run in learned for line in metrics_of(run))])
+    return "\n\n".join(lined(part, markdown) for part in parts)
+
+
+def metrics_of(run: Run) -> list[list[str]]:
+    """One line for each kind of pairs of a learned set."""
+    start = [run["run"]["recipe"], str(run["run"]["seed"])]
+    return [
+        [*start, pairs, f"{run['report']['radii']['maximum']:.2f}"]
+        + [f"{found[key] * scale:.2f}" for key, scale in METRICS.values()]
+        for pairs, found in run["report"]["sets"].items()
+    ]
+
+
+def lined(cells: Sequence[Sequence[str]], markdown: bool) -> str:
+    """Cells under each other, the first line as the head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in cells]
     if not markdown:
@@ -231,3 +254,15 @@ COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
     ("images/s", plain("images_per_second", 0)),
     ("x floor", plain("over_floor", 2)),
 ]
+
+METRICS: dict[
+    str, tuple[str, int]
+] = {  # of a learned set: key in the report, and what it counts in
+    "doing nothing": ("doing_nothing_per_pixel", 1000),
+    "encoder": ("encoder_error_per_pixel", 1000),
+    "PGD": ("pgd_error_per_pixel", 1000),
+    "expected": ("expected_error_per_pixel", 1000),
+    "over": ("over_error_per_pixel", 1000),
+    "reconstruction": ("reconstruction_per_pixel", 1000),
+    "KL, nats": ("kl_nats_per_sample", 1),
+}

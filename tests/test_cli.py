@@ -312,23 +312,23 @@ def test_real_images(tmp_path, monkeypatch, capsys):
     assert "aloe_cifar10_cpu" in capsys.readouterr().out
 
 
-MEASURED = {r["folder"]: r for r in results.load() if r["report"] and "cifar" in r["folder"]}
-NONE_YET = pytest.mark.skip(
-    reason="no kept run on CIFAR has a report; robustood evaluate makes one"
-)
+KEPT = {run["folder"]: run for run in results.load() if run["report"]}
+MEASURED = {name: run for name, run in KEPT.items() if run["report"]["rows"]}
+LEARNED = {name: run for name, run in KEPT.items() if "sets" in run["report"]}
+NONE_YET = pytest.mark.skip(reason="no kept run has such a report; robustood evaluate makes one")
 each_measured = pytest.mark.parametrize("name", MEASURED or [pytest.param("", marks=NONE_YET)])
+each_learned = pytest.mark.parametrize("name", LEARNED or [pytest.param("", marks=NONE_YET)])
 
 
 def again(name, folder, *changes):
-    """Measure a kept run anew on the real images; returns the kept report and scores, and the new ones."""
-    report, scores = MEASURED[name]["report"], results.scores(name)
-    wanted = [card["name"] for card in report["data"].values()]
+    """Measure a kept run anew on the real images; returns the kept report and the new one."""
+    report = KEPT[name]["report"]
+    cards = [*KEPT[name]["run"]["data"].values(), *report["data"].values()]
+    wanted = sorted({card["name"] for card in cards})
     if missing := [each for each in wanted if each not in data.available()]:
         pytest.skip(f"no {', '.join(missing)} in {data.root()}: robustood data fetch or pack them")
     results.restore(name, folder)
-    new = recipes.read(folder / "recipe.json", changes).evaluate(folder, "cpu")
-    with np.load(folder / "scores.npz", allow_pickle=False) as kept:
-        return report, scores, new, dict(kept)
+    return report, recipes.read(folder / "recipe.json", changes).evaluate(folder, "cpu")
 
 
 def same_aurocs(report, new):
@@ -341,9 +341,11 @@ def same_aurocs(report, new):
 
 @each_measured
 def test_kept_weights_give_the_kept_scores(name, tmp_path):
-    report, scores, new, measured = again(name, tmp_path / name, "evaluation.attacks=['none']")
-    for key, values in measured.items():
-        assert np.abs(values - scores[key]).max() <= 1e-3, key
+    report, new = again(name, tmp_path / name, "evaluation.attacks=['none']")
+    scores = results.scores(name)
+    with np.load(tmp_path / name / "scores.npz", allow_pickle=False) as measured:
+        for key, values in measured.items():
+            assert np.abs(values - scores[key]).max() <= 1e-3, key
     assert len(new["rows"]) == len([r for r in report["rows"] if r["attack"] == "none"])
     same_aurocs(report, new)
     assert abs(new["accuracy"]["value"] - report["accuracy"]["value"]) <= 3e-4
@@ -353,11 +355,20 @@ def test_kept_weights_give_the_kept_scores(name, tmp_path):
 @each_measured
 def test_kept_weights_give_the_kept_attacked_rates(name, tmp_path):
     sides = {r["set"] for r in MEASURED[name]["report"]["rows"]}
-    report, _, new, _ = again(
+    report, new = again(
         name, tmp_path / name, "evaluation.attacks=['paper', 'adaptive']",
         f"evaluation.sets={sorted(sides)[:1]}", "evaluation.detectors=['auto']",
     )  # fmt: skip
     same_aurocs(report, new)
+
+
+@each_learned
+def test_kept_sets_have_the_kept_radii_and_metrics(name, tmp_path):
+    report, new = again(name, tmp_path / name)
+    assert new["radii"] == pytest.approx(report["radii"], rel=1e-3)
+    for where, metrics in report["sets"].items():
+        assert new["sets"][where] == pytest.approx(metrics, rel=0.02), where
+        assert metrics["ordered"]
 
 
 # --- disturbed runs

@@ -74,6 +74,21 @@ def test_the_table_holds_the_numbers(tmp_path):
     assert len(plain) == 4 and plain[0].startswith("recipe") and "|" not in plain[0]
 
 
+def test_learned_sets_have_a_table_of_their_own():
+    found = dict.fromkeys([key for key, _ in results.METRICS.values()], 0.00401)
+    measured = {"radii": {"maximum": 5.432}, "sets": {"learned": found, "fog": found}, "rows": []}
+    learned = {"run": run("cvae_x", seed=3), "report": measured}
+    other = {"run": run("oe_x"), "report": None}
+    first, second = table([learned, other]).split("\n\n")
+    assert "oe_x" in first and "cvae_x" not in first
+    head, *lines = second.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["cvae_x", "3", "learned", "5.43"], ["cvae_x", "3", "fog", "5.43"],
+    ]  # fmt: skip
+    assert lines[0].split()[4:] == ["4.01"] * 6 + ["0.00"] and head.endswith("KL, nats")
+    assert table([learned]) == second and table([other]) == first
+
+
 def test_the_reject_class_is_the_deployed_detector_where_there_is_one():
     both = report()
     both["means"] += [mean("RejectClass", "none", "none", 0.3, None)]

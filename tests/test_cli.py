@@ -362,6 +362,7 @@ def test_kept_weights_give_the_kept_attacked_rates(name, tmp_path):
     same_aurocs(report, new)
 
 
+@pytest.mark.slow
 @each_learned
 def test_kept_sets_have_the_kept_radii_and_metrics(name, tmp_path):
     report, new = again(name, tmp_path / name)

@@ -36,9 +36,9 @@ def pairs(kind: str, split: Split, seed: int, names: tuple[str, ...] = LEARNED) 
     return corrupted(split, names, seed=seed)
 
 
-def learned_from(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
-    """Training and validation pairs, from the first and the last images of a set."""
-    want, seed = recipe.settings["data"], recipe.settings["training"]["seed"]
+def parts(recipe: Recipe, root: Root) -> tuple[Split, Split, dict[str, Card]]:
+    """Labelled images to train on and to validate with: the first and the last of a set."""
+    want = recipe.settings["data"]
     inside, held = sets.load(want["train"], root=root), want["validation"]
     count = want.get("images", len(inside) - held)
     if not 0 < held <= len(inside) - count:
@@ -46,9 +46,16 @@ def learned_from(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
             f"recipe {recipe.name}: {want['train']} has {len(inside)} images; data.images = {count} and "
             f"data.validation = {held} must fit, with at least one of each"
         )
-    parts = inside[:count], inside[len(inside) - held :]
-    train, val = (pairs(want["pairs"], Split(p.x, p.y), seed + i) for i, p in enumerate(parts))
+    first, last = inside[:count], inside[len(inside) - held :]
     cards = {"train": card(want["train"], inside) | {"used": count, "held out": held}}
+    return Split(first.x, first.y), Split(last.x, last.y), cards
+
+
+def learned_from(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
+    """Training and validation pairs."""
+    first, last, cards = parts(recipe, root)
+    kind, seed = recipe.settings["data"]["pairs"], recipe.settings["training"]["seed"]
+    train, val = pairs(kind, first, seed), pairs(kind, last, seed + 1)
     return Data(train, val, val[:0], train.x[:0]), cards
 
 
@@ -69,7 +76,7 @@ def measure(
     want, test = recipe.settings["data"], sets.load(recipe.settings["data"]["test"], root=root)
     some = test[: recipe.settings["evaluation"]["n_in"]]
     some = Split(some.x, some.y)
-    val = learned_from(recipe, root)[0].val
+    val = pairs(want["pairs"], parts(recipe, root)[1], recipe.settings["training"]["seed"] + 1)
     tell("radii of the validation pairs")
     found = generative.radii(model, *both(val, device))
     report: dict[str, Any] = {

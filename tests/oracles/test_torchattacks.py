@@ -68,7 +68,7 @@ def batch():
 class NoisyLinf(Linf):
     """The cube, started from the draw that torchattacks makes after ``torch.manual_seed(7)``."""
 
-    def draw(self, x, generator):
+    def uniform(self, x, generator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             return torch.empty_like(x).uniform_(-self.eps, self.eps)
@@ -77,7 +77,7 @@ class NoisyLinf(Linf):
 class NoisyL2(L2):
     """The ball, started likewise: torchattacks draws a radius uniform in [0, eps]."""
 
-    def draw(self, x, generator):
+    def uniform(self, x, generator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             noise = torch.empty_like(x).normal_()

@@ -42,7 +42,7 @@ def load(folder: str | Path | None = None) -> list[Run]:
     for place in places:
         for file in [place / "run.json", *sorted(place.glob("*/run.json"))]:
             if file.is_file():
-                found[file.parent.name] = gather(file.parent)
+                found[file.resolve().parent.name] = gather(file.parent)
         for file in sorted(place.glob("*.json")):
             kept = read_json(file)
             if isinstance(kept, dict) and {"run", "report"} <= kept.keys():
@@ -143,9 +143,9 @@ def kept_file(kind: str, name: str, how: str) -> Path:
 def table(runs: Sequence[Run], markdown: bool = False) -> str:
     """One line a run: accuracy, mean AUROC over new outliers by the deployed detector, and the price.
 
-    The detector is the reject class where there is one, else ODIN, else the first that was measured. What
-    was not measured is left empty. Learned perturbation sets stand below, in a table of their own: one line for
-    each kind of pairs, squared errors per 1000 pixels.
+    A run is called by its folder, as by ``robustood evaluate``. The detector is the reject class where there is
+    one, else ODIN, else the first that was measured. What was not measured is left empty. Learned perturbation
+    sets stand below, in a table of their own: one line for each kind of pairs, squared errors per 1000 pixels.
 
     Args:
         runs: from :func:`load`.
@@ -158,14 +158,14 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
         head = [name for name, _ in COLUMNS]
         parts.append([head, *([read(run) for _, read in COLUMNS] for run in others)])
     if learned:
-        head = ["recipe", "seed", "pairs", "longest", *METRICS]
+        head = ["run", "seed", "pairs", "longest", *METRICS]
         parts.append([head, *(line for run in learned for line in metrics_of(run))])
     return "\n\n".join(lined(part, markdown) for part in parts)
 
 
 def metrics_of(run: Run) -> list[list[str]]:
     """One line for each kind of pairs of a learned set."""
-    start = [run["run"]["recipe"], str(run["run"]["seed"])]
+    start = [run["folder"], str(run["run"]["seed"])]
     return [
         [*start, pairs, f"{run['report']['radii']['maximum']:.2f}"]
         + [f"{found[key] * scale:.2f}" for key, scale in METRICS.values()]
@@ -239,7 +239,7 @@ def done(run: Run) -> str:
 
 
 COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
-    ("recipe", lambda run: run["run"]["recipe"]),
+    ("run", lambda run: run["folder"]),
     ("seed", lambda run: str(run["run"]["seed"])),
     ("epochs", done),
     ("accuracy %", rate("accuracy")),
@@ -255,9 +255,8 @@ COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
     ("x floor", plain("over_floor", 2)),
 ]
 
-METRICS: dict[
-    str, tuple[str, int]
-] = {  # of a learned set: key in the report, and what it counts in
+# of a learned set: key in the report, and what it counts in
+METRICS: dict[str, tuple[str, int]] = {
     "doing nothing": ("doing_nothing_per_pixel", 1000),
     "encoder": ("encoder_error_per_pixel", 1000),
     "PGD": ("pgd_error_per_pixel", 1000),

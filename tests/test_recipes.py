@@ -296,11 +296,14 @@ def test_the_twins_of_the_training_images(sets, jpeg, quality):
         assert torch.equal(found.compressed, data.compress(found.train.x, quality))
 
 
-def test_without_outliers_none_are_read_and_nothing_is_compressed(sets):
+def test_without_outliers_none_are_read_and_the_augmentation_is_that_of_the_other_rows(sets):
     _, loaded = sets
     for name in ("standard_cifar10_cpu", "adv_cifar10_cpu"):
         found, cards = running.for_training(read(name, ["data.validation=5"]), None)
-        assert len(found.outliers) == 0 and found.compressed is None and set(cards) == {"train"}
+        assert len(found.outliers) == 0 and set(cards) == {"train"}
+        assert torch.equal(found.compressed, data.compress(found.train.x, 75))
+        few = ["data.validation=5", "data.jpeg=auto"]
+        assert running.for_training(read(name, few), None)[0].compressed is None
     assert set(loaded) == {"cifar10:train"}
 
 

@@ -61,29 +61,29 @@ def test_the_table_holds_the_numbers(tmp_path):
     assert set(rule) <= set("|- ") and len({len(line) for line in (head, rule, *lines)}) == 1
     named = [dict(zip(cells(head), cells(line), strict=True)) for line in lines]
     assert named[1] == {
-        "recipe": "aloe_x", "seed": "1", "epochs": "2/3", "accuracy %": "93.1 [92.0 94.1]",
+        "run": "b", "seed": "1", "epochs": "2/3", "accuracy %": "93.1 [92.0 94.1]",
         "attacked %": "", "detector": "ODIN", "AUROC %": "90.0", "paper's attack": "70.0",
         "adaptive": "65.0", "seen": "95.0", "seen, adaptive": "80.0", "minutes": "8.2",
         "images/s": "1234", "x floor": "1.10",
     }  # fmt: skip
-    assert named[0] == {**named[1], "seed": "0"}
+    assert named[0] == {**named[1], "run": "c", "seed": "0"}
     empty = {k for k, v in named[2].items() if not v}
     assert empty == {"accuracy %", "attacked %", "detector", "AUROC %", "paper's attack", "adaptive",
                      "seen", "seen, adaptive"}  # fmt: skip
     plain = table(found).splitlines()
-    assert len(plain) == 4 and plain[0].startswith("recipe") and "|" not in plain[0]
+    assert len(plain) == 4 and plain[0].startswith("run") and "|" not in plain[0]
 
 
 def test_learned_sets_have_a_table_of_their_own():
     found = dict.fromkeys([key for key, _ in results.METRICS.values()], 0.00401)
     measured = {"radii": {"maximum": 5.432}, "sets": {"learned": found, "fog": found}, "rows": []}
-    learned = {"run": run("cvae_x", seed=3), "report": measured}
-    other = {"run": run("oe_x"), "report": None}
+    learned = {"folder": "turned", "run": run("cvae_x", seed=3), "report": measured}
+    other = {"folder": "mine", "run": run("oe_x"), "report": None}
     first, second = table([learned, other]).split("\n\n")
-    assert "oe_x" in first and "cvae_x" not in first
+    assert "mine" in first and "turned" not in first
     head, *lines = second.splitlines()
     assert [line.split()[:4] for line in lines] == [
-        ["cvae_x", "3", "learned", "5.43"], ["cvae_x", "3", "fog", "5.43"],
+        ["turned", "3", "learned", "5.43"], ["turned", "3", "fog", "5.43"],
     ]  # fmt: skip
     assert lines[0].split()[4:] == ["4.01"] * 6 + ["0.00"] and head.endswith("KL, nats")
     assert table([learned]) == second and table([other]) == first
@@ -111,7 +111,7 @@ def test_runs_are_found_alone_in_folders_and_among_kept_results(tmp_path):
 
 def test_folders_without_runs(tmp_path):
     assert load(tmp_path) == []
-    assert table([]).splitlines()[0].startswith("recipe")
+    assert table([]).splitlines()[0].startswith("run")
     with pytest.raises(ValueError, match=r"no folder .*nowhere; runs are made by robustood train"):
         load(tmp_path / "nowhere")
 

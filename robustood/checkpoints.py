@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -132,18 +133,25 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
     """What a JSON file holds.
 
+    Args:
+        path: of the file.
+        keys: that must be in it.
+
     Raises:
-        ValueError: for a damaged file, naming it.
+        ValueError: for a damaged file, or one without these keys, naming it.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        held = json.loads(path.read_text("utf-8"))
+        if missing := [key for key in keys if key not in held]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it or choose another folder"
         ) from error
+    return held
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -87,8 +87,8 @@ def explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and ";" not in error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return (
-            f"{error.strerror}{where}; nothing that was written before is lost: mend this or choose "
-            "another folder with --folder, then give the same command"
+            f"{error.strerror}{where}; nothing that was written before is lost: mend this (robustood train takes "
+            "another folder by --folder), then give the same command"
         )
     return text
 
@@ -125,7 +125,7 @@ def evaluate(given: argparse.Namespace) -> int:
             )
     kept = {run["folder"] for run in results.load()}
     if not given.run.exists() and str(given.run) in kept:
-        name, given.run = str(given.run), Path("runs") / given.run
+        name, given.run = str(given.run), Path("runs") / "kept" / given.run
         if not given.run.exists():
             say(f"the weights that ship with the project go to {results.restore(name, given.run)}")
     file = given.run / "recipe.json"

@@ -16,6 +16,7 @@ Run = dict[str, Any]
 Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
 HERE = Path(__file__).parent
 KEPT = (HERE.parent / "data", HERE / "kept")  # in a checkout; in an installed package
+RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
 
 
@@ -55,7 +56,7 @@ def gather(folder: Path) -> Run:
     """What a run's folder has on record."""
     report = folder / "report.json"
     return {
-        "run": read_json(folder / "run.json"),
+        "run": read_json(folder / "run.json", RECORDED),
         "report": read_json(report) if report.is_file() else None,
         "plans": {
             file.stem.removeprefix("report_"): read_json(file)
@@ -84,7 +85,8 @@ def pooled(
     """In-distribution scores, and those of several sets of outliers as one, equally many of each.
 
     AUROC and false positive rate are linear in the distribution of the outliers. So these scores give the
-    unweighted mean over the sets, with an interval (:func:`robustood.metrics.confidence_interval`).
+    unweighted mean over sets of one size, with an interval (:func:`robustood.metrics.confidence_interval`). Of a
+    larger set every so many images are taken, so that no class drops out of a set that is sorted by class.
 
     Args:
         scores: of one run, from :func:`scores`.
@@ -99,7 +101,8 @@ def pooled(
         raise ValueError(f"no scores {missing}; there are: {', '.join(scores)}")
     inside, *outside = (scores[name] for name in names)
     fewest = min(map(len, outside))
-    return inside, np.concatenate([each[:fewest] for each in outside])
+    spread = (np.linspace(0, len(each) - 1, fewest).astype(int) for each in outside)
+    return inside, np.concatenate([each[at] for each, at in zip(outside, spread)])
 
 
 def restore(name: str, folder: str | Path) -> Path:
@@ -107,7 +110,7 @@ def restore(name: str, folder: str | Path) -> Path:
 
     Args:
         name: of the run.
-        folder: gets ``recipe.json``, ``run.json`` and the weights with their card.
+        folder: gets ``recipe.json``, ``run.json``, the weights with their card, and the reports.
 
     Raises:
         ValueError: if the run or its weights are not there.
@@ -123,8 +126,10 @@ def restore(name: str, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for ending in (".safetensors", ".json"):
         write_whole(folder / f"weights{ending}", weights.with_suffix(ending).read_bytes())
-    for own, content in (("recipe", recipe), ("run", run)):
-        write_whole(folder / f"{own}.json", (json.dumps(content, indent=1) + "\n").encode())
+    plans = {f"report_{plan}": report for plan, report in record.get("plans", {}).items()}
+    for own, content in {"recipe": recipe, "run": run, "report": record["report"], **plans}.items():
+        if content:
+            write_whole(folder / f"{own}.json", (json.dumps(content, indent=1) + "\n").encode())
     return folder
 
 
@@ -205,6 +210,13 @@ def auroc(attack: str, key: str = "auroc") -> Callable[[Run], str]:
     return read
 
 
+def protocol(run: Run) -> str:
+    """A column: radius of the attacks, and the side that they change. Rows of one protocol compare."""
+    if not (report := run["report"]):
+        return ""
+    return f"{255 * report['settings']['eps']:g}/255 {report['settings']['side']}"
+
+
 def rate(name: str) -> Callable[[Run], str]:
     """A column: an accuracy with its interval."""
 
@@ -242,6 +254,7 @@ COLUMNS: list[tuple[str, Callable[[Run], str]]] = [
     ("run", lambda run: run["folder"]),
     ("seed", lambda run: str(run["run"]["seed"])),
     ("epochs", done),
+    ("attack", protocol),
     ("accuracy %", rate("accuracy")),
     ("attacked %", rate("attacked_accuracy")),
     ("detector", detector),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from robustood import checkpoints, cli, data, recipes, results, training
+from robustood.evaluate import attack_score
 from robustood.recipes import running, testing
 from robustood.recipes.schema import ATTACKS
 
@@ -195,11 +196,12 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
     assert {(r["detector"], r["n_in"]) for r in other["rows"]} == {("MSP", 50), ("KNN", 50)}
 
 
-def test_plans_stand_beside_the_report(finished, packs, tiny, monkeypatch, capsys):
+def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypatch, capsys):
     """Strong and curve, on a kept run that was put back into a folder."""
     kept = Path("data/results")
     kept.mkdir(parents=True)
-    record = {"run": checkpoints.read_json(finished / "run.json"), "report": None}
+    measured = {"settings": checkpoints.read_json(finished / "recipe.json")["evaluation"]}
+    record = {"run": checkpoints.read_json(finished / "run.json"), "report": measured}
     (kept / "tiny.json").write_text(json.dumps(record))
     Path("data/weights").mkdir()
     for ending in (".safetensors", ".json"):
@@ -208,15 +210,31 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, monkeypatch, capsy
         )
     monkeypatch.setattr(results, "KEPT", (Path("data"),))
     monkeypatch.setattr(testing, "STRONG", {"steps": 4, "restarts": 2, "targets": None})
+    budgets = set()
+
+    def spy(*given, **how):
+        budgets.add(tuple(how[k] for k in ("steps", "restarts", "targets")))
+        return attack_score(*given, **how)
+
+    monkeypatch.setattr(testing, "attack_score", spy)
+    few = tmp_path / "packs"  # of the outliers only the set that is asked for
+    few.mkdir()
+    for pack in ("stripes_train", "stripes_test", "checks"):
+        (few / f"{pack}.npz").write_bytes((packs / f"{pack}.npz").read_bytes())
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(few))
     flags = ["--set", "evaluation.sets=['checks']", "--set", "evaluation.n_in=30",
              "--set", "evaluation.n_out=20"]  # fmt: skip
     for plan in ("strong", "curve"):
         assert cli.main(["evaluate", "tiny", "--plan", plan, *flags]) == 0
-    assert weights("runs/tiny") == weights(finished) and not Path("runs/tiny/report.json").exists()
+    folder = Path("runs/kept/tiny")  # runs/tiny is for the reader's own
+    assert weights(folder) == weights(finished)
+    assert checkpoints.read_json(folder / "report.json") == record["report"]
     said = capsys.readouterr().out
-    assert said.count("weights that ship with the project go to runs/tiny") == 1
+    assert said.count("weights that ship with the project go to runs/kept/tiny") == 1
+    own = recipes.read(finished / "recipe.json").settings["evaluation"]
+    assert budgets == {(4, 2, None), tuple(own[k] for k in ("steps", "restarts", "targets"))}
 
-    (run,) = results.load("runs")
+    (run,) = results.load("runs/kept")
     strong, curve = run["plans"]["strong"], run["plans"]["curve"]
     means = {(m["attack"], m["side"]): m["auroc"] for m in strong["means"]}
     assert {r["set"] for r in strong["rows"]} == {"checks"} and strong["curve"] == []

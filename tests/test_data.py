@@ -703,8 +703,12 @@ def test_what_a_set_holds_is_said(pack):
     [
         ("cifar10:train", "Get it with `robustood data fetch cifar10`"),
         ("textures", "Get it with `robustood data fetch textures`"),
-        ("places365:test", "folder of images with `robustood data pack FOLDER --name places365`"),
+        (
+            "places365:test",
+            "folder of images with `robustood data pack FOLDER --name places365:test`",
+        ),
         ("toy", "there are: toy:test"),
+        ("tinyimagenet:val", "robustood data pack FOLDER --name tinyimagenet:val`"),
         ("mnist:train", "ROBUSTOOD_DATA"),
     ],
 )
@@ -1273,6 +1277,17 @@ def test_without_a_list_nobody_knows_the_overlap():
         without_overlap(replace(made, name="tinyimagenet"), "svhn")
     with pytest.raises(ValueError, match="give the outlier set ids or names"):
         without_overlap(replace(made, name="tinyimagenet", names=()), "cifar10")
+
+
+def test_classes_that_are_named_in_another_way_than_in_the_list_do_not_pass_as_no_overlap():
+    """The validation images of the official Tiny-ImageNet lie in one folder called images."""
+    x, y = torch.zeros(3, 3, 1, 1, dtype=torch.uint8), torch.zeros(3).long()
+    made = Loaded(x, y, name="tinyimagenet", names=("images",))
+    said = r"classes of 'tinyimagenet' \(images, \.\.\.\) must be named by WordNet id.* a class, such as n01641577"
+    with pytest.raises(ValueError, match=said):
+        without_overlap(made, "cifar10")
+    with pytest.raises(ValueError, match="must be named by WordNet id"):
+        without_overlap(replace(made, ids=("n01641577", "frog")), "cifar10")
 
 
 # ---- the real files ---------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Runs are found wherever they lie, and the table shows what was measured and nothing else."""
 
 import json
+from pathlib import Path
 
+import keep_run
 import keeping
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def run(recipe="aloe_x", seed=0, **more):
     speed = {"images_per_second": 1234.4, "over_floor": 1.096}
     history = [{"epoch": 0}, {"epoch": 1}]
     return {"recipe": recipe, "seed": seed, "minutes": 8.25, "speed": speed, "history": history,
-            "settings": {"training": {"epochs": 3}}, **more}  # fmt: skip
+            "settings": {"training": {"epochs": 3}}, "data": {}, "finished": True, **more}  # fmt: skip
 
 
 def mean(detector, attack, side, auroc, seen):
@@ -35,7 +37,8 @@ def report(side="both"):
     means += [mean("ODIN", "paper", "in", 0.1, 0.1), mean("ODIN", "paper", side, 0.7, None)]
     means += [mean("ODIN", "adaptive", side, 0.65, 0.8)]
     rate = {"value": 0.9312, "low": 0.92, "high": 0.941, "n": 1000}
-    return {"settings": {"side": side}, "means": means, "accuracy": rate}
+    eps = {"both": 1 / 255, "out": 8 / 255}[side]
+    return {"settings": {"side": side, "eps": eps}, "means": means, "accuracy": rate}
 
 
 def write(folder, run, report=None):
@@ -61,14 +64,19 @@ def test_the_table_holds_the_numbers(tmp_path):
     assert set(rule) <= set("|- ") and len({len(line) for line in (head, rule, *lines)}) == 1
     named = [dict(zip(cells(head), cells(line), strict=True)) for line in lines]
     assert named[1] == {
-        "run": "b", "seed": "1", "epochs": "2/3", "accuracy %": "93.1 [92.0 94.1]",
+        "run": "b", "seed": "1", "epochs": "2/3", "attack": "1/255 both", "accuracy %": "93.1 [92.0 94.1]",
         "attacked %": "", "detector": "ODIN", "AUROC %": "90.0", "paper's attack": "70.0",
         "adaptive": "65.0", "seen": "95.0", "seen, adaptive": "80.0", "minutes": "8.2",
         "images/s": "1234", "x floor": "1.10",
     }  # fmt: skip
-    assert named[0] == {**named[1], "run": "c", "seed": "0"}
+    assert named[0] == {
+        **named[1],
+        "run": "c",
+        "seed": "0",
+        "attack": "8/255 out",
+    }  # another protocol
     empty = {k for k, v in named[2].items() if not v}
-    assert empty == {"accuracy %", "attacked %", "detector", "AUROC %", "paper's attack", "adaptive",
+    assert empty == {"attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack", "adaptive",
                      "seen", "seen, adaptive"}  # fmt: skip
     plain = table(found).splitlines()
     assert len(plain) == 4 and plain[0].startswith("run") and "|" not in plain[0]
@@ -117,7 +125,7 @@ def test_folders_without_runs(tmp_path):
 
 
 def test_the_shipped_results_load():
-    assert all(r["run"]["recipe"] for r in load())
+    assert (found := load()) and all(r["run"]["recipe"] for r in found)
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -125,6 +133,40 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "one" / "run.json").write_text('{"recipe": ')
     with pytest.raises(ValueError, match=r"run\.json is damaged .*; delete it"):
         load(tmp_path)
+    (tmp_path / "one" / "run.json").write_text('{"recipe": "x", "seed": 0, "history": []}')
+    with pytest.raises(
+        ValueError, match=r"run\.json is damaged \(it lacks settings, data, finished"
+    ):
+        load(tmp_path)
+
+
+def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(keep_run, "DATA", tmp_path / "data")
+    folder = tmp_path / "mine"
+    write(folder, run(finished=False), {**report(), "weights": "abc"})
+    with pytest.raises(
+        ValueError, match="mine is not finished; give its robustood train command again"
+    ):
+        keep_run.keep(folder)
+    (folder / "run.json").write_text(json.dumps(run()))
+    (folder / "weights.json").write_text('{"sha256": "other"}')
+    with pytest.raises(ValueError, match="mine: report measured other weights; evaluate again"):
+        keep_run.keep(folder)
+    assert not list((tmp_path / "data").glob("*/*"))
+    (folder / "weights.json").write_text('{"sha256": "abc"}')
+    (folder / "weights.safetensors").write_bytes(b"w")
+    (folder / "scores.npz").write_bytes(b"s")
+    monkeypatch.chdir(folder)
+    keep_run.keep(Path())  # called "mine" all the same
+    (kept,) = load(tmp_path / "data" / "results")
+    assert kept == load(folder)[0] and kept["folder"] == "mine"
+    kept = {str(file.relative_to(tmp_path / "data")) for file in (tmp_path / "data").glob("*/*")}
+    assert kept == {
+        "results/mine.json",
+        "scores/mine.npz",
+        "weights/mine.json",
+        "weights/mine.safetensors",
+    }
 
 
 def test_the_mean_over_sets_is_the_rate_of_their_mixture():
@@ -141,6 +183,11 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
 
     scores["MSP none d"] = draw["a"][:20]  # a smaller set weighs as much as a larger one
     assert len(results.pooled(scores, "MSP", "none", "ad")[1]) == 40
+    scores["MSP none e"] = np.arange(
+        200, dtype=np.float32
+    )  # sorted by class: all of them must stay
+    _, both = results.pooled(scores, "MSP", "none", "de")
+    assert both[20] == 0 and both[-1] == 199 and len(both) == 40
     with pytest.raises(
         ValueError, match=r"no scores \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):

@@ -15,18 +15,27 @@ import shutil
 from pathlib import Path
 
 from robustood import results
-from robustood.checkpoints import write_whole
+from robustood.checkpoints import read_json, write_whole
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def keep(folder: Path) -> Path:
-    """Copy one run; returns its JSON file."""
+    """Copy one run; returns its JSON file.
+
+    Raises:
+        ValueError: for a run that is not finished, or a report on other weights.
+    """
+    folder = folder.resolve()
     kept = results.gather(folder)
     if not kept["run"]["finished"]:
         raise ValueError(f"{folder} is not finished; give its robustood train command again")
+    weights = read_json(folder / "weights.json")["sha256"]
+    for name, report in {"report": kept["report"], **kept["plans"]}.items():
+        if report and report["weights"] != weights:
+            raise ValueError(f"{folder}: {name} measured other weights; evaluate again")
     for place in ("results", "scores", "weights"):
-        (DATA / place).mkdir(exist_ok=True)
+        (DATA / place).mkdir(parents=True, exist_ok=True)
     for ending in (".safetensors", ".json"):
         shutil.copyfile(folder / f"weights{ending}", DATA / "weights" / f"{folder.name}{ending}")
     if (scores := folder / "scores.npz").is_file():
@@ -40,4 +49,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     for each in parser.parse_args().runs:
-        print(keep(each))
+        try:
+            print(keep(each))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))

@@ -40,6 +40,7 @@ OFFICIAL: dict[str, tuple[str, int, dict[str, list[dict[str, Any]]]]] = {
     "textures": ("DTD", 32, {"": [{"split": part} for part in ("train", "val", "test")]}),
 }
 IDX = {"train": "train", "test": "t10k"}
+WORDNET = re.compile(r"n\d{8}").fullmatch  # such as n02085620
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -81,7 +82,7 @@ def load(name: str, split: str | None = None, root: str | Path | None = None) ->
     wanted = f"{name}:{split}" if split else name
     raise ValueError(
         f"no set {wanted!r} in {place}; there are: {', '.join(available(place)) or 'none'}. "
-        f"{advice(name)}, or name another folder in ROBUSTOOD_DATA"
+        f"{advice(wanted)}, or name another folder in ROBUSTOOD_DATA"
     )
 
 
@@ -159,8 +160,8 @@ def _mnist(place: Path, split: str) -> Loaded:
 
 def advice(name: str) -> str:
     """How to get a set that is not there."""
-    if name in OFFICIAL:
-        return f"Get it with `robustood data fetch {name}`"
+    if (whole := name.partition(":")[0]) in OFFICIAL:
+        return f"Get it with `robustood data fetch {whole}`"
     return f"Make it from a folder of images with `robustood data pack FOLDER --name {name}`"
 
 
@@ -271,7 +272,7 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         known: name of the in-distribution set, such as ``"cifar100"``.
 
     Raises:
-        ValueError: if no list says how the two sets overlap.
+        ValueError: if no list says how the two sets overlap, or names the classes in another way.
     """
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
@@ -282,6 +283,13 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
             f"[{outliers.name}] {known} = [..] with their ids or names to {file} (an empty list for "
             "none), and give the outlier set ids or names"
         )
-    dropped = torch.tensor([label in lists[known] for label in labels])
+    listed = lists[known]
+    if listed and all(map(WORDNET, listed)) and not all(map(WORDNET, labels)):
+        raise ValueError(
+            f"the classes of {outliers.name!r} ({', '.join(labels[:3])}, ...) must be named by WordNet id, as "
+            f"in the list of those that are in {known!r}: sort its images into one folder a class, such as "
+            f"{listed[0]}, and pack them again"
+        )
+    dropped = torch.tensor([label in listed for label in labels])
     kept = ~dropped[outliers.y]
     return replace(outliers, x=outliers.x[kept], y=outliers.y[kept])

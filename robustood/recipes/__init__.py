@@ -134,6 +134,8 @@ def read(name_or_path: str | Path, changes: Changes = (), plan: str = "") -> Rec
     if plan and plan not in plans():
         raise ValueError(f"no plan {plan!r}; {schema.suggest(plan, plans())}")
     if plan:
+        if "pairs" in merged.get("data", {}):
+            raise ValueError(f"recipe {name} learns a perturbation set; plans are for classifiers")
         merged = merge(merged, gather(f"{PLAN}{plan}", None, ()))
     for change in changes:
         merged = merge(merged, parse(change))
@@ -147,7 +149,7 @@ def gather(name: str, beside: Path | None, chain: tuple[str, ...]) -> dict[str, 
     path = find(name, beside)
     try:
         own = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {name} is not TOML: {error}") from error
     bases = own.pop("extends", [])
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from robustood.engine import Engine
 from robustood.metrics import Estimate
 from robustood.objectives import OutlierTraining
 from robustood.recipes.schema import Section, uses_outliers
+from robustood.results import RECORDED
 
 if TYPE_CHECKING:
     from robustood.recipes import Recipe
@@ -121,10 +122,13 @@ def check_pool(recipe: Recipe, found: int) -> None:
         )
 
 
-def for_testing(recipe: Recipe, root: Root) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
-    """Test images, and test outliers by name with the seen distribution first."""
+def for_testing(
+    recipe: Recipe, root: Root, only: Sequence[str] = ()
+) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
+    """Test images, and test outliers by name with the seen distribution first; of ``only`` these, if any."""
     want = recipe.settings["data"]
     outliers = [*([want["seen"]] if want["seen"] else []), *want["ood"]]
+    outliers = [name for name in outliers if name in (only or outliers)]
     check_there([want["test"], *outliers], root)
     inside = sets.load(want["test"], root=root)
     cards, outside = {"test": card(want["test"], inside)}, {}
@@ -232,7 +236,7 @@ def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     file = folder / "run.json"
     if not file.is_file():
         return None
-    run = read_json(file)
+    run = read_json(file, RECORDED)
     check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
     run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
     return run

@@ -48,15 +48,16 @@ def number(low: float = -math.inf, high: float = math.inf) -> Kind:
     return Kind(f'a number{span} (a fraction as text: "8/255")', read)
 
 
-def whole(low: int = 0) -> Kind:
-    """A whole number of at least low."""
+def whole(low: int = 0, high: float = math.inf) -> Kind:
+    """A whole number of at least low, at most high."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError
         return value
 
-    return Kind(f"a whole number of at least {low}", read)
+    most = f", at most {high}" if high < math.inf else ""
+    return Kind(f"a whole number of at least {low}{most}", read)
 
 
 def exactly(kind: type, what: str) -> Kind:
@@ -115,7 +116,7 @@ DATA: dict[str, tuple[Any, Kind]] = {
     "seen": ("", TEXT),  # test images of the outliers' own distribution
     "ood": ([], several(TEXT)),
     "known": ("", TEXT),  # whose classes are dropped from the outliers
-    "jpeg": ("auto", either("auto", whole())),
+    "jpeg": ("auto", either("auto", whole(0, 100))),
     "validation": (1000, whole()),  # the last images of train
     "crop": (4, whole()),
     "flip": (True, FLAG),
@@ -259,7 +260,7 @@ def filled(
             continue
         try:
             values[key] = kind.read(value)
-        except (ValueError, TypeError, ZeroDivisionError):
+        except (ValueError, TypeError, ZeroDivisionError, OverflowError):
             raise ValueError(
                 f"recipe {recipe}: {section}.{key} must be {kind.what}, got {value!r}"
             ) from None

@@ -80,14 +80,10 @@ def evaluate(
     want = recipe.settings["evaluation"]
     model, written, device = trained(recipe, folder, device)
     model = model.to(memory_format=torch.channels_last)
-    test, outside, cards = for_testing(recipe, root)
+    test, outside, cards = for_testing(recipe, root, want["sets"])
     test = as_trained(test, written["data"]["train"], cards["test"])
     inside = pick(test, want["n_in"])
-    outside = {
-        name: pixels(pick(Split(x, x), want["n_out"]).x)
-        for name, x in outside.items()
-        if name in (want["sets"] or outside)
-    }
+    outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
     mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
     notes = folder / "evaluation" / mark.hexdigest()[:8]  # other settings, other notes
     with full_precision():

@@ -4,7 +4,7 @@
 
 ``data/results/NAME.json`` gets {"run", "report", "plans"}, as ``robustood.results.load`` reads it; the report is
 null before ``robustood evaluate``. Weights go to ``data/weights/`` with their card, scores of single images to
-``data/scores/``.
+``data/scores/``; those of further plans stay where they are.
 """
 
 from __future__ import annotations

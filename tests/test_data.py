@@ -821,8 +821,8 @@ class Server:
                 self.end_headers()
                 cut = server.cuts.pop(0) if server.cuts else None
                 body = content[start:] if cut is None else content[start : start + cut]
+                server.sent += len(body)  # first: once the client has the bytes, the test may go on
                 self.wfile.write(body)
-                server.sent += len(body)
 
             def log_message(self, *_) -> None:
                 pass

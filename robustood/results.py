@@ -65,16 +65,18 @@ def gather(folder: Path) -> Run:
     }
 
 
-def scores(name: str) -> dict[str, Scores]:
+def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
     """The score of each image of a kept run, float32, by "detector attack set"; "in" is in-distribution.
 
     Args:
         name: of the run, such as "aloe_cifar10_cpu".
+        plan: of the evaluation, such as "strong"; default the one of the run's own recipe.
 
     Raises:
         ValueError: if there are none.
     """
-    file = kept_file("scores", f"{name}.npz", "robustood evaluate makes them")
+    file = f"{name}.{plan}.npz" if plan else f"{name}.npz"
+    file = kept_file("scores", file, "robustood evaluate makes them")
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 

@@ -143,7 +143,8 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(keep_run, "DATA", tmp_path / "data")
     folder = tmp_path / "mine"
-    write(folder, run(finished=False), {**report(), "weights": "abc"})
+    measured = {**report(), "rows": [{}], "weights": "abc"}
+    write(folder, run(finished=False), measured)
     with pytest.raises(
         ValueError, match="mine is not finished; give its robustood train command again"
     ):
@@ -155,7 +156,11 @@ def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list((tmp_path / "data").glob("*/*"))
     (folder / "weights.json").write_text('{"sha256": "abc"}')
     (folder / "weights.safetensors").write_bytes(b"w")
-    (folder / "scores.npz").write_bytes(b"s")
+    np.savez_compressed(folder / "scores.npz")
+    np.savez_compressed(folder / "scores_strong.npz", **{"MSP strong in": np.arange(3.0)})
+    np.savez_compressed(folder / "scores_curve.npz")
+    (folder / "report_strong.json").write_text(json.dumps(measured))
+    (folder / "report_curve.json").write_text(json.dumps({**measured, "rows": []}))
     monkeypatch.chdir(folder)
     keep_run.keep(Path())  # called "mine" all the same
     (kept,) = load(tmp_path / "data" / "results")
@@ -164,9 +169,15 @@ def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     assert kept == {
         "results/mine.json",
         "scores/mine.npz",
+        "scores/mine.strong.npz",
         "weights/mine.json",
         "weights/mine.safetensors",
     }
+    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
+    assert results.scores("mine") == {}
+    assert results.scores("mine", "strong")["MSP strong in"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"nothing kept as scores/mine\.curve\.npz"):
+        results.scores("mine", "curve")
 
 
 def test_the_mean_over_sets_is_the_rate_of_their_mixture():

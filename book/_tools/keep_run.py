@@ -4,7 +4,7 @@
 
 ``data/results/NAME.json`` gets {"run", "report", "plans"}, as ``robustood.results.load`` reads it; the report is
 null before ``robustood evaluate``. Weights go to ``data/weights/`` with their card, scores of single images to
-``data/scores/``; those of further plans stay where they are.
+``data/scores/``, those of a further plan as ``NAME.PLAN.npz``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ def keep(folder: Path) -> Path:
         (DATA / place).mkdir(parents=True, exist_ok=True)
     for ending in (".safetensors", ".json"):
         shutil.copyfile(folder / f"weights{ending}", DATA / "weights" / f"{folder.name}{ending}")
-    if (scores := folder / "scores.npz").is_file():
-        shutil.copyfile(scores, DATA / "scores" / f"{folder.name}.npz")
+    for plan, report in {"": kept["report"], **kept["plans"]}.items():
+        if report and report.get("rows"):  # a curve has none, and a learned set neither
+            own = f"scores_{plan}.npz" if plan else "scores.npz"
+            there = f"{folder.name}.{plan}.npz" if plan else f"{folder.name}.npz"
+            shutil.copyfile(folder / own, DATA / "scores" / there)
     file = DATA / "results" / f"{folder.name}.json"
     write_whole(file, (json.dumps(kept, indent=1) + "\n").encode())
     return file

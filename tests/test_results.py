@@ -157,7 +157,9 @@ def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     (folder / "weights.json").write_text('{"sha256": "abc"}')
     (folder / "weights.safetensors").write_bytes(b"w")
     np.savez_compressed(folder / "scores.npz")
-    np.savez_compressed(folder / "scores_strong.npz", **{"MSP strong in": np.arange(3.0)})
+    np.savez_compressed(
+        folder / "scores_strong.npz", **{"MSP strong in": np.arange(3, dtype=np.float32)}
+    )
     np.savez_compressed(folder / "scores_curve.npz")
     (folder / "report_strong.json").write_text(json.dumps(measured))
     (folder / "report_curve.json").write_text(json.dumps({**measured, "rows": []}))

@@ -150,8 +150,12 @@ def table(given: argparse.Namespace) -> int:
     folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
     runs = [run for folder in folders for run in results.load(folder)]
     if not given.runs:  # a run's own folder knows more than what was kept of it
-        own = {run["folder"] for run in runs}
-        runs += [run for run in results.load() if run["folder"] not in own]
+        own = {run["folder"]: run["run"] for run in runs}
+        for kept in results.load():
+            if kept["folder"] not in own:
+                runs.append(kept)
+            elif kept["run"] != own[kept["folder"]]:  # another run by the same name
+                runs.append({**kept, "folder": f"{kept['folder']} (kept)"})
     if not runs:
         raise ValueError("no runs here; make one by robustood train RECIPE")
     say(results.table(runs, markdown=given.markdown))

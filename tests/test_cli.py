@@ -462,6 +462,12 @@ def test_a_run_that_was_kept_too_stands_in_the_table_once(tmp_path, monkeypatch,
     rows = first.splitlines()[1:]
     assert len(rows) == len([r for r in kept.values() if "sets" not in (r["report"] or {})])
     assert sum(row.startswith(f"{name} ") for row in rows) == 1
+    other = {**run["run"], "seed": 1 + run["run"]["seed"]}
+    (tmp_path / "runs" / name / "run.json").write_text(json.dumps(other))
+    assert cli.main(["table"]) == 0
+    again = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    assert len(again) == len(rows) + 1, "another run by the same name stands beside the kept one"
+    assert sum(row.startswith(f"{name} (kept) ") for row in again) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

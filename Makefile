@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks results-digits results-generative results-mnist format clean
+.PHONY: help venv book test lint types pytest check notebooks results-digits results-generative results-mnist results-cifar10 format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -66,6 +66,9 @@ results-generative: $(STAMP) ## Measure the tables of learned sets again (half a
 
 results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
 	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)
+
+results-cifar10: $(STAMP) ## Measure the noise tables of the kept CIFAR-10 runs again (two minutes; needs the packs)
+	$(BIN)/python book/_tools/results_cifar10.py $(AGAIN)
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed
 	$(BIN)/ruff check --fix --exclude '*.ipynb' .

@@ -7,6 +7,7 @@ import keep_run
 import keeping
 import numpy as np
 import pytest
+import results_cifar10
 import results_mnist
 import torch
 
@@ -231,6 +232,30 @@ def test_the_kept_mnist_tables_are_whole(name):
     found = list(estimates(kept["rows"]))
     assert len(found) >= len(kept["rows"])
     assert all(e["low"] <= e["value"] <= e["high"] and e["n"] > 50 for e in found)
+
+
+@pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
+def test_the_kept_cifar10_tables_are_whole(name):
+    kept = data.kept(f"cifar10_{name}")
+    experiment, settings = results_cifar10.EXPERIMENTS[name]
+    assert kept["settings"] == keeping.plain(settings), "run make results-cifar10"
+    assert [r["settings"] for r in kept["rows"]] == [setting for setting, _ in experiment(0)]
+    found = list(estimates(kept["rows"]))
+    assert len(found) >= len(kept["rows"])
+    assert all(e["low"] <= e["value"] <= e["high"] and e["n"] == 500 for e in found)
+
+
+@pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
+def test_the_kept_cifar10_tables_come_back(name):
+    """The last cheap row of each table, measured again."""
+    if missing := {"cifar10:test", "tinyimagenet:val"} - set(data.available()):
+        pytest.skip(f"no {', '.join(missing)} in {data.root()}: robustood data fetch or pack them")
+    row = {"noise": -1, "training_attack": 1}[name]
+    setting, task = list(results_cifar10.EXPERIMENTS[name][0](0))[row]
+    kept = next(r for r in data.kept(f"cifar10_{name}")["rows"] if r["settings"] == setting)
+    measured = keeping.plain(task())
+    for new, old in zip(estimates(measured), estimates(kept["metrics"]), strict=True):
+        assert abs(new["value"] - old["value"]) <= 0.01
 
 
 def test_the_kept_mnist_accuracies_fall_with_the_test_radius():

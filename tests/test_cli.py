@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import need
 
 from robustood import checkpoints, cli, data, recipes, results, training
 from robustood.evaluate import attack_score
@@ -297,12 +298,7 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
 def test_real_images(tmp_path, monkeypatch, capsys):
     """The same way on 300 CIFAR-10 images."""
     wanted = ("cifar10:train", "cifar10:test", "tinyimagenet:val", "cifar100:test")
-    missing = [name for name in wanted if name not in data.available()]
-    if missing:
-        pytest.skip(
-            f"no {', '.join(missing)} in {data.root()}: robustood data fetch cifar10 cifar100, and "
-            "robustood data pack FOLDER --name tinyimagenet:val, or name a folder in ROBUSTOOD_DATA"
-        )
+    need(*wanted)
     packed = tmp_path / "packs"
     for name in wanted:
         whole = data.load(name)
@@ -344,9 +340,7 @@ def again(name, folder, *changes):
     """Measure a kept run anew on the real images; returns the kept report and the new one."""
     report = KEPT[name]["report"]
     cards = [*KEPT[name]["run"]["data"].values(), *report["data"].values()]
-    wanted = sorted({card["name"] for card in cards})
-    if missing := [each for each in wanted if each not in data.available()]:
-        pytest.skip(f"no {', '.join(missing)} in {data.root()}: robustood data fetch or pack them")
+    need(*(card["name"] for card in cards))
     results.restore(name, folder)
     return report, recipes.read(folder / "recipe.json", changes).evaluate(folder, "cpu")
 

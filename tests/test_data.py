@@ -1297,12 +1297,10 @@ def real(name: str) -> Loaded:
     """A set from the folder in ROBUSTOOD_DATA, else the test is skipped with a reason."""
     place = os.environ.get("ROBUSTOOD_DATA")
     if not place or name not in data.available(place):
-        reason = (
+        pytest.skip(
             f"no set {name} in ROBUSTOOD_DATA={place}: fetch it (`robustood data fetch`, or "
             "`robustood data pack` for outlier sets) and set the variable to its folder"
         )
-        print(reason)
-        pytest.skip(reason)
     return load(name, root=place)
 
 

@@ -110,8 +110,9 @@ def training_attack(seed: int) -> Iterator[Task]:
                 assert isinstance(objective, OutlierTraining)
                 loss = lambda x: objective.outlier_loss(detector.model(x))  # noqa: E731
                 u, draw = images(COMMON["outliers"]), torch.Generator().manual_seed(seed)
-                own = objective.inner(objective.outside)
-                if how == "own" and own is not None:
+                if how == "own":
+                    own = objective.inner(objective.outside)
+                    assert own is not None, f"{short} attacks no outliers in training"
                     u = own.worst(detector.model, u, loss, draw)
                 elif how:
                     radius, steps, size = how

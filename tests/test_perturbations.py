@@ -219,6 +219,12 @@ def test_scaled_keeps_the_rest():
     assert L2(1.0).scaled(0) == L2(0.0)
 
 
+def test_a_radius_wider_than_the_box_is_refused():
+    with pytest.raises(ValueError, match=r"eps is 8, wider than the box .* write 8/255"):
+        Linf(8)
+    assert Linf(8, None).radius == 8 and Linf(1).radius == 1  # the whole box is a set
+
+
 @pytest.mark.parametrize("ball", [Linf, L2])
 @pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf"), True, "8/255"])
 def test_bad_radius_is_refused(untyped, ball, eps):

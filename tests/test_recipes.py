@@ -302,6 +302,32 @@ def test_the_twins_of_the_training_images(sets, jpeg, quality):
         assert torch.equal(found.compressed, data.compress(found.train.x, quality))
 
 
+def test_every_image_passes_through_jpeg_once_where_the_recipe_says_so(sets):
+    held, _ = sets
+    wanted = ["data.jpeg=75", "data.jpeg_everywhere=true", "data.validation=10"]
+    recipe = read("oe_cifar10_cpu", wanted)
+    found, cards = running.for_training(recipe, None)
+    train = data.compress(held["cifar10:train"].x, 75)
+    assert torch.equal(torch.cat([found.train.x, found.val.x]), train)
+    assert found.compressed is None and cards["train"]["twins of quality"] == 0
+    assert torch.equal(
+        found.outliers, held["tinyimagenet:train"].x[1::2]
+    )  # JPEG before, so left alone
+    test, outside, cards = running.for_testing(recipe, None)
+    assert torch.equal(test.x, data.compress(held["cifar10:test"].x, 75))
+    for name, x in outside.items():
+        before = held[name].x
+        assert (
+            len(x) == 4 if name == "tinyimagenet:val" else torch.equal(x, data.compress(before, 75))
+        )
+        assert cards[name].get("passed through JPEG") == (None if held[name].jpeg else 75)
+
+
+def test_jpeg_everywhere_needs_a_quality():
+    with pytest.raises(ValueError, match=r"jpeg_everywhere needs a quality.*jpeg=75"):
+        read("oe_cifar10_cpu", ["data.jpeg_everywhere=true"])
+
+
 def test_without_outliers_none_are_read_and_the_augmentation_is_that_of_the_other_rows(sets):
     _, loaded = sets
     for name in ("standard_cifar10_cpu", "adv_cifar10_cpu"):

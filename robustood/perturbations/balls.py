@@ -91,7 +91,19 @@ class Ball(ABC):
 
 
 class Linf(Ball):
-    r"""$\{\delta : \max_i |\delta_i| \le \varepsilon\}$; steepest ascent is the sign."""
+    r"""$\{\delta : \max_i |\delta_i| \le \varepsilon\}$; steepest ascent is the sign.
+
+    Raises:
+        ValueError: also if eps is wider than the box, as where 8 was written for 8/255.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.box is not None and self.eps > self.box[1] - self.box[0]:
+            raise ValueError(
+                f"eps is {self.eps:g}, wider than the box {self.box}; of 255 grey levels write "
+                f"{self.eps:g}/255, and box=None for vectors that are no pixels"
+            )
 
     def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
         """Uniform in the cube."""

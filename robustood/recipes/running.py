@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Root = str | Path | None
 Attack = Callable[..., Tensor]
 Card = dict[str, Any]
+PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
 TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
 
 
@@ -76,10 +77,12 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         if want["known"]:
             outliers = sets.without_overlap(outliers, want["known"])
         cards["outliers"] = {**card(want["outliers"], outliers), "without": want["known"]}
+        outliers = passed(outliers, want, cards["outliers"])
         if isinstance(objective, OutlierTraining) and objective.mine:
             check_pool(recipe, len(outliers))
     inside = sets.load(want["train"], root=root)
     cards["train"] = card(want["train"], inside)
+    inside = passed(inside, want, cards["train"])
     held = want["validation"]
     if held >= len(inside):
         raise ValueError(
@@ -87,7 +90,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
             f"has {len(inside)} images; lower it"
         )
     train, val = inside[: len(inside) - held], inside[len(inside) - held :]
-    quality = twin_quality(want["jpeg"], outliers)
+    quality = 0 if want.get("jpeg_everywhere") else twin_quality(want["jpeg"], outliers)
     cards["train"] |= {"held out": held, "twins of quality": quality}
     data = Data(
         train=plain(train), val=plain(val), test=plain(inside[:0]),
@@ -107,6 +110,14 @@ def twin_quality(wanted: int | str, outliers: Loaded | None) -> int:
     if wanted != "auto":
         return int(wanted)
     return 0 if outliers is None else outliers.jpeg or 0
+
+
+def passed(loaded: Loaded, want: Section, said: Card) -> Loaded:
+    """A lossless set through JPEG, with a note on its card, where the recipe sends every image through it."""
+    if not want.get("jpeg_everywhere") or loaded.jpeg:
+        return loaded
+    said[PASSED] = want["jpeg"]
+    return replace(loaded, x=sets.compress(loaded.x, want["jpeg"]))
 
 
 def check_pool(recipe: Recipe, found: int) -> None:
@@ -132,11 +143,13 @@ def for_testing(
     check_there([want["test"], *outliers], root)
     inside = sets.load(want["test"], root=root)
     cards, outside = {"test": card(want["test"], inside)}, {}
+    inside = passed(inside, want, cards["test"])
     for name in outliers:
         loaded = sets.load(name, root=root)
         if name == want["seen"] and want["known"]:
             loaded = sets.without_overlap(loaded, want["known"])
-        outside[name], cards[name] = loaded.x, card(name, loaded)
+        cards[name] = card(name, loaded)
+        outside[name] = passed(loaded, want, cards[name]).x
     return plain(inside), outside, cards
 
 

@@ -117,6 +117,7 @@ DATA: dict[str, tuple[Any, Kind]] = {
     "ood": ([], several(TEXT)),
     "known": ("", TEXT),  # whose classes are dropped from the outliers
     "jpeg": ("auto", either("auto", whole(0, 100))),
+    "jpeg_everywhere": (None, FLAG),  # every image once, test images too, in place of copies
     "validation": (1000, whole()),  # the last images of train
     "crop": (4, whole()),
     "flip": (True, FLAG),
@@ -310,6 +311,12 @@ def check_together(recipe: str, settings: dict[str, Section]) -> None:
         raise ValueError(
             f"{start}{name} learns from outliers; name a set, such as --set "
             "data.outliers=tinyimagenet:train"
+        )
+    images = settings["data"]
+    if images.get("jpeg_everywhere") and images["jpeg"] in ("auto", 0):
+        raise ValueError(
+            f"{start}data.jpeg_everywhere needs a quality; got data.jpeg = {images['jpeg']!r}; give "
+            "one, such as --set data.jpeg=75"
         )
     model = settings["model"]
     learns = [name == "Variational", model["name"] in GENERATORS, "pairs" in settings["data"]]

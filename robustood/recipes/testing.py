@@ -32,11 +32,13 @@ from robustood.evaluate import (
 from robustood.metrics import Estimate
 from robustood.perturbations import Corruption, Linf
 from robustood.recipes.running import (
+    PASSED,
     Card,
     Root,
     accuracy,
     for_testing,
     origin,
+    passed,
     trained,
 )
 from robustood.recipes.schema import Section, detector
@@ -166,7 +168,7 @@ def as_trained(test: Split, train_card: Card, test_card: Card) -> Split:
     quality = train_card["jpeg"]
     if not quality or test_card["jpeg"]:
         return test
-    test_card["passed through JPEG"] = quality
+    test_card[PASSED] = quality
     return Split(compress(test.x, quality), test.y)
 
 
@@ -204,7 +206,7 @@ def fitted(recipe: Recipe, name: str, model: nn.Module, root: Root) -> Detector:
     if not found.needs:
         return found
     images = recipe.settings["data"]
-    whole = load(images["train"], root=root)
+    whole = passed(load(images["train"], root=root), images, {})
     some = pick(whole[: len(whole) - images["validation"]], want["n_fit"])
     return found.fit(pixels(some.x), some.y)
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from photographs import need
 from PIL import Image
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
@@ -1294,14 +1295,9 @@ def test_classes_that_are_named_in_another_way_than_in_the_list_do_not_pass_as_n
 
 
 def real(name: str) -> Loaded:
-    """A set from the folder in ROBUSTOOD_DATA, else the test is skipped with a reason."""
-    place = os.environ.get("ROBUSTOOD_DATA")
-    if not place or name not in data.available(place):
-        pytest.skip(
-            f"no set {name} in ROBUSTOOD_DATA={place}: fetch it (`robustood data fetch`, or "
-            "`robustood data pack` for outlier sets) and set the variable to its folder"
-        )
-    return load(name, root=place)
+    """A set from the data folder, else the test is skipped with a reason."""
+    need(name)
+    return load(name)
 
 
 @pytest.mark.parametrize("name", SHA)

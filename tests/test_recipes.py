@@ -375,12 +375,13 @@ def test_the_same_images_are_picked_each_time_and_all_where_there_are_few():
 def test_images_are_tested_with_the_compression_they_were_trained_with():
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     test, card = Split(x, torch.arange(4)), {"jpeg": None}
-    same = testing.as_trained(test, {"jpeg": None}, card)
+    same = running.passed(test, None, card)
     assert same is test and "passed through JPEG" not in card
-    assert testing.as_trained(test, {"jpeg": 90}, {"jpeg": 90}) is test
-    passed = testing.as_trained(test, {"jpeg": 90}, card)
+    assert running.passed(test, 90, {"jpeg": 90}) is test
+    passed = running.passed(test, 90, card)
     assert torch.equal(passed.x, data.compress(x, 90)) and torch.equal(passed.y, test.y)
     assert card["passed through JPEG"] == 90
+    assert running.passed(passed, 90, card) is passed  # once is enough
 
 
 # --- learned sets

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Root = str | Path | None
 Attack = Callable[..., Tensor]
 Card = dict[str, Any]
+S = TypeVar("S", bound=Split)
 PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
 TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
 
@@ -77,12 +78,12 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         if want["known"]:
             outliers = sets.without_overlap(outliers, want["known"])
         cards["outliers"] = {**card(want["outliers"], outliers), "without": want["known"]}
-        outliers = passed(outliers, want, cards["outliers"])
+        outliers = passed(outliers, everywhere(want), cards["outliers"])
         if isinstance(objective, OutlierTraining) and objective.mine:
             check_pool(recipe, len(outliers))
     inside = sets.load(want["train"], root=root)
     cards["train"] = card(want["train"], inside)
-    inside = passed(inside, want, cards["train"])
+    inside = passed(inside, everywhere(want), cards["train"])
     held = want["validation"]
     if held >= len(inside):
         raise ValueError(
@@ -90,7 +91,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
             f"has {len(inside)} images; lower it"
         )
     train, val = inside[: len(inside) - held], inside[len(inside) - held :]
-    quality = 0 if want.get("jpeg_everywhere") else twin_quality(want["jpeg"], outliers)
+    quality = 0 if everywhere(want) else twin_quality(want["jpeg"], outliers)
     cards["train"] |= {"held out": held, "twins of quality": quality}
     data = Data(
         train=plain(train), val=plain(val), test=plain(inside[:0]),
@@ -112,12 +113,17 @@ def twin_quality(wanted: int | str, outliers: Loaded | None) -> int:
     return 0 if outliers is None else outliers.jpeg or 0
 
 
-def passed(loaded: Loaded, want: Section, said: Card) -> Loaded:
-    """A lossless set through JPEG, with a note on its card, where the recipe sends every image through it."""
-    if not want.get("jpeg_everywhere") or loaded.jpeg:
-        return loaded
-    said[PASSED] = want["jpeg"]
-    return replace(loaded, x=sets.compress(loaded.x, want["jpeg"]))
+def everywhere(want: Section) -> int:
+    """JPEG quality that every image of a recipe passes through; 0 for none."""
+    return want["jpeg"] if want.get("jpeg_everywhere") else 0
+
+
+def passed(images: S, quality: int | None, said: Card) -> S:
+    """Lossless images through JPEG, once, with a note on their card; those that were JPEG stay as they are."""
+    if not quality or said["jpeg"] or PASSED in said:
+        return images
+    said[PASSED] = quality
+    return replace(images, x=sets.compress(images.x, quality))
 
 
 def check_pool(recipe: Recipe, found: int) -> None:
@@ -143,13 +149,13 @@ def for_testing(
     check_there([want["test"], *outliers], root)
     inside = sets.load(want["test"], root=root)
     cards, outside = {"test": card(want["test"], inside)}, {}
-    inside = passed(inside, want, cards["test"])
+    inside = passed(inside, everywhere(want), cards["test"])
     for name in outliers:
         loaded = sets.load(name, root=root)
         if name == want["seen"] and want["known"]:
             loaded = sets.without_overlap(loaded, want["known"])
         cards[name] = card(name, loaded)
-        outside[name] = passed(loaded, want, cards[name]).x
+        outside[name] = passed(loaded, everywhere(want), cards[name]).x
     return plain(inside), outside, cards
 
 

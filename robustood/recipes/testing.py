@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustood.attacks import pgd
 from robustood.checkpoints import write_whole
-from robustood.data import Split, compress, load, pixels
+from robustood.data import Split, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import (
     Report,
@@ -32,10 +32,9 @@ from robustood.evaluate import (
 from robustood.metrics import Estimate
 from robustood.perturbations import Corruption, Linf
 from robustood.recipes.running import (
-    PASSED,
-    Card,
     Root,
     accuracy,
+    everywhere,
     for_testing,
     origin,
     passed,
@@ -83,7 +82,8 @@ def evaluate(
     model, written, device = trained(recipe, folder, device)
     model = model.to(memory_format=torch.channels_last)
     test, outside, cards = for_testing(recipe, root, want["sets"])
-    test = as_trained(test, written["data"]["train"], cards["test"])
+    # Where only the training images were JPEG, the shift would be measured with everything else.
+    test = passed(test, written["data"]["train"]["jpeg"], cards["test"])
     inside = pick(test, want["n_in"])
     outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
     mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
@@ -159,19 +159,6 @@ def full_precision() -> Generator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def as_trained(test: Split, train_card: Card, test_card: Card) -> Split:
-    """Test images with the compression of the training images, where only those were JPEG.
-
-    Without it the shift from JPEG to lossless images would be measured with everything else. The test set's
-    card gets a note.
-    """
-    quality = train_card["jpeg"]
-    if not quality or test_card["jpeg"]:
-        return test
-    test_card[PASSED] = quality
-    return Split(compress(test.x, quality), test.y)
-
-
 def pick(split: Split, n: int) -> Split:
     """At most n samples, the same ones each time, spread over the whole set."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n]
@@ -206,8 +193,9 @@ def fitted(recipe: Recipe, name: str, model: nn.Module, root: Root) -> Detector:
     if not found.needs:
         return found
     images = recipe.settings["data"]
-    whole = passed(load(images["train"], root=root), images, {})
+    whole = load(images["train"], root=root)
     some = pick(whole[: len(whole) - images["validation"]], want["n_fit"])
+    some = passed(some, everywhere(images), {"jpeg": whole.jpeg})
     return found.fit(pixels(some.x), some.y)
 
 

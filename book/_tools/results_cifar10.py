@@ -1,6 +1,6 @@
-"""Measure again what the results chapter says of faint changes and of training attacks on CIFAR-10.
+"""Measure again what the results chapter says of faint changes, training attacks and detectors on CIFAR-10.
 
-    python book/_tools/results_cifar10.py             both tables
+    python book/_tools/results_cifar10.py             all three tables
     python book/_tools/results_cifar10.py faint       one of them
     python book/_tools/results_cifar10.py --again     measure anew what is already kept
 
@@ -8,7 +8,8 @@ Needs the packs of images, and the kept runs. Each table fills
 ``data/results/cifar10_<name>.json``; a run can be stopped and goes on (``keeping.py``).
 
 The threshold of each network accepts 95 % of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation
-images of Tiny-ImageNet, the seen distribution.
+images of Tiny-ImageNet, the seen distribution. Attacks made for one detector and judged by another
+change 200 images of CIFAR-10 and 200 of SVHN, those of the plan ``detectors``.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from keeping import Experiment, Task, main
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustood import results
+from robustood import metrics, results
 from robustood.attacks import maximise
 from robustood.data import compress, load, pixels
 from robustood.detectors import MSP, Detector, RejectClass
-from robustood.evaluate import scores
+from robustood.evaluate import attack_score, scores
 from robustood.metrics import Estimate, proportion, threshold_at_tpr
 from robustood.objectives import OutlierTraining
 from robustood.perturbations import Linf
-from robustood.recipes import read
+from robustood.recipes import Recipe, read
 from robustood.recipes.running import trained
-from robustood.recipes.testing import pick
+from robustood.recipes.testing import fitted, pick
 from robustood.training import Objective
 
 RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet")
@@ -43,26 +44,44 @@ COMMON: dict[str, Any] = {
     "images a set": 500, "accepted": 0.95, "inputs": "cifar10:test", "seen": "tinyimagenet:val",
     "new": ["svhn:train", "textures", "scenes", "cifar100:test"],
 }  # fmt: skip
+DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
+BETWEEN: dict[str, Any] = {
+    "detectors": DETECTORS, "images a set": 200, "inputs": "cifar10:test", "outliers": "svhn:train",
+    "eps": 1 / 255, "steps": 40, "targets": 3,
+}  # fmt: skip
+
+
+def run_of(short: str) -> str:
+    """The kept run of a method, or of a variant of it."""
+    method, *variant = short.split("_")
+    return "_".join([method, "cifar10_cpu", *variant])
 
 
 @lru_cache
-def stored(name: str) -> Tensor:
+def stored(name: str, n: int = COMMON["images a set"]) -> Tensor:
     """Test images as they lie in the file, 8-bit."""
-    return pick(load(name), COMMON["images a set"]).x
+    return pick(load(name), n).x
 
 
-def images(name: str) -> Tensor:
+def images(name: str, n: int = COMMON["images a set"]) -> Tensor:
     """The same in [0, 1]."""
-    return pixels(stored(name))
+    return pixels(stored(name, n))
+
+
+@lru_cache
+def restored(short: str) -> tuple[nn.Module, Recipe]:
+    """The network of a kept run, and the recipe that made it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = results.restore(run_of(short), scratch)
+        recipe = read(folder / "recipe.json")
+        model, *_ = trained(recipe, folder, "cpu")
+    return model, recipe
 
 
 @lru_cache
 def network(short: str) -> tuple[Detector, Objective, float]:
     """The deployed detector of a kept run, its objective, and the threshold."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = results.restore(f"{short}_cifar10_cpu", scratch)
-        recipe = read(folder / "recipe.json")
-        model, *_ = trained(recipe, folder, "cpu")
+    model, recipe = restored(short)
     detector = RejectClass(model) if model.reject else MSP(model)
     line = threshold_at_tpr(scores(detector, images(COMMON["inputs"])), COMMON["accepted"])
     return detector, recipe.objective(), line
@@ -107,7 +126,7 @@ def faint(seed: int) -> Iterator[Task]:
                 sides = {side: stored(COMMON[side]) for side in ("inputs", "seen")} | {"new": new}
                 return {side: accepted(short, change(x, draw)) for side, x in sides.items()}
 
-            yield {"run": f"{short}_cifar10_cpu", "change": words}, timed(task)
+            yield {"run": run_of(short), "change": words}, timed(task)
 
 
 def training_attack(seed: int) -> Iterator[Task]:
@@ -136,10 +155,45 @@ def training_attack(seed: int) -> Iterator[Task]:
                     mean = loss(u).mean().item()
                 return {"loss": mean, "accepted": accepted(short, u)}
 
-            yield {"run": f"{short}_cifar10_cpu", "attack": words}, timed(task)
+            yield {"run": run_of(short), "attack": words}, timed(task)
+
+
+@lru_cache
+def detectors(short: str) -> dict[str, Detector]:
+    """All detectors on one kept network, fitted on training images where they need it."""
+    model, recipe = restored(short)
+    return {name: fitted(recipe, name, model, None) for name in DETECTORS}
+
+
+def transfer(seed: int) -> Iterator[Task]:
+    """AUROC of each detector on images attacked, both sides, for one of them."""
+    if seed:
+        return
+    how: dict[str, Any] = {key: BETWEEN[key] for key in ("steps", "targets")}
+    for short in ("oe", "aloe"):
+        for made_for in ("none", *DETECTORS):
+
+            def task(short: str = short, made_for: str = made_for) -> dict[str, Any]:
+                n = BETWEEN["images a set"]
+                pair = [images(BETWEEN[side], n) for side in ("inputs", "outliers")]
+                if made_for != "none":
+                    attack = partial(
+                        attack_score, detectors(short)[made_for], within=Linf(BETWEEN["eps"]), **how
+                    )
+                    pair = [attack(pair[0], direction="lower"), attack(pair[1], direction="raise")]
+                judged = {
+                    name: [scores(d, x) for x in pair] for name, d in detectors(short).items()
+                }
+                return {
+                    name: metrics.confidence_interval(metrics.auroc, *both)
+                    for name, both in judged.items()
+                }
+
+            yield {"run": run_of(short), "made for": made_for}, timed(task)
 
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "transfer": (transfer, BETWEEN),
     "faint": (faint, COMMON),
     "training_attack": (training_attack, COMMON),
 }

@@ -38,8 +38,8 @@ from robustood.recipes.running import trained
 from robustood.recipes.testing import fitted, pick
 from robustood.training import Objective
 
-RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet")
-ATTACKED = ("ntom", "atom", "acet")  # without and with the attack in training
+RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine")
+ATTACKED = ("ntom", "atom", "acet", "atom_fine")  # without and with the attack in training
 COMMON: dict[str, Any] = {
     "images a set": 500, "accepted": 0.95, "inputs": "cifar10:test", "seen": "tinyimagenet:val",
     "new": ["svhn:train", "textures", "scenes", "cifar100:test"],

@@ -1,7 +1,7 @@
-"""The notebooks' kernels inherit this process's environment: one thread each, as when they were executed."""
+"""The notebooks' kernels inherit this process's environment: one thread each, and AVX2, as when they were executed."""
 
 import os
 
-from refresh import ONE_THREAD
+from refresh import KERNEL_ENV
 
-os.environ.update(ONE_THREAD)
+os.environ.update(KERNEL_ENV)

@@ -17,21 +17,29 @@ import argparse
 import ast
 import hashlib
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-# Before anything imports NumPy or torch: kernels inherit these.
-ONE_THREAD = {
+# Before anything imports NumPy or torch: kernels inherit these. Those of tests/conftest.py must agree.
+KERNEL_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
-os.environ.update(ONE_THREAD)
+if platform.machine() in ("x86_64", "AMD64"):  # wider vectors round otherwise
+    KERNEL_ENV |= {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    }
+os.environ.update(KERNEL_ENV)
 
 import jupytext  # noqa: E402
 import nbformat  # noqa: E402

@@ -254,8 +254,9 @@ def test_adapt_finds_what_the_head_receives():
     assert model.head is inner.top["fc"] and (model.classes, model.reject) == (4, 1)
     assert not inner.top["fc"]._forward_pre_hooks  # nothing is left behind
     probe = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model.features(probe).sum(), probe)
-    assert gradient.abs().max() > 0
+    # One feature: all of them sum to a constant behind a LayerNorm.
+    (gradient,) = torch.autograd.grad(model.features(probe)[:, 0].sum(), probe)
+    assert gradient.abs().max() > 1e-3
 
 
 def test_adapt_reads_a_torchvision_network():

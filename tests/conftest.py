@@ -1,26 +1,10 @@
 """What every test starts from: one thread, fixed seeds, and strict property tests."""
 
 import os
-import platform
 
-# Before torch is imported; the notebooks' kernels inherit these. On busy machines two threads spin.
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    MKL_NUM_THREADS="1",
-    OPENBLAS_NUM_THREADS="1",
-    OMP_WAIT_POLICY="PASSIVE",
-    PYDEVD_DISABLE_FILE_VALIDATION="1",
-)
-if platform.machine() in (
-    "x86_64",
-    "AMD64",
-):  # the stored outputs come from AVX2; wider vectors round otherwise
-    os.environ.update(
-        ATEN_CPU_CAPABILITY="avx2",
-        ONEDNN_MAX_CPU_ISA="AVX2",
-        MKL_ENABLE_INSTRUCTIONS="AVX2",
-        OPENBLAS_CORETYPE="Haswell",
-    )
+from refresh import KERNEL_ENV
+
+os.environ.update(KERNEL_ENV)  # before torch is imported; on busy machines two threads spin
 
 import hypothesis
 import jaxtyping

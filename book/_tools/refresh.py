@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before anything imports NumPy or torch: kernels inherit these. Those of tests/conftest.py must agree.
+# Before anything imports NumPy or torch: kernels and tests inherit these.
 KERNEL_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

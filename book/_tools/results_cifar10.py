@@ -193,9 +193,9 @@ def transfer(seed: int) -> Iterator[Task]:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "transfer": (transfer, BETWEEN),
     "faint": (faint, COMMON),
     "training_attack": (training_attack, COMMON),
+    "transfer": (transfer, BETWEEN),
 }
 
 if __name__ == "__main__":

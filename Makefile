@@ -67,7 +67,7 @@ results-generative: $(STAMP) ## Measure the tables of learned sets again (half a
 results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
 	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)
 
-results-cifar10: $(STAMP) ## Measure faint changes, training attacks and transfer on the kept CIFAR-10 runs again (15 minutes; needs the packs)
+results-cifar10: $(STAMP) ## Measure faint changes, training attacks, transfer and budgets on the kept CIFAR-10 runs again (half an hour; needs the packs)
 	$(BIN)/python book/_tools/results_cifar10.py $(AGAIN)
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed

@@ -244,7 +244,7 @@ def test_the_kept_cifar10_tables_are_whole(name):
     found = list(estimates(kept["rows"]))
     assert len(found) >= len(kept["rows"])
     assert all(e["low"] <= e["value"] <= e["high"] for e in found)
-    usual = {"transfer": 400}.get(name, 500)  # both sides of 200, or one set of 500
+    usual = {"transfer": 400, "budgets": 400}.get(name, 500)  # both sides of 200, or one set of 500
     for row in kept["rows"]:
         sizes = {key: e["n"] for key, e in row["metrics"].items() if isinstance(e, dict)}
         assert sizes == {key: 2000 if key == "new" else usual for key in sizes}  # four new sets
@@ -254,7 +254,7 @@ def test_the_kept_cifar10_tables_are_whole(name):
 def test_the_kept_cifar10_tables_come_back(name):
     """One row of each table, measured again on the real images."""
     need("cifar10:test", "tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
-    row = {"faint": -2, "training_attack": 1, "transfer": 2}[name]
+    row = {"faint": -2, "training_attack": 1, "transfer": 2, "budgets": 0}[name]
     setting, task = list(results_cifar10.EXPERIMENTS[name][0](0))[row]
     kept = next(r for r in data.kept(f"cifar10_{name}")["rows"] if r["settings"] == setting)
     measured = keeping.plain(task())

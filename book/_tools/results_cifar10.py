@@ -1,6 +1,6 @@
-"""Measure again what the results chapter says of faint changes, training attacks and detectors on CIFAR-10.
+"""Measure again what the results chapter says of faint changes, training attacks, detectors and budgets on CIFAR-10.
 
-    python book/_tools/results_cifar10.py             all three tables
+    python book/_tools/results_cifar10.py             all four tables
     python book/_tools/results_cifar10.py faint       one of them
     python book/_tools/results_cifar10.py --again     measure anew what is already kept
 
@@ -9,7 +9,8 @@ Needs the packs of images, and the kept runs. Each table fills
 
 The threshold of each network accepts 95 % of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation
 images of Tiny-ImageNet, the seen distribution. Attacks made for one detector and judged by another
-change 200 images of CIFAR-10 and 200 of SVHN, those of the plan ``detectors``.
+change 200 images of CIFAR-10 and 200 of SVHN, those of the plan ``detectors``; the budgets of ATOM's test
+attack the same images of SVHN.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from robustood.recipes.running import trained
 from robustood.recipes.testing import fitted, pick
 from robustood.training import Objective
 
-RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine")
-ATTACKED = ("ntom", "atom", "acet", "atom_fine")  # without and with the attack in training
+RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "robustmining")
+ATTACKED = ("ntom", "atom", "acet", "atom_fine", "robustmining")  # in training, but for the first
 COMMON: dict[str, Any] = {
     "images a set": 500, "accepted": 0.95, "inputs": "cifar10:test", "seen": "tinyimagenet:val",
     "new": ["svhn:train", "textures", "scenes", "cifar100:test"],
@@ -48,6 +49,10 @@ DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
 BETWEEN: dict[str, Any] = {
     "detectors": DETECTORS, "images a set": 200, "inputs": "cifar10:test", "outliers": "svhn:train",
     "eps": 1 / 255, "steps": 40, "targets": 3,
+}  # fmt: skip
+SEARCHED: dict[str, Any] = {
+    "images a set": 200, "inputs": "cifar10:test", "outliers": "svhn:train", "eps": 8 / 255,
+    "budgets": [(10, 3), (40, 3), (100, 1), (100, 3)],  # steps, target classes
 }  # fmt: skip
 
 
@@ -192,10 +197,30 @@ def transfer(seed: int) -> Iterator[Task]:
             yield {"run": run_of(short), "made for": made_for}, timed(task)
 
 
+def budgets(seed: int) -> Iterator[Task]:
+    """AUROC in ATOM's test, outliers attacked adaptively with more and more steps and target classes."""
+    if seed:
+        return
+    sides, n = ("inputs", "outliers"), SEARCHED["images a set"]
+    for short in ("atom", "atom_fine", "acet", "robustmining"):
+        for steps, targets in SEARCHED["budgets"]:
+            budget = {"steps": steps, "targets": targets}
+
+            def task(short: str = short, how: dict[str, Any] = budget) -> dict[str, Any]:
+                detector, *_ = network(short)
+                x, u = (images(SEARCHED[side], n) for side in sides)
+                u = attack_score(detector, u, Linf(SEARCHED["eps"]), direction="raise", **how)
+                pair = scores(detector, x), scores(detector, u)
+                return {"auroc": metrics.confidence_interval(metrics.auroc, *pair)}
+
+            yield {"run": run_of(short), **budget}, timed(task)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "faint": (faint, COMMON),
     "training_attack": (training_attack, COMMON),
     "transfer": (transfer, BETWEEN),
+    "budgets": (budgets, SEARCHED),
 }
 
 if __name__ == "__main__":

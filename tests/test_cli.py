@@ -190,6 +190,14 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
         first[k] for k in ("rows", "means", "accuracy")
     ]
     monkeypatch.undo()
+    notes = lambda: {folder.name for folder in finished.glob("evaluation/*/MSP_*")}  # noqa: E731
+    before = notes()
+    longer = recipes.read(
+        finished / "recipe.json", ["evaluation.detectors=['MSP']", "evaluation.steps=3"]
+    )
+    longer.evaluate(finished, root=packs)  # a longer attack, and the others as they were
+    (new,) = notes() - before
+    assert new.startswith("MSP_adaptive_")
     other = recipes.read(
         finished / "recipe.json", ["evaluation.detectors=['MSP','KNN']", "evaluation.n_in=50",
                                    "evaluation.attacks=['none']", "evaluation.n_fit=100"],
@@ -234,6 +242,7 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
     assert said.count("weights that ship with the project go to runs/kept/tiny") == 1
     own = recipes.read(finished / "recipe.json").settings["evaluation"]
     assert budgets == {(4, 2, None), tuple(own[k] for k in ("steps", "restarts", "targets"))}
+    assert testing.STRONG.keys() == {"steps", "restarts", "targets"}  # and stays what it is
 
     (run,) = results.load("runs/kept")
     strong, curve = run["plans"]["strong"], run["plans"]["curve"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustood.attacks import pgd
-from robustood.checkpoints import write_whole
+from robustood.checkpoints import describe, write_whole
 from robustood.data import Split, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import (
@@ -30,7 +30,7 @@ from robustood.evaluate import (
     paper_attack,
 )
 from robustood.metrics import Estimate
-from robustood.perturbations import Corruption, Linf
+from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.recipes.running import (
     Root,
     accuracy,
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Outside = dict[str, Tensor]
 CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
+# Settings of one attack, or of which are asked at all: the scores of the others stay what they are.
+ASKED = ("detectors", "attacks", "side", "eps", "paper", "steps", "restarts", "targets", "curve",
+         "pgd_steps")  # fmt: skip
 STRONG: dict[str, Any] = {"steps": 100, "restarts": 5, "targets": None}  # every class
 
 
@@ -86,8 +89,8 @@ def evaluate(
     test = passed(test, written["data"]["train"]["jpeg"], cards["test"])
     inside = pick(test, want["n_in"])
     outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
-    mark = hashlib.sha256(json.dumps([want, written["sha256"], list(outside)]).encode())
-    notes = folder / "evaluation" / mark.hexdigest()[:8]  # other settings, other notes
+    taken = {k: v for k, v in want.items() if k not in ASKED}
+    notes = folder / "evaluation" / digest([taken, written["sha256"], list(outside)])
     with full_precision():
         report = {
             **origin(recipe, written, device), "data": cards, **accuracies(model, test, inside, want, tell),
@@ -134,12 +137,12 @@ def along(
     if not want["curve"]:
         return rows
     name = type(measured).__name__
+    how = {k: want[k] for k in ("steps", "restarts", "targets", "batch_size")}
     for each, x in outside.items():
         tell(f"{name}, {each}: {len(want['curve'])} radii")
         found = epsilon_curve(
-            measured, inside, x, Linf(1), want["curve"], side=want["side"],
-            **{k: want[k] for k in ("steps", "restarts", "targets", "batch_size")},
-            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}",
+            measured, inside, x, Linf(1), want["curve"], side=want["side"], **how,
+            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}_{digest(how)}",
         )  # fmt: skip
         rows += [{"detector": name, "set": each, **as_dict(row)} for row in found]
     return rows
@@ -206,25 +209,31 @@ def attacked(
 
     Corrupted are the outliers alone, as ATOM does it (Chen et al. 2021, section 4).
     """
-    common: dict[str, Any] = {
-        "batch_size": want["batch_size"],
-        "run_dir": notes / f"{type(measured).__name__}_{attack}",
-    }
+    name, size = f"{type(measured).__name__}_{attack}", want["batch_size"]
     if attack == "none":
-        return [ood_report(measured, inside, outside, **common)]
-    how: dict[str, Any] = {k: want[k] for k in ("steps", "restarts", "targets")}
-    how = STRONG if attack == "strong" else how
+        return [ood_report(measured, inside, outside, batch_size=size, run_dir=notes / name)]
+    within: PerturbationSet = Linf(want["eps"])
     by: Callable[..., Tensor] = attack_score
-    if attack.endswith("paper"):
-        how, by = {}, partial(paper_attack, paper=want["paper"])
+    how: dict[str, Any] = {k: want[k] for k in ("steps", "restarts", "targets")}
+    if attack == "strong":
+        how = STRONG
+    elif attack == "corruption":
+        within, how = CORRUPTIONS, {}  # every one is tried
+    elif attack.endswith("paper"):
+        by, how = partial(paper_attack, paper=want["paper"]), {}
     if composed := attack.startswith("compositional"):
         by = partial(after_corruption, by)
-    how |= {"attack": by, **common}
-    within = CORRUPTIONS if attack == "corruption" else Linf(want["eps"])
+    run_dir = notes / f"{name}_{digest([within, by, how])}"
+    how = {**how, "attack": by, "batch_size": size, "run_dir": run_dir}
     if want["side"] == "out" or composed or attack == "corruption":
         return [ood_report(measured, inside, outside, within, side="out", **how)]
     reports = four_sides(measured, inside, outside, within, **how)
     return [reports[side] for side in ("in", "out", "both")]
+
+
+def digest(settings: object) -> str:
+    """A short name for settings: others get notes of their own."""
+    return hashlib.sha256(describe(settings).encode()).hexdigest()[:8]
 
 
 def after_corruption(

@@ -318,6 +318,11 @@ def check_together(recipe: str, settings: dict[str, Section]) -> None:
             f"{start}data.jpeg_everywhere needs a quality; got data.jpeg = {images['jpeg']!r}; give "
             "one, such as --set data.jpeg=75"
         )
+    if images.get("jpeg_everywhere") and "pairs" in images:
+        raise ValueError(
+            f"{start}data.jpeg_everywhere has no effect on data.pairs; leave it out, or name a pack "
+            "of compressed images in data.train and data.test"
+        )
     model = settings["model"]
     learns = [name == "Variational", model["name"] in GENERATORS, "pairs" in settings["data"]]
     if any(learns) and not all(learns):

@@ -39,7 +39,7 @@ from robustood.recipes.running import trained
 from robustood.recipes.testing import fitted, pick
 from robustood.training import Objective
 
-RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "robustmining")
+RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "robustmining", "adv_8")
 ATTACKED = ("ntom", "atom", "acet", "atom_fine", "robustmining")  # in training, but for the first
 COMMON: dict[str, Any] = {
     "images a set": 500, "accepted": 0.95, "inputs": "cifar10:test", "seen": "tinyimagenet:val",

@@ -261,7 +261,8 @@ def parser() -> argparse.ArgumentParser:
     for added in (each_run, measure):
         added.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE",
-            help="change one key of the recipe, such as training.epochs=3; may be repeated",
+            help="change one key of the recipe, such as training.epochs=3; may be repeated; "
+            "evaluate changes evaluation.* alone",
         )  # fmt: skip
         added.add_argument(
             "--device", help='such as "cpu" or "cuda:1" (default: CUDA where there is one)'

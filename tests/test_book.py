@@ -219,6 +219,14 @@ def test_the_table_of_contents_is_complete():
     assert order == sorted(order), f"chapters out of order in _toc.yml: {order}"
 
 
+def test_every_style_sheet_is_linked():
+    """A sheet in a static folder is copied; only one that the settings name is also used."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["sphinx"]["config"]
+    (folder,) = config["html_static_path"]
+    sheets = sorted(p.name for p in (ROOT / folder).glob("*.css"))
+    assert config["html_css_files"] == sheets and sheets
+
+
 def test_the_chapter_tables_are_current():
     for page, text in refresh.chapter_tables().items():
         assert page.read_text("utf-8") == text, (

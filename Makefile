@@ -52,7 +52,7 @@ pytest: $(STAMP)
 
 check: $(STAMP) ## The slow suites and the comparisons with other libraries
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
-	$(BIN)/pytest tests -m "slow or oracle"
+	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal
 	for each in attacks training aloe metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done
 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed

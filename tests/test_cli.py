@@ -190,14 +190,14 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
         first[k] for k in ("rows", "means", "accuracy")
     ]
     monkeypatch.undo()
-    notes = lambda: {folder.name for folder in finished.glob("evaluation/*/MSP_*")}  # noqa: E731
+    notes = lambda: set(finished.glob("evaluation/*/MSP_*"))  # noqa: E731
     before = notes()
     longer = recipes.read(
         finished / "recipe.json", ["evaluation.detectors=['MSP']", "evaluation.steps=3"]
     )
     longer.evaluate(finished, root=packs)  # a longer attack, and the others as they were
     (new,) = notes() - before
-    assert new.startswith("MSP_adaptive_")
+    assert new.name.startswith("MSP_adaptive_")
     other = recipes.read(
         finished / "recipe.json", ["evaluation.detectors=['MSP','KNN']", "evaluation.n_in=50",
                                    "evaluation.attacks=['none']", "evaluation.n_fit=100"],

@@ -313,15 +313,15 @@ def check_together(recipe: str, settings: dict[str, Section]) -> None:
             "data.outliers=tinyimagenet:train"
         )
     images = settings["data"]
-    if images.get("jpeg_everywhere") and images["jpeg"] in ("auto", 0):
-        raise ValueError(
-            f"{start}data.jpeg_everywhere needs a quality; got data.jpeg = {images['jpeg']!r}; give "
-            "one, such as --set data.jpeg=75"
-        )
     if images.get("jpeg_everywhere") and "pairs" in images:
         raise ValueError(
             f"{start}data.jpeg_everywhere has no effect on data.pairs; leave it out, or name a pack "
             "of compressed images in data.train and data.test"
+        )
+    if images.get("jpeg_everywhere") and images["jpeg"] in ("auto", 0):
+        raise ValueError(
+            f"{start}data.jpeg_everywhere needs a quality; got data.jpeg = {images['jpeg']!r}; give "
+            "one, such as --set data.jpeg=75"
         )
     model = settings["model"]
     learns = [name == "Variational", model["name"] in GENERATORS, "pairs" in settings["data"]]

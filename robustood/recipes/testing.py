@@ -142,7 +142,7 @@ def along(
         tell(f"{name}, {each}: {len(want['curve'])} radii")
         found = epsilon_curve(
             measured, inside, x, Linf(1), want["curve"], side=want["side"], **how,
-            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}_{digest(how)}",
+            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}_{digest([want['curve'], how])}",
         )  # fmt: skip
         rows += [{"detector": name, "set": each, **as_dict(row)} for row in found]
     return rows

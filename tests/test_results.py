@@ -254,6 +254,7 @@ def test_the_kept_cifar10_tables_are_whole(name):
 def test_the_kept_cifar10_tables_come_back(name):
     """One row of each table, measured again on the real images."""
     need("cifar10:test", "tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
+    # of faint changes ATOM under noise of eight grey levels, which the page rests on
     row = {"faint": 28, "training_attack": 1, "transfer": 2, "budgets": 0}[name]
     setting, task = list(results_cifar10.EXPERIMENTS[name][0](0))[row]
     kept = next(r for r in data.kept(f"cifar10_{name}")["rows"] if r["settings"] == setting)

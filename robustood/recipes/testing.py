@@ -90,7 +90,7 @@ def evaluate(
     inside = pick(test, want["n_in"])
     outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
     taken = {k: v for k, v in want.items() if k not in ASKED}
-    notes = folder / "evaluation" / digest([taken, written["sha256"], list(outside)])
+    notes = folder / "evaluation" / short_name([taken, written["sha256"], list(outside)])
     with full_precision():
         report = {
             **origin(recipe, written, device), "data": cards, **accuracies(model, test, inside, want, tell),
@@ -142,7 +142,7 @@ def along(
         tell(f"{name}, {each}: {len(want['curve'])} radii")
         found = epsilon_curve(
             measured, inside, x, Linf(1), want["curve"], side=want["side"], **how,
-            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}_{digest([want['curve'], how])}",
+            run_dir=notes / f"{name}_curve_{each.replace(':', '_')}_{short_name([want['curve'], how])}",
         )  # fmt: skip
         rows += [{"detector": name, "set": each, **as_dict(row)} for row in found]
     return rows
@@ -223,7 +223,7 @@ def attacked(
         by, how = partial(paper_attack, paper=want["paper"]), {}
     if composed := attack.startswith("compositional"):
         by = partial(after_corruption, by)
-    run_dir = notes / f"{name}_{digest([within, by, how])}"
+    run_dir = notes / f"{name}_{short_name([within, by, how])}"
     how = {**how, "attack": by, "batch_size": size, "run_dir": run_dir}
     if want["side"] == "out" or composed or attack == "corruption":
         return [ood_report(measured, inside, outside, within, side="out", **how)]
@@ -231,7 +231,7 @@ def attacked(
     return [reports[side] for side in ("in", "out", "both")]
 
 
-def digest(settings: object) -> str:
+def short_name(settings: object) -> str:
     """A short name for settings: others get notes of their own."""
     return hashlib.sha256(describe(settings).encode()).hexdigest()[:8]
 

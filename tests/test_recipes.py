@@ -30,6 +30,7 @@ def test_every_method_has_its_recipes():
     wanted = [f"{m}_cifar{n}_paper" for m in OLD for n in (10, 100)]
     wanted += [f"{m}_cifar{n}_fast" for m in [*OLD, "robustmining"] for n in (10, 100)]
     wanted += [f"{m}_cifar10_cpu" for m in [*OLD, "robustmining"]]
+    wanted += [f"{m}_cifar100_cpu" for m in ("standard", "oe", "aoe", "aloe")]
     wanted += LEARNED_SETS
     assert sorted(wanted) == ALL
 

@@ -1,0 +1,95 @@
+"""What a callable holds: what it closes over, is bound to, or carries as attributes.
+
+A model handed over as ``lambda x: net(x)``, an attack as ``functools.partial(pgd, steps=7)``, a rule as a bound
+method: each has parts that matter, such as a network whose mode must be set, or a number that tells two runs apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+def parts(value: Any) -> dict[str, Any]:
+    """The named things inside a callable or an object, one level deep; empty for what cannot be opened.
+
+    Functions give their default values, what they close over and the globals that their code names; bound methods
+    their owner and function; ``functools.partial`` its function and arguments; other objects their attributes.
+    """
+    if isinstance(value, functools.partial):
+        positional = {f"argument {i}": v for i, v in enumerate(value.args)}
+        return {"function": value.func, **positional, **value.keywords}
+    if isinstance(value, MethodType):
+        return {"owner": value.__self__, "function": value.__func__}
+    if isinstance(value, FunctionType):
+        return {**_defaults(value), **_globals(value), **_closure(value), **vars(value)}
+    slots = (name for kind in type(value).__mro__ for name in _slots(kind))
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | dict(
+        getattr(value, "__dict__", {})
+    )
+
+
+def modules(value: Any) -> list[nn.Module]:
+    """The outermost networks inside a callable or an object, each once; itself if it is one."""
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, Any] = {}  # holds what it has seen, so that no address is used twice
+    todo = [value]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen[id(each)] = each
+        if isinstance(each, nn.Module):
+            found[id(each)] = each
+        elif isinstance(each, (list, tuple, set, frozenset)):
+            todo.extend(each)
+        elif isinstance(each, dict):
+            todo.extend(each.values())
+        elif callable(each) or type(each).__module__ not in ("builtins", "torch"):
+            todo.extend(parts(each).values() if not isinstance(each, type) else ())
+    inner = {id(child) for module in found.values() for child in list(module.modules())[1:]}
+    return [module for key, module in found.items() if key not in inner]
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes(constant)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _defaults(function: FunctionType) -> dict[str, Any]:
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount][code.co_argcount - len(values) :]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
+
+
+def _globals(function: FunctionType) -> dict[str, Any]:
+    names = {name for code in codes(function.__code__) for name in code.co_names}
+    return {
+        name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())
+    }
+
+
+def _closure(function: FunctionType) -> dict[str, Any]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    filled = [(name, cell) for name, cell in cells if _is_filled(cell)]
+    return {name: cell.cell_contents for name, cell in filled}
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:  # a variable that is not assigned yet
+        return False
+    return True

@@ -6,6 +6,7 @@ method: each has parts that matter, such as a network whose mode must be set, or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType
@@ -82,14 +83,8 @@ def _globals(function: FunctionType) -> dict[str, Any]:
 
 
 def _closure(function: FunctionType) -> dict[str, Any]:
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    filled = [(name, cell) for name, cell in cells if _is_filled(cell)]
-    return {name: cell.cell_contents for name, cell in filled}
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:  # a variable that is not assigned yet
-        return False
-    return True
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+            found[name] = cell.cell_contents
+    return found

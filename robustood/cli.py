@@ -189,6 +189,8 @@ def check(given: argparse.Namespace) -> int:
                 f"{held['classes']} classes, {'JPEG ' + str(held['jpeg']) if held['jpeg'] else 'lossless'}"
                 f", sha256 {held['sha256']}"
             )
+            for note in held["notes"]:
+                say(f"  {note}")
     return 0
 
 
@@ -198,6 +200,8 @@ def pack(given: argparse.Namespace) -> int:
     made = data.folder(given.folder, name, given.size, given.data, split or None)
     called = f"{name}{given.size if given.size != 32 else ''}{':' if split else ''}{split}"
     say(f"{called}: {len(made)} images of {given.size} x {given.size}")
+    for note in made.notes:
+        say(f"  {note}")
     return 0
 
 

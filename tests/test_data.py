@@ -11,6 +11,7 @@ import tarfile
 import threading
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -695,6 +696,7 @@ def test_what_a_set_holds_is_said(pack):
         "classes": 4,
         "counts": [3, 3, 3, 3],
         "jpeg": None,
+        "notes": (),
         "sha256": hashlib.sha256(images(12).tobytes()).hexdigest(),
     }
 
@@ -1119,8 +1121,8 @@ def test_a_tree_becomes_a_set_sorted_by_path(tree, tmp_path):
 
 
 def test_the_second_call_reads_the_pack_until_the_tree_changes(tree, tmp_path, monkeypatch):
-    calls, original = [], sets._read
-    monkeypatch.setattr(sets, "_read", lambda *a: calls.append(a[0].name) or original(*a))
+    calls, original = [], sets.read_image
+    monkeypatch.setattr(sets, "read_image", lambda *a: calls.append(a[0].name) or original(*a))
     first = folder(tree, "mine", root=tmp_path)
     assert len(calls) == 4
     assert torch.equal(folder(tree, "mine", root=tmp_path).x, first.x) and len(calls) == 4
@@ -1181,6 +1183,234 @@ def test_a_tree_that_is_none_is_refused_by_name(tree, tmp_path):
     (tmp_path / "mine32.npz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"mine32\.npz is damaged"):
         folder(tree, "mine", root=tmp_path)
+
+
+def one(path: Path, **options: object) -> Loaded:
+    """What the only file of a tree becomes at 32 pixels."""
+    return folder(path.parent, path.stem, root=path.parents[1], **options)
+
+
+def shown(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pixels (32, 32, 3) of a tree's only file, and the notes without their count."""
+    found = one(path)
+    return found.x[0].permute(1, 2, 0).numpy(), tuple(n.partition(": ")[2] for n in found.notes)
+
+
+RAMP = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+
+
+def png(rows: np.ndarray, clear: int) -> bytes:
+    """A grey PNG of 16 bits in which one value is transparent; Pillow writes none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+    size = b"".join(side.to_bytes(4) for side in rows.shape)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", size + bytes([16, 0, 0, 0, 0])), chunk(b"tRNS", clear.to_bytes(2)),
+         chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ramp.png", "little.tif", "big.tif", "ramp.pgm", "clear.png"])
+def test_sixteen_bits_keep_their_range(tmp_path, kind):
+    path = tmp_path / "tree" / kind
+    path.parent.mkdir()
+    if kind == "ramp.pgm":
+        path.write_bytes(b"P5 32 32 65535\n" + RAMP.astype(">u2").tobytes())
+    elif kind == "clear.png":
+        path.write_bytes(png(RAMP, int(RAMP[0, 1])))
+    else:
+        save(path, RAMP.astype(">u2") if kind == "big.tif" else RAMP)
+    found, notes = shown(path)
+    wanted = np.round(RAMP / 65535 * 255)
+    if kind == "clear.png":
+        wanted[0, 1] = 255  # transparent, laid on white
+    assert np.array_equal(found, np.repeat(wanted[..., None], 3, 2))
+    assert notes == ("16 bits, brought to 8",)
+
+
+def test_floats_from_0_to_1_keep_their_range_and_others_are_refused(tmp_path):
+    path = tmp_path / "tree" / "floats.tif"
+    save(path, (RAMP / 65535).astype(np.float32))
+    found, notes = shown(path)
+    assert np.array_equal(found[..., 0], np.round(RAMP / 65535 * 255))
+    assert notes == ("floats, brought to 8 bits",)
+    for wrong, said in [
+        (RAMP.astype(np.float32), r"lie in \[0, 65535\].*; save .* floats in \[0, 1\]"),
+        (np.full((32, 32), -0.5, np.float32), r"lie in \[-0\.5, -0\.5\]"),
+        (np.full((32, 32), np.nan, np.float32), r"lie in \[nan, nan\]"),
+        (
+            RAMP.astype(np.int32),
+            r"lie in .* nobody knows their range; save whole numbers in 8 or 16 bits",
+        ),
+    ]:
+        save(path, wrong)
+        with pytest.raises(
+            ValueError, match=rf"floats\.tif is no readable image \(its values {said}"
+        ):
+            one(path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    path = tmp_path / "tree" / ("image.tif" if mode == "PA" else "image.png")
+    path.parent.mkdir()
+    options, half = {}, 0
+    if "A" in mode:
+        image = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+        image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+        image.paste((0, 0, 0, 51), (16, 0, 24, 32))  # a fifth
+        image, half = image.convert(mode), 204
+    elif mode == "P":
+        image = Image.new("P", (32, 32), 1)
+        image.putpalette([9, 9, 9, 0, 0, 0])
+        image.paste(0, (0, 0, 16, 32))
+        options = {"transparency": 0}
+    else:
+        image = Image.new(mode, (32, 32), 0)
+        image.paste((9,) * len(mode) if mode == "RGB" else 9, (0, 0, 16, 32))
+        options = {"transparency": (9, 9, 9) if mode == "RGB" else 9}
+    image.save(path, **options)
+    found, notes = shown(path)
+    assert (found[:, :16] == 255).all() and (found[:, 16:24] == half).all()
+    assert (found[:, 24:] == 0).all() and notes == ("transparent, laid on white",)
+
+
+def test_what_is_opaque_stays_as_it_is_and_without_a_note(tmp_path):
+    rows = images(1)[0]
+    for mode in ("RGBA", "P", "L", "1", "LA"):
+        image = Image.fromarray(rows).convert(mode)
+        path = tmp_path / mode / f"{mode}.png"
+        path.parent.mkdir()
+        image.save(path)
+        found, notes = shown(path)
+        assert np.array_equal(found, np.asarray(image.convert("RGB"))) and notes == ()
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_once(tmp_path, ending, orientation):
+    stored = images(1)[0]
+    turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turns |= {5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1), 8: np.rot90(stored)}
+    turns[7] = stored[::-1, ::-1].swapaxes(0, 1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "tree" / f"image.{ending}"
+    save(path, stored, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    found, notes = shown(path)
+    assert np.array_equal(found, turns[orientation])
+    assert notes == (("turned upright as the EXIF data say",) if orientation > 1 else ())
+
+
+def test_the_first_frame_is_taken_and_cmyk_becomes_rgb(tmp_path):
+    path = tmp_path / "tree" / "moving.gif"
+    path.parent.mkdir()
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
+    found, notes = shown(path)
+    assert (found == [255, 0, 0]).all() and notes == ("several frames or pages, the first taken",)
+    path.unlink()
+    Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(path.with_suffix(".tif"))
+    found, notes = shown(path.with_suffix(".tif"))
+    assert (found == [0, 255, 255]).all() and notes == ("CMYK, turned into RGB",)
+
+
+def test_the_notes_count_and_stay_with_the_pack(tree, tmp_path):
+    save(tree / "a" / "deep.png", RAMP)
+    (tree / "b" / "phone.heic").write_bytes(b"anything")
+    (tree / "b" / "phone.HEIC").write_bytes(b"anything")
+    (tree / "b" / "LICENSE").write_text("free")
+    wanted = (
+        "1 of 5 images: 16 bits, brought to 8",
+        "4 left out: 2 .heic, 1 .txt, 1 without ending",
+    )
+    assert folder(tree, "mine", root=tmp_path).notes == wanted
+    assert load("mine", root=tmp_path).notes == data.check("mine", root=tmp_path)["notes"] == wanted
+    (tree / "b" / "phone.heic").unlink()
+    assert folder(tree, "mine", root=tmp_path).notes[1].startswith("3 left out: 1 .heic")
+    old = held(tmp_path / "mine32.npz")
+    del old["notes"]
+    np.savez(tmp_path / "mine32.npz", **old)
+    assert load("mine", root=tmp_path).notes == ()  # packs of before have none
+
+
+def test_a_class_without_images_is_named(tree, tmp_path):
+    (tree / "c").mkdir()
+    with pytest.raises(ValueError, match=r"tree/c holds no image, so its class would be lost"):
+        folder(tree, "mine", root=tmp_path)
+    (tree / "c" / "deeper").mkdir()
+    for i in range(2):
+        (tree / "c" / "deeper" / f"{i}.heic").write_bytes(b"anything")
+    with pytest.raises(
+        ValueError, match=r"tree/c holds no image.*, and here are 2 \.heic\. Convert"
+    ):
+        folder(tree, "mine", root=tmp_path)
+    with pytest.raises(ValueError, match=r"no images in .*, and here are 2 \.heic"):
+        folder(tree / "c", "mine", root=tmp_path)
+    assert not list(tmp_path.glob("*.npz"))
+    flat = tmp_path / "flat"
+    save(flat / "0.png", images(1)[0])
+    (flat / "about").mkdir()  # no class: there are none
+    assert folder(flat, "flat", root=tmp_path).names == ()
+
+
+def test_links_are_followed_and_loops_and_dead_ends_are_named(tree, tmp_path):
+    rows = images(5)
+    save(tmp_path / "elsewhere" / "0.png", rows[4])
+    (tree / "c").symlink_to(tmp_path / "elsewhere")
+    found = folder(tree, "mine", root=tmp_path)
+    assert found.names == ("a", "b", "c") and torch.equal(found.x[4], tensor(rows)[4])
+    loop = tree / "a" / "again"
+    for target in (tree, tree / "a", tmp_path):
+        loop.symlink_to(target)
+        with pytest.raises(ValueError, match=r"again is a link to a folder that holds it"):
+            folder(tree, "mine", root=tmp_path)
+        loop.unlink()
+    (tmp_path / "elsewhere" / "back").symlink_to(tree)
+    with pytest.raises(ValueError, match=r"is a link to a folder that holds it"):
+        folder(tree, "mine", root=tmp_path)
+    (tmp_path / "elsewhere" / "back").unlink()
+    (tree / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.png is a link to nothing"):
+        folder(tree, "mine", root=tmp_path)
+
+
+def test_an_image_beyond_pillows_limit_is_named(tree, tmp_path, monkeypatch):
+    for limit in (1000, 100):  # Pillow warns, then refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=rf"0\.png has more than {limit:,} pixels.*smaller"):
+            folder(tree, "mine", root=tmp_path)
+
+
+def test_paths_and_class_names_of_all_kinds(tmp_path, monkeypatch):
+    place, rows = tmp_path / "my photos é", images(3)
+    composed, apart = "caf\u00e9", "cafe\u0301"  # the second is how a Mac writes it
+    for name, image in zip(("Cats", "cats", apart), rows):
+        save(place / name / "0 a.png", image)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = folder("~/my photos é/", "mine", root="~/packs ü")
+    assert found.names == ("Cats", composed, "cats") and found.y.tolist() == [0, 1, 2]
+    assert torch.equal(found.x, tensor(rows[[0, 2, 1]]))
+    assert found.notes == (
+        "classes of their own, though they differ in capitals alone: Cats, cats",
+    )
+    pack = tmp_path / "packs ü" / "mine32.npz"
+    assert torch.equal(read_pack("~/packs ü/mine32.npz").x, read_pack(pack).x)
+    again = write_pack("~/packs ü/again.npz", found.x, found.y)
+    assert again == tmp_path / "packs ü" / "again.npz" and again.is_file()
+    for name, image in zip(("Cats", "cats", apart), rows):
+        save(place / name / "1.png", image)
+    assert len(folder_of_views(f"~/{place.name}/").labels) == 3
+
+
+def test_a_folder_with_one_image_is_a_set(tmp_path):
+    path = tmp_path / "tree" / "one.png"
+    save(path, np.full((1, 1, 3), 7, np.uint8))  # the smallest there is
+    found = one(path)
+    assert found.x.shape == (1, 3, 32, 32) and (found.x == 7).all() and found.y.tolist() == [0]
 
 
 # ---- compression ------------------------------------------------------------------------------

@@ -41,12 +41,14 @@ class Loaded(Split):
         names: of the classes; empty where the pack has none.
         ids: of the classes in another system, such as WordNet ids; may be empty.
         jpeg: quality, if the pixels are decoded JPEG files; None if they never were compressed.
+        notes: what was done to files that are not ordinary, and which were left out.
     """
 
     name: str = ""
     names: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
     jpeg: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ A pack is an ``.npz`` of plain arrays, never a pickle, so that reading one runs 
 ``height`` ...              and ``width``, ``channels``; without them 32, 32 and 3
 ``sha256``                  of the decoded pixels (n, height, width, channels)
 ``source``                  a digest of the folder that the pack was made from; may be empty
+``notes``                   what was done to the files in that folder; may be empty
 ==========================  =====================================================================
 
 Two older forms are read too: mosaics without the last rows, which may be JPEG, and JPEG bodies that
@@ -59,6 +60,7 @@ def write_pack(
     *,
     per: int = 100,
     source: str = "",
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write images as a pack; equal arguments give equal bytes.
 
@@ -70,6 +72,7 @@ def write_pack(
         jpeg: quality that the images were compressed with before, None for never.
         per: images in a mosaic.
         source: a digest of what the pack was made from.
+        notes: what was done to the images before.
 
     Returns:
         The path.
@@ -88,7 +91,7 @@ def write_pack(
     mosaics = [_mosaic(rows[i : i + per], per, cols) for i in range(0, len(rows), per)]
     numbers = {"n": len(y), "per": per, "cols": cols, "jpeg": jpeg or 0}
     numbers |= dict(zip(("height", "width", "channels"), rows.shape[1:]))
-    texts = {"names": names, "ids": ids, "sha256": digest(rows), "source": source}
+    texts = {"names": names, "ids": ids, "notes": notes, "sha256": digest(rows), "source": source}
     arrays: dict[str, Any] = {
         "blob": np.frombuffer(b"".join(mosaics), np.uint8),
         "offsets": np.cumsum([0, *map(len, mosaics)], dtype=np.int64),
@@ -98,7 +101,7 @@ def write_pack(
     }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getvalue())
@@ -168,9 +171,10 @@ def read_pack(path: str | Path) -> Loaded:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged.
     """
-    held = _held(Path(path))
-    with _whole(Path(path)):
-        return _loaded(Path(path).stem, held)
+    path = Path(path).expanduser()
+    held = _held(path)
+    with _whole(path):
+        return _loaded(path.stem, held)
 
 
 def made_from(path: Path) -> str:
@@ -230,6 +234,7 @@ def _loaded(name: str, held: dict[str, np.ndarray]) -> Loaded:
         torch.from_numpy(labels.astype(np.int64)),
         name=name,
         jpeg=int(held.get("jpeg", 0)) or found,
+        notes=tuple(map(str, held.get("notes", ()))),
         **classes,
     )
 

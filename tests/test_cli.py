@@ -531,6 +531,58 @@ def test_another_recipe_does_not_take_over_a_folder_or_its_weights(finished, pac
         other.evaluate(finished, root=packs)
 
 
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """Trains a run on three classes of folders in an empty folder, tests on the last two; returns the packs."""
+    folder, names = tmp_path / "packs", ("across", "down", "up")
+    for seed, (name, n) in enumerate({"stripes_train": 150, "stripes_test": 90}.items()):
+        x, y = stripes(n, seed)
+        order = y.argsort(stable=True)  # as a folder of images is
+        x, y, own = x[order], y[order], names
+        if name == "stripes_test":
+            x, y, own = x[y > 0], y[y > 0] - 1, names[1:]
+        data.write_pack(folder / f"{name}.npz", x, y, own)
+    start, end = RECIPE.index("[objective]"), RECIPE.index("[training]")
+    recipe = RECIPE[:start] + '[objective]\nname = "Standard"\n' + RECIPE[end:]
+    (folder / "tiny.toml").write_text(recipe)
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(folder))
+    monkeypatch.chdir(tmp_path)
+    standard = ["data.seen=", "data.validation=30", "data.ood=[]",
+                "training.epochs=12", "training.batch_size=20"]  # fmt: skip
+    return folder, [part for change in standard for part in ("--set", change)]
+
+
+def test_classes_have_names_from_the_folder_to_the_report(named, capsys):
+    folder, changes = named
+    own = str(folder / "tiny.toml")
+    assert cli.main(["train", own, *changes, "--minutes", "0"]) == 3
+    whole = data.load("stripes:train")
+    data.write_pack(folder / "stripes_train.npz", whole.x, whole.y, ("across", "up", "down"))
+    assert cli.main(["train", own, *changes]) == 2
+    assert "holds a run with classes = ['across', 'down', 'up'], not" in capsys.readouterr().err
+    data.write_pack(folder / "stripes_train.npz", whole.x, whole.y, whole.names)
+    assert cli.main(["train", own, *changes]) == 0
+    run = json.loads(Path("runs/tiny/run.json").read_text())
+    assert run["data"]["train"]["classes"] == ["across", "down", "up"]
+    assert (
+        run["history"][-1]["val_accuracy"] > 0.6
+    )  # of all three classes, though the set is sorted
+    assert cli.main(["evaluate", "runs/tiny"]) == 0
+    report = json.loads(Path("runs/tiny/report.json").read_text())
+    test = data.load("stripes:test")
+    recipe = recipes.read("runs/tiny/recipe.json")
+    model, *_ = running.trained(recipe, Path("runs/tiny"), "cpu")
+    right = (model(data.pixels(test.x))[:, :3].argmax(1) == test.y + 1).double().mean()
+    assert report["accuracy"]["value"] == pytest.approx(float(right)) and right > 0.6
+    data.write_pack(folder / "stripes_test.npz", test.x, test.y, ("down", "left"))
+    assert cli.main(["evaluate", "runs/tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "does not have: 'left'; known are: 'across', 'down', 'up'" in said
+    data.write_pack(folder / "stripes_test.npz", test.x, test.y + 9)
+    assert cli.main(["evaluate", "runs/tiny"]) == 2
+    assert "stripes:test has the label 10, and the network 3 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

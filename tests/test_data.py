@@ -51,6 +51,7 @@ from robustood.data import (
     Views,
     compress,
     corrupted,
+    counted_as,
     digest,
     digits,
     draw,
@@ -60,6 +61,7 @@ from robustood.data import (
     folder,
     folder_of_views,
     glyphs,
+    hold_out,
     light_grid,
     load,
     noise,
@@ -330,6 +332,48 @@ def test_a_split_is_cut_and_measured_with_its_labels(book):
     assert (ones.y == 1).all() and len(ones) == (book.test.y == 1).sum()
     picked = book.test[torch.tensor([9, 0, 9])]
     assert torch.equal(picked.x, book.test.x[[9, 0, 9]])
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.data())
+def test_each_class_is_held_out_by_its_share(y, data):
+    y = torch.tensor(y)
+    split, n = Split(torch.arange(float(len(y)))[:, None], y), data.draw(st.integers(0, len(y) - 1))
+    rest, held = hold_out(split, n)
+    assert len(held) == n and len(rest) == len(y) - n
+    for part in (rest, held):
+        places = part.x[:, 0].long()
+        assert torch.equal(part.y, y[places]) and (places.diff() > 0).all()
+    shares = y.bincount() * n / len(y)
+    assert ((held.y.bincount(minlength=len(shares)) - shares).abs() <= 1).all()
+
+
+def test_what_is_held_out_follows_the_seed_and_leaves_something():
+    split = Split(torch.arange(100.0)[:, None], torch.arange(100) % 10)
+    draws = [hold_out(split, 15, seed)[1] for seed in (0, 0, 1)]
+    assert torch.equal(draws[0].x, draws[1].x) and not torch.equal(draws[0].x, draws[2].x)
+    assert not torch.equal(draws[0].y.bincount(), draws[2].y.bincount())  # no class is always first
+    assert torch.equal(hold_out(split, 0)[0].x, split.x)
+    with pytest.raises(ValueError, match="n must be below the number of samples, 100, got 100"):
+        hold_out(split, 100)
+    with pytest.raises(ValueError, match=r"split\.y must be an int64 tensor of class labels"):
+        hold_out(Split(split.x, split.x[:, 0]), 3)
+
+
+def test_labels_are_counted_as_another_set_counts_them():
+    own = Loaded(
+        torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 2, 0]), name="own", names=("c", "a", "d")
+    )
+    found = counted_as(own, ("a", "b", "c", "d"), "train")
+    assert found.y.tolist() == [2, 0, 3, 2] and found.names == ("a", "b", "c", "d")
+    for same in (own.names, ()):
+        assert counted_as(own, same, "train") is own
+    assert counted_as(replace(own, names=()), ("a", "b"), "train").y.tolist() == [0, 1, 2, 0]
+    with pytest.raises(
+        ValueError, match=r"own has classes that train does not have: 'd'; known are: 'a', 'c'"
+    ):
+        counted_as(own, ("a", "c"), "train")
+    with pytest.raises(ValueError, match="two of the same name"):
+        counted_as(own, ("a", "a", "c", "d"), "train")
 
 
 def test_everything_moves_to_the_device(book):

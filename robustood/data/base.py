@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from robustood.inputs import check_count, check_labels
+
+S = TypeVar("S", bound="Split")
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: slice | Tensor) -> Split:
+    def __getitem__(self: S, index: slice | Tensor) -> S:
         return replace(self, x=self.x[index], y=self.y[index])
 
-    def to(self, device: torch.device | str) -> Split:
+    def to(self: S, device: torch.device | str) -> S:
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
@@ -49,6 +54,72 @@ class Loaded(Split):
     ids: tuple[str, ...] = ()
     jpeg: int | None = None
     notes: tuple[str, ...] = ()
+
+
+def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
+    """A labelled split in two: what is left, in its order, and n samples that hold each class to its share.
+
+    Args:
+        split: with integer labels.
+        n: number of samples to hold out.
+        seed: of the draw; the same samples each time.
+
+    Returns:
+        The rest, and those held out, both in the split's order.
+
+    Raises:
+        ValueError: if nothing would be left.
+    """
+    check_count(n, "n")
+    check_labels(split.y, split.x, name="split.y")
+    if n >= len(split):
+        raise ValueError(f"n must be below the number of samples, {len(split)}, got {n}")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    y = split.y.cpu()[order]
+    by_class, counts = y.argsort(stable=True), y.bincount()
+    # A sample's place among those of its class, from 0 to 1: the first n places are n fair shares.
+    rank = torch.empty(len(y), dtype=torch.float64)
+    rank[by_class] = torch.arange(len(y), dtype=torch.float64)
+    place = (rank - (counts.cumsum(0) - counts)[y] + 0.5) / counts[y]
+    held = torch.zeros(len(y), dtype=torch.bool)
+    held[order[place.argsort(stable=True)[:n]]] = True
+    return split[~held], split[held]
+
+
+def counted_as(loaded: Loaded, names: Sequence[str], by: str) -> Loaded:
+    """A set with its labels counted as another set counts its classes, found by name.
+
+    A folder that lacks a class numbers all later ones in another way. Sets without names stay as they are.
+
+    Args:
+        loaded: the set.
+        names: of the other set's classes, in the order of its labels.
+        by: what the other set is called.
+
+    Raises:
+        ValueError: for a class that the other set does not have.
+    """
+    if not names or not loaded.names or loaded.names == tuple(names):
+        return loaded
+    if unknown := [name for name in loaded.names if name not in names]:
+        raise ValueError(
+            f"{loaded.name} has classes that {by} does not have: {_listed(unknown)}; known are: "
+            f"{_listed(names)}. Call their folders alike, or take them out, and pack the images again"
+        )
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"{loaded.name} and {by} have other classes, and two of the same name: give each a name "
+            "of its own, and pack the images again"
+        )
+    places = torch.tensor([tuple(names).index(name) for name in loaded.names])
+    return replace(loaded, y=places.to(loaded.y.device)[loaded.y], names=tuple(names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first ten names."""
+    return ", ".join(map(repr, names[:10])) + (
+        f" and {len(names) - 10} more" if len(names) > 10 else ""
+    )
 
 
 @dataclass(frozen=True)

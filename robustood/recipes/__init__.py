@@ -127,7 +127,7 @@ def read(name_or_path: str | Path, changes: Changes = (), plan: str = "") -> Rec
     whole = path.suffix == ".json"
     if whole and not path.is_file():
         raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
-    merged = read_json(path) if whole else gather(str(name_or_path), None, ())
+    merged = schema.recorded(read_json(path)) if whole else gather(str(name_or_path), None, ())
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
         raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")

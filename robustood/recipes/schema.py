@@ -118,7 +118,8 @@ DATA: dict[str, tuple[Any, Kind]] = {
     "known": ("", TEXT),  # whose classes are dropped from the outliers
     "jpeg": ("auto", either("auto", whole(0, 100))),
     "jpeg_everywhere": (None, FLAG),  # every image once, test images too, in place of copies
-    "validation": (1000, whole()),  # the last images of train
+    "validation": (1000, whole()),  # images of train that are held out
+    "hold_out": ("by class", one_of("by class", "last")),  # which: each class's share, or the last
     "crop": (4, whole()),
     "flip": (True, FLAG),
     "pool_minimum": (0, whole()),  # of an objective that mines
@@ -231,6 +232,16 @@ def resolve(recipe: str, given: Mapping[str, Any]) -> dict[str, Section]:
     settings["model"] = {"name": model, **settings["model"]}
     check_together(recipe, settings)
     return settings
+
+
+def recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a run left them on record, with what held when there was no key for it."""
+    images = settings.get("data", {})
+    return (
+        {**settings, "data": {"hold_out": "last", **images}}
+        if isinstance(images, dict)
+        else settings
+    )
 
 
 def named(recipe: str, section: str, given: Section, known: Iterable[str]) -> str:

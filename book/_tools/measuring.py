@@ -62,7 +62,8 @@ class Assertions(ast.NodeTransformer):
         return node
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        node.test = Comparisons(f"{self.shell.execution_count - 1}").visit(node.test)
+        # The loader of this module and the count of the next cell come on top.
+        node.test = Comparisons(f"{self.shell.execution_count - 2}").visit(node.test)
         if self.keep_going and not self.depth:
             name = ast.Name("_asserted", ast.Store())
             return ast.fix_missing_locations(ast.copy_location(ast.Assign([name], node.test), node))
@@ -117,8 +118,9 @@ def least(a: Any, b: Any) -> float | None:
     """The least of b - a, None where these are no numbers."""
     import numpy as np
 
+    low, high = (v.detach() if hasattr(v, "detach") else v for v in (a, b))
     try:
-        return float(np.min(np.asarray(b, float) - np.asarray(a, float)))
+        return float(np.min(np.asarray(high, float) - np.asarray(low, float)))
     except (TypeError, ValueError):
         return None
 

@@ -1,9 +1,11 @@
 # Two commands matter: "make book" and "make test". Both need Python >= 3.11, git and make, no more.
 # Another Python: make test PYTHON=python3.12
+# The lowest versions that pyproject.toml allows: make test CONSTRAINTS=constraints-lowest.txt
 # Another arithmetic: ROBUSTOOD_ISA=oldest make test (avx2, the default; oldest; native)
 
 SHELL := /bin/bash
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -25,12 +27,12 @@ help: ## Show this list
 
 venv: $(STAMP) ## Make .venv and install everything into it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "robustood needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[book,test]"
 	@touch $@
 
 book: $(STAMP) ## Build the book as web pages

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -584,6 +585,31 @@ def test_classes_have_names_from_the_folder_to_the_report(named, capsys):
 
 
 @pytest.mark.parametrize(
+    ("file", "key", "command"),
+    [("weights.json", "seed", "evaluate"), ("weights.json", "data", "evaluate"),
+     ("run.json", "engine", "train"), ("run.json", "data", "train")],
+)  # fmt: skip
+def test_a_record_that_lacks_something_is_one_line(file, key, command, finished, tiny, capsys):
+    shutil.copytree(finished, "runs/tiny")
+    (place := Path("runs/tiny") / file).write_text(
+        json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != key})
+    )
+    assert tiny(command) == 2
+    assert f"{file} is damaged (it lacks {key});" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    (held := json.loads((finished / file).read_text()))["data"] = {}
+    place.write_text(json.dumps(held))
+    assert tiny(command) == 2 and "train" in (said := capsys.readouterr().err)
+    assert file in said and said.count("\n") == 1
+
+
+def test_a_run_lies_where_the_tilde_says(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tiny("train", "--folder=~/my rün/", "--minutes", "0") == 3
+    assert (tmp_path / "my rün" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["train", "aloe_cifar10_cp"], "did you mean 'aloe_cifar10_cpu'"),
@@ -650,6 +676,16 @@ def test_data_commands(packs, tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "pack", str(tmp_path / "tree"), "--name", "mine:test", *own]) == 0
     assert "mine:test: 2 images of 32 x 32" in capsys.readouterr().out
     assert data.load("mine:test", root=tmp_path / "own").names == ("a", "b")
+    (tmp_path / "tree" / "b" / "two.heic").write_bytes(b"anything")
+    Image.new("RGBA", (40, 50)).save(tmp_path / "tree" / "b" / "clear.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = ["--data=~/own packs é/"]
+    assert cli.main(["data", "pack", "~/tree/", "--name", "mine", *own]) == 0
+    noted = ["  1 of 3 images: transparent, laid on white", "  1 left out: 1 .heic"]
+    assert capsys.readouterr().out.splitlines() == ["mine: 3 images of 32 x 32", *noted]
+    assert cli.main(["data", "check", *own]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == noted
+    assert (tmp_path / "own packs é" / "mine32.npz").is_file()
     called = []
     monkeypatch.setattr(data, "fetch", lambda name, root=None: called.append(name) or ["a.npz"])
     assert cli.main(["data", "fetch", "cifar10", "svhn:train"]) == 0

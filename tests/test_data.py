@@ -376,6 +376,48 @@ def test_labels_are_counted_as_another_set_counts_them():
         counted_as(own, ("a", "a", "c", "d"), "train")
 
 
+IMAGES, LABELS = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+SPLIT = Split(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Split([[0.0]], LABELS), r"x must be a torch\.Tensor \(samples, \.\.\.\), got list"),
+        (lambda: Split(IMAGES.numpy(), LABELS), "x must be .* got ndarray; use torch.as_tensor"),
+        (lambda: Split(IMAGES, [0, 0, 0, 0]), "y must be .* got list"),
+        (lambda: Split(IMAGES, torch.tensor(3)), "y must be .* got one without axes"),
+        (lambda: Split(IMAGES, LABELS[1:]), "x and y must be of one length, got 4 and 3"),
+        (lambda: Pairs(IMAGES, IMAGES, LABELS[1:]), r"labels must be of shape \(4,\), .* got \(3,\)"),
+        (lambda: Pairs(IMAGES, IMAGES, None), "labels must be a torch.Tensor .* got NoneType"),
+        (lambda: Views.of(IMAGES.numpy(), LABELS), "views must be a torch.Tensor"),
+        (lambda: Views.of(torch.zeros(4, 2, 1, 2, 2), LABELS[1:]), r"labels must be of shape \(4,\)"),
+        (lambda: Data(SPLIT, (IMAGES, LABELS), SPLIT, IMAGES), r"data\.val must be a Split, got tuple"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, None), r"data\.outliers must be a torch.Tensor"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES[..., :1]), r"data\.outliers must be shaped like "
+         r"data\.train\.x, \(1, 2, 2\) a sample, got \(1, 2, 1\)"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, [IMAGES]), r"data\.ood must be a dict .* got list"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": [0]}), r"data\.ood\['a'\] must be a torch"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": IMAGES[:, 0]}), r"data\.ood\['a'\] must be shaped"),
+        (lambda: Data(SPLIT, SPLIT, Split(IMAGES[:, 0], LABELS), IMAGES), r"data\.test\.x must be shaped"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, compressed=IMAGES[1:]), "twin of each of the 4 .* got 3"),
+        (lambda: load(3), r"name and split must be texts such as 'mine', 'test', got 3, None"),
+        (lambda: load("mine", 3), "name and split must be texts"),
+        (lambda: without_overlap(SPLIT, "cifar10"), "outliers must be a set with .* got Split; use load"),
+        (lambda: hold_out(SPLIT, np.bool_(True)), "n must be a whole number"),
+        (lambda: hold_out(Split(IMAGES, LABELS - 1), 1), r"split\.y lies in \[-1, -1\]"),
+        (lambda: compress([IMAGES], 75), "images must be a uint8 tensor or array, got list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_data_is_refused_at_the_door(untyped, make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_numbers_of_numpy_count_samples(untyped):
+    assert len(hold_out(SPLIT, np.int64(3))[1]) == 3
+
+
 def test_everything_moves_to_the_device(book):
     moved = book.to("meta")
     tensors = [t for s in (moved.train, moved.val, moved.test) for t in (s.x, s.y)]
@@ -636,6 +678,14 @@ def test_no_pack_holds_a_pickle_that_could_run(pack):
         ((images(2, size=4), [0]), r"labels must be of shape \(2,\)"),
         ((images(2, size=4), [0, -1]), "labels must be whole numbers from 0"),
         ((images(2, size=4), [0, 0.5]), "labels must be whole numbers"),
+        ((images(2, size=4), ["0", "1"]), "labels must be whole numbers from 0, got <U1"),
+        ((images(2, size=4), [True, False]), "labels must be whole numbers from 0, got bool"),
+        ((images(2, size=4), [0, np.nan]), "labels must be whole numbers from 0, got float64"),
+        ((images(2, size=4), None), r"labels must be of shape \(2,\)"),
+        ((images(2, size=4).tolist(), [0, 1]), "images must be a uint8 tensor or array, got list"),
+        ((images(2, size=4), [0, 1], "ab"), "names must be a list of texts, got 'ab'"),
+        ((images(2, size=4), [0, 1], [0, 1]), r"names must be a list of texts, got \[0, 1\]"),
+        ((images(2, size=4), [0, 1], [], "ab"), "ids must be a list of texts"),
         ((images(2, size=4), [0, 2], ["a", "b"]), "names must have one entry a class"),
         ((images(2, size=4), [0, 1], [], [], 101), "jpeg must be at most 100"),
         ((images(2, size=4), [0, 1], [], [], 0), "jpeg must be a whole number of at least 1"),
@@ -1552,6 +1602,14 @@ def test_without_a_list_nobody_knows_the_overlap():
         without_overlap(replace(made, name="tinyimagenet"), "svhn")
     with pytest.raises(ValueError, match="give the outlier set ids or names"):
         without_overlap(replace(made, name="tinyimagenet", names=()), "cifar10")
+
+
+def test_outliers_that_are_all_known_are_refused():
+    outliers = Loaded(
+        torch.zeros(2, 3, 1, 1), torch.tensor([0, 0]), "tinyimagenet", ids=("n02099601",)
+    )
+    with pytest.raises(ValueError, match="all images of 'tinyimagenet' show classes of 'cifar10'"):
+        without_overlap(outliers, "cifar10")
 
 
 def test_classes_that_are_named_in_another_way_than_in_the_list_do_not_pass_as_no_overlap():

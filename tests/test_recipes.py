@@ -4,6 +4,7 @@ import doctest
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,6 +203,36 @@ def test_what_is_wrong_is_named_before_any_data_are_read(change, said, monkeypat
         read("aloe_cifar10_cpu", [change])
     whole_change = "=" in change and "." in change  # else there is no recipe to name yet
     assert ("aloe_cifar10_cpu" in str(caught.value)) == whole_change
+
+
+def test_files_of_windows_editors_and_paths_of_all_kinds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my räcipes"
+    folder.mkdir()
+    text = 'extends = ["_cifar10", "_cpu"]\nabout = "mine"\n[objective]\nname = "Standard"\n'
+    plain = read(write(folder, "own", text))
+    (folder / "own.toml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read("~/my räcipes/own.toml") == read(folder / "own.toml") == plain
+    (folder / "recipe.json").write_bytes(b"\xef\xbb\xbf" + plain.to_json().encode())
+    assert read("~/my räcipes/recipe.json").settings == plain.settings
+    for damaged in ("", "[]", "3", '{"about": NaN}', "{"):
+        (folder / "recipe.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
+            read(folder / "recipe.json")
+
+
+def test_numbers_of_numpy_are_settings_and_truth_values_are_none():
+    given = read("aloe_cifar10_cpu").settings
+    training = given["training"] | {"epochs": np.int64(3), "lr": np.float32(0.5)}
+    mine = {**given, "training": training, "evaluation": {"curve": (0, np.float64(0.5))}}
+    found = schema.resolve("mine", mine)
+    kinds = [(v, type(v)) for v in (found["training"]["epochs"], found["training"]["lr"])]
+    assert kinds == [(3, int), (0.5, float)] and found["evaluation"]["curve"] == [0, 0.5]
+    json.dumps(found)
+    for key in ("epochs", "lr"):
+        for wrong in (np.bool_(True), True):
+            with pytest.raises(ValueError, match=rf"training\.{key} must be a .*number"):
+                schema.resolve("mine", {**given, "training": training | {key: wrong}})
 
 
 def test_unknown_recipes_and_missing_keys(tmp_path):

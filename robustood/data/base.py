@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,9 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from robustood.checkpoints import read_json
 from robustood.inputs import check_count, check_labels
 
 S = TypeVar("S", bound="Split")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Refuse what is no tensor with a first axis for the samples; values are not read."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        seen = "one without axes" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{name} must be a torch.Tensor (samples, ...), got {seen}; use torch.as_tensor"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Split:
     y: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            check_tensor(getattr(self, name), name)
         if len(self.x) != len(self.y):
             raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
 
@@ -143,6 +154,35 @@ class Data:
     notes: dict[str, float] = field(default_factory=dict)
     compressed: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            if not isinstance(split := getattr(self, name), Split):
+                raise ValueError(
+                    f"data.{name} must be a Split, got {type(split).__name__}; use Split(x, y)"
+                )
+        if not isinstance(self.ood, dict):
+            raise ValueError(
+                f"data.ood must be a dict of tensors by name, got {type(self.ood).__name__}"
+            )
+        images = {"outliers": self.outliers, **{f"ood[{k!r}]": x for k, x in self.ood.items()}}
+        if self.compressed is not None:
+            images["compressed"] = self.compressed
+        for name, x in images.items():
+            check_tensor(x, f"data.{name}")
+        images |= {"val.x": self.val.x, "test.x": self.test.x}
+        shape = self.train.x.shape[1:]
+        for name, x in images.items():
+            if len(x) and x.shape[1:] != shape:
+                raise ValueError(
+                    f"data.{name} must be shaped like data.train.x, {tuple(shape)} a sample, got "
+                    f"{tuple(x.shape[1:])}"
+                )
+        if self.compressed is not None and len(self.compressed) != len(self.train):
+            raise ValueError(
+                f"data.compressed must hold a twin of each of the {len(self.train)} training images, got "
+                f"{len(self.compressed)}"
+            )
+
     def to(self, device: torch.device | str) -> Data:
         kinds = (Split, Tensor)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -196,6 +236,6 @@ def kept(name: str) -> dict[str, Any]:
     folders = [here.parent / "data" / "results", here / "kept" / "results"]
     for folder in folders:
         if (file := folder / f"{name}.json").is_file():
-            return json.loads(file.read_text("utf-8"))
+            return read_json(file, fix="fetch it again")
     known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
     raise ValueError(f"no kept result {name!r}; there are: {', '.join(known) or 'none'}")

@@ -81,7 +81,11 @@ def write_pack(
         ValueError: for images that are not 8-bit, or labels that do not belong to them.
         OSError: if the file cannot be written; what was there before is still there.
     """
-    rows, y = nhwc(images), np.asarray(labels)
+    rows = nhwc(images)
+    y = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    for key, given in {"names": names, "ids": ids, "notes": notes}.items():
+        if isinstance(given, str) or not all(isinstance(word, str) for word in given):
+            raise ValueError(f"{key} must be a list of texts, got {given!r}")
     check_count(per, "per", low=1)
     _check_labels(y, len(rows), {"names": names, "ids": ids})
     if jpeg is not None:
@@ -119,7 +123,12 @@ def cannot_write(path: Path, error: OSError) -> OSError:
 def nhwc(images: Images) -> np.ndarray:
     """8-bit images as an array (n, height, width, channels); a tensor's channels come second."""
     if isinstance(images, Tensor):
-        images = images.cpu().numpy().transpose(0, 2, 3, 1) if images.ndim == 4 else images.numpy()
+        images = images.cpu().numpy()
+        images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
+    if not isinstance(images, np.ndarray):
+        raise ValueError(
+            f"images must be a uint8 tensor or array, got {type(images).__name__}; use np.stack"
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
             f"images must be uint8 with 1 or 3 channels, got {images.dtype} of shape "
@@ -152,7 +161,8 @@ def _check_labels(y: np.ndarray, n: int, classes: Mapping[str, Sequence[str]]) -
     if y.shape != (n,):
         raise ValueError(f"labels must be of shape ({n},), one for each image, got {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-        raise ValueError(f"labels must be whole numbers from 0, got {y.dtype} from {y.min()}")
+        seen = f" from {y.min()}" if np.issubdtype(y.dtype, np.number) else ""
+        raise ValueError(f"labels must be whole numbers from 0, got {y.dtype}{seen}")
     for key, given in classes.items():
         if given and len(given) <= y.max():
             raise ValueError(f"{key} must have one entry a class, got {len(given)} for {y.max()}")

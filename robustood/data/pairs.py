@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robustood.corruptions import corrupt
-from robustood.data.base import Data, Split, pixels
+from robustood.data.base import Data, Split, check_tensor, pixels
 from robustood.data.batches import Change, each
 from robustood.data.files import images_in, read_image
 from robustood.inputs import check_choice, check_count, check_images
@@ -41,6 +41,14 @@ class Pairs(Split):
     """
 
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensor(self.labels, "labels")
+        if len(self.labels) != len(self.x):
+            raise ValueError(
+                f"labels must be of shape ({len(self.x)},), one for each input, got {tuple(self.labels.shape)}"
+            )
 
     def __getitem__(self, index: slice | Tensor) -> Pairs:
         return self._each(lambda tensor: tensor[index])
@@ -100,6 +108,7 @@ class Views(Pairs):
         """
         check_choice(pairing, "pairing", ("first", "others", "any"))
         needed = 3 if pairing == "others" else 2
+        check_tensor(views, "views")
         if views.ndim != 5 or views.shape[1] < needed:
             raise ValueError(
                 f"views must be (samples, views, channel, height, width) with at least {needed} views "

@@ -114,6 +114,10 @@ def check(name: str, split: str | None = None, root: str | Path | None = None) -
 
 def named(name: str, split: str | None) -> tuple[str, str | None]:
     """Name and split, whether written as one or as two."""
+    if not isinstance(name, str) or not isinstance(split, str | None):
+        raise ValueError(
+            f"name and split must be texts such as 'mine', 'test', got {name!r}, {split!r}"
+        )
     name, _, second = name.partition(":")
     if split and second and split != second:
         raise ValueError(f"split must be named once, got {second!r} in the name and {split!r}")
@@ -257,8 +261,13 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         known: name of the in-distribution set, such as ``"cifar100"``.
 
     Raises:
-        ValueError: if no list says how the two sets overlap, or names the classes in another way.
+        ValueError: if no list says how the two sets overlap, or names the classes in another way, or if
+            nothing would be left.
     """
+    if not isinstance(outliers, Loaded):
+        raise ValueError(
+            f"outliers must be a set with its classes' names, got {type(outliers).__name__}; use load(..)"
+        )
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
     labels = outliers.ids or outliers.names
@@ -277,4 +286,8 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         )
     dropped = torch.tensor([label in listed for label in labels])
     kept = ~dropped[outliers.y]
+    if not kept.any():
+        raise ValueError(
+            f"all images of {outliers.name!r} show classes of {known!r}; name another set of outliers"
+        )
     return replace(outliers, x=outliers.x[kept], y=outliers.y[kept])

@@ -275,7 +275,9 @@ def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     file = folder / "run.json"
     if not file.is_file():
         return None
-    run = read_json(file, RECORDED)
+    run = read_json(file, (*RECORDED, "engine"))
+    if "train" not in run["data"]:
+        raise ValueError(f"{file} is damaged (its data lacks train); choose another folder")
     check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
     run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
     return run
@@ -296,7 +298,12 @@ def trained(
             "again, it goes on"
         )
     model = recipe.model()
-    written = load_weights(file, model)
+    written = load_weights(file, model, ("recipe", "settings", "seed", "data"))
+    if "train" not in written["data"]:
+        raise ValueError(
+            f"{file.with_suffix('.json')} says nothing of the training images (data.train); take the card "
+            "that robustood train wrote"
+        )
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(device).eval(), written, device

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 from robustood import detectors, generative, models, objectives
@@ -28,7 +29,7 @@ class Kind:
 
 def fraction(value: Any) -> float:
     """A finite number, or a text such as "8/255" that stands for one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
         raise ValueError
     found = float(Fraction(value)) if isinstance(value, str) else float(value)
     if not math.isfinite(found):
@@ -52,9 +53,9 @@ def whole(low: int = 0, high: float = math.inf) -> Kind:
     """A whole number of at least low, at most high."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
             raise ValueError
-        return value
+        return int(value)
 
     most = f", at most {high}" if high < math.inf else ""
     return Kind(f"a whole number of at least {low}{most}", read)
@@ -91,7 +92,7 @@ def several(kind: Kind) -> Kind:
     """A list."""
 
     def read(value: Any) -> list[Any]:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise ValueError
         return [kind.read(v) for v in value]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from robustood.inputs import check_device, check_instance, check_mapping, check_number, check_text
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,12 @@ class Split:
     y: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            check_instance(getattr(self, name), name, Tensor, "a tensor (samples, ...)")
+        if self.x.ndim == 0 or self.y.ndim == 0:
+            raise ValueError(
+                "x and y must have an axis of samples; use x[None] and y[None] for one"
+            )
         if len(self.x) != len(self.y):
             raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
 
@@ -29,6 +38,7 @@ class Split:
         return replace(self, x=self.x[index], y=self.y[index])
 
     def to(self, device: torch.device | str) -> Split:
+        check_device(device)
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
@@ -70,7 +80,26 @@ class Data:
     notes: dict[str, float] = field(default_factory=dict)
     compressed: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            check_instance(getattr(self, name), name, Split, "a Split(x, y)")
+        check_instance(self.outliers, "outliers", Tensor, "a tensor (samples, ...), x[:0] for none")
+        check_mapping(self.ood, "ood", "{name: images}")
+        for name, x in self.ood.items():
+            check_instance(x, f"ood[{name!r}]", Tensor, "a tensor of images")
+        check_mapping(self.notes, "notes", "{name: number}")
+        for name, value in self.notes.items():
+            check_number(value, f"notes[{name!r}]", -math.inf, math.inf)
+        if self.compressed is not None:
+            check_instance(self.compressed, "compressed", Tensor, "a tensor shaped like train.x")
+            if self.compressed.shape != self.train.x.shape:
+                raise ValueError(
+                    f"compressed must be shaped like train.x {tuple(self.train.x.shape)}, got "
+                    f"{tuple(self.compressed.shape)}"
+                )
+
     def to(self, device: torch.device | str) -> Data:
+        check_device(device)
         kinds = (Split, Tensor)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value for name, value in values.items() if isinstance(value, kinds)}
@@ -83,6 +112,7 @@ class Data:
 
 def pixels(images: Tensor) -> Tensor:
     """8-bit images as floats in [0, 1]; floats as they are."""
+    check_instance(images, "images", Tensor, "a tensor of images, in 8 bits or in [0, 1]")
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
@@ -119,6 +149,7 @@ def kept(name: str) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such result; the message says which there are.
     """
+    check_text(name, "name")
     here = Path(__file__).parents[1]
     folders = [here.parent / "data" / "results", here / "kept" / "results"]
     for folder in folders:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from io import BytesIO
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from robustood.inputs import check_choice, check_images
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 LUMA = np.array([[[0.299]], [[0.587]], [[0.114]]])  # ITU-R BT.601, as in OpenCV and Pillow
 ICE, WATER, MUD = (204, 235, 255), (175, 238, 238), (63, 42, 20)
 Images = Float[Tensor, "batch channel height width"]
@@ -59,13 +61,16 @@ def corrupt(x: Images, name: str, severity: int, seeds: Int[Tensor, "..."]) -> I
     """
     check_images(x)
     check_choice(name, "name", NAMES)
-    if isinstance(severity, bool) or severity not in range(1, 6):
+    if isinstance(severity, bool) or not isinstance(severity, Integral) or not 1 <= severity <= 5:
         raise ValueError(f"severity must be a whole number from 1 to 5, got {severity!r}")
     shape = tuple(x.shape)
     if shape[1] not in (1, 3) or min(shape[2:]) < 8:
         raise ValueError(f"x must have 1 or 3 channels and sides >= 8, got {shape}; resize it")
-    if seeds.shape != shape[:1] or seeds.is_floating_point() or seeds.min() < 0:
-        raise ValueError(f"seeds must be {shape[0]} whole numbers >= 0, one per image, got {seeds}")
+    whole = isinstance(seeds, Tensor) and seeds.shape == shape[:1] and seeds.dtype in WHOLE
+    if not whole or seeds.min() < 0:
+        raise ValueError(
+            f"seeds must be a tensor of {shape[0]} whole numbers >= 0, one per image, got {seeds!r:.80}"
+        )
     function, strengths = _TABLE[name]
     rngs = (np.random.default_rng((NAMES.index(name), severity, s)) for s in seeds.tolist())
     clean = x.detach().cpu().double().numpy().clip(0, 1)

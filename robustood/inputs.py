@@ -9,13 +9,21 @@ device: they stand at public doors and never inside a loop.
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence, Sized
+from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6
+MOST = sys.float_info.max  # infinity is a number only where a limit says so
 
 
 def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> None:
@@ -69,12 +77,19 @@ def check_labels(y: Tensor, x: Tensor, classes: int | None = None, name: str = "
 
 
 def check_number(
-    value: float, name: str, low: float = -math.inf, high: float = math.inf, fix: str = ""
+    value: float, name: str, low: float = -MOST, high: float = MOST, fix: str = ""
 ) -> None:
-    """Refuse a number that is NaN or outside [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    """Refuse a number that is NaN or outside [low, high]; infinity passes only as a limit."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         hint = f"; {fix}" if fix else ""
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}{hint}")
+        raise ValueError(f"{name} must be {_range(low, high)}, got {value!r:.80}{hint}")
+
+
+def _range(low: float, high: float) -> str:
+    if high < MOST:
+        return f"a number in [{low:g}, {high:g}]"
+    kind = "a number" if high == math.inf else "a finite number"
+    return kind if low <= -MOST else f"{kind} of at least {low:g}"
 
 
 def check_confidence(value: float) -> None:
@@ -82,13 +97,141 @@ def check_confidence(value: float) -> None:
     check_number(value, "confidence", 0.5, 1 - 1e-9, "write 0.95 for 95 %; 1 is out of reach")
 
 
-def check_count(value: int, name: str, low: int = 0) -> None:
-    """Refuse what is not a whole number of at least ``low``."""
+def check_count(value: int, name: str, low: int = 0, fix: str = "") -> int:
+    """Refuse what is not a whole number of at least ``low``; give it as the int that torch needs."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        hint = f"; {fix}" if fix else ""
+        raise ValueError(
+            f"{name} must be a whole number of at least {low}, got {value!r:.80}{hint}"
+        )
+    return int(value)
 
 
-def check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
+def check_seed(value: int, name: str = "seed") -> int:
+    """Refuse what seeds no generator; give it as the int that torch needs."""
+    return check_count(value, name, fix="the same seed gives the same draws")
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Refuse what is neither True nor False: a text such as "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
     """Refuse a name that does not exist, and say which do."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r:.80}"
+        )
+
+
+def check_text(value: object, name: str) -> None:
+    """Refuse what is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {type(value).__name__}")
+
+
+def check_path(value: object, name: str) -> None:
+    """Refuse what names no file or folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(
+            f"{name} must be the path of a file or folder, a str or Path, got {type(value).__name__}"
+        )
+
+
+def check_callable(value: object, name: str, form: str) -> None:
+    """Refuse what cannot be called; ``form`` shows how it will be."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, called as {form}, got {value!r:.80}")
+
+
+def check_instance(value: object, name: str, kind: type | tuple[type, ...], such_as: str) -> None:
+    """Refuse what is not of a class, and the class itself, which a protocol lets pass."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        seen = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise ValueError(f"{name} must be {such_as}, got {seen}")
+
+
+def check_generator(value: object, name: str = "generator") -> None:
+    """Refuse what is neither torch's source of random numbers nor None."""
+    if value is not None:
+        such_as = "a torch.Generator, such as torch.Generator().manual_seed(0)"
+        check_instance(value, name, torch.Generator, such_as)
+
+
+def check_device(value: object, name: str = "device") -> None:
+    """Refuse what names no device."""
+    if not isinstance(value, (str, torch.device)):
+        raise ValueError(f'{name} must be such as "cpu" or "cuda:0", got {value!r:.80}')
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f'{name} must be such as "cpu" or "cuda:0", got {value!r}') from error
+
+
+def check_several(values: object, name: str, what: str, least: int = 1) -> None:
+    """Refuse what is no list: one alone, or a text, which is a sequence of letters."""
+    listed = isinstance(values, (Sequence, np.ndarray, Tensor)) and not isinstance(values, str)
+    if not isinstance(values, Sized) or not listed or getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{name} must be a list of {what}, got {values!r:.80}; use [..] for one")
+    if len(values) < least:
+        raise ValueError(f"{name} must hold at least {least} of {what}, got {values!r:.80}")
+
+
+def check_counts(low: int = 1, **values: int) -> None:
+    """Refuse each that is not a whole number of at least ``low``."""
+    for name, value in values.items():
+        check_count(value, name, low)
+
+
+def check_shape(shape: object) -> tuple[int, int, int]:
+    """Refuse what is not the shape of one image, (channel, height, width); give it as a tuple."""
+    check_several(shape, "shape", "three whole numbers (channel, height, width)", 3)
+    channels, *sides = shape  # ty: ignore
+    if len(sides) != 2:
+        raise ValueError(f"shape must be (channel, height, width), got {shape!r:.80}")
+    return tuple(check_count(side, "shape: each", 1) for side in (channels, *sides))  # ty: ignore
+
+
+def numbers(values: object, name: str) -> np.ndarray:
+    """Real numbers as float64: a number, a list, an array or a tensor."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values if values.is_complex() else values.double()).numpy()
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind not in "biuf":
+            raise TypeError(f"not real numbers: {found.dtype}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be numbers, got {values!r:.80}; pass a flat list or array"
+        ) from error
+    return found.astype(np.float64, copy=False)
+
+
+def finite(values: object, name: str) -> np.ndarray:
+    """Real numbers as float64, without NaN and infinity, at least one."""
+    found = numbers(values, name)
+    if found.size == 0 or not np.isfinite(found).all():
+        raise ValueError(f"{name} must be finite numbers, at least one, got {values!r:.80}")
+    return found
+
+
+def check_mapping(values: object, name: str, form: str) -> None:
+    """Refuse what is no dict; ``form`` shows one."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a dict such as {form}, got {type(values).__name__}")
+
+
+def check_keywords(function: Callable[..., Any], given: Mapping[str, Any], own: str) -> None:
+    """Refuse keywords that ``own`` would hand on to a function that has no such argument."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+            raise TypeError(f"{own} got an unexpected keyword argument {name!r}{meant}")

@@ -27,7 +27,16 @@ from scipy.special import expit, logit, ndtri
 from scipy.stats import binomtest
 from torch import Tensor
 
-from robustood.inputs import check_choice, check_confidence, check_count, check_number
+from robustood.inputs import (
+    check_callable,
+    check_choice,
+    check_confidence,
+    check_count,
+    check_number,
+    check_seed,
+    check_several,
+    numbers,
+)
 
 Scores = ArrayLike | Tensor
 Metric = Callable[..., float]
@@ -143,7 +152,8 @@ def acceptance(scores: Scores, threshold: float, confidence: float = 0.95) -> Es
     0.750 [0.194, 0.994]
     """
     s = _values(scores, "scores")
-    check_number(threshold, "threshold", fix="a score, such as threshold_at_tpr returns")
+    fix = "a score, such as threshold_at_tpr returns"
+    check_number(threshold, "threshold", -np.inf, np.inf, fix)
     return proportion(int(np.count_nonzero(s >= threshold)), s.size, confidence)
 
 
@@ -195,7 +205,7 @@ def detection_error(
     0.25
     """
     a, b = _both(scores_in, scores_out)
-    if prior == "empirical":
+    if isinstance(prior, str) and prior == "empirical":
         prior = a.size / (a.size + b.size)
     check_number(prior, "prior", 0, 1, "or write prior='empirical'")
     # A threshold between two in-distribution scores can be raised to the next at no loss.
@@ -241,7 +251,7 @@ def confidence_interval(
     check_choice(method, "method", ("auto", "delong", "bootstrap"))
     if method == "delong" and metric is not auroc:
         raise ValueError("method 'delong' is for auroc alone; use method='bootstrap'")
-    _check_interval(a, b, confidence, resamples)
+    _check_interval(metric, a, b, confidence, resamples, seed)
     if metric is auroc and method != "bootstrap":
         return _delong(a, b, confidence)
     value = float(metric(a, b))
@@ -270,15 +280,16 @@ def paired_difference(
     two separate ones suggest. The value may be negative.
     """
     for name, given in (("first", first), ("second", second)):
+        check_several(given, name, "the two sides' scores")
         if len(given) != 2:
             raise ValueError(f"{name} must be (scores_in, scores_out), got {len(given)} parts")
-    (a, b), (c, d) = _both(*first), _both(*second)
+    (a, b), (c, d) = _both(*first, "first: "), _both(*second, "second: ")
     if (a.size, b.size) != (c.size, d.size):
         raise ValueError(
             f"first and second must hold scores of the same inputs, got {a.size} in and {b.size} "
             f"out against {c.size} and {d.size}; compare detectors on one test set"
         )
-    _check_interval(a, b, confidence, resamples)
+    _check_interval(metric, a, b, confidence, resamples, seed)
     pull = np.random.default_rng(seed)
 
     def draw() -> float:
@@ -335,12 +346,7 @@ def as_printed(
 
 def _values(scores: Scores, name: str) -> Float[np.ndarray, " n"]:
     """Scores as float64, checked: the one door of this module."""
-    if isinstance(scores, Tensor):
-        scores = scores.detach().cpu().double().numpy()
-    try:
-        values = np.asarray(scores, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers, got {scores!r:.80}; pass a flat list") from error
+    values = numbers(scores, name)
     if values.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {values.shape}; use .ravel()")
     if values.size == 0:
@@ -353,8 +359,8 @@ def _values(scores: Scores, name: str) -> Float[np.ndarray, " n"]:
     return values
 
 
-def _both(scores_in: Scores, scores_out: Scores) -> tuple[np.ndarray, np.ndarray]:
-    return _values(scores_in, "scores_in"), _values(scores_out, "scores_out")
+def _both(scores_in: Scores, scores_out: Scores, of: str = "") -> tuple[np.ndarray, np.ndarray]:
+    return _values(scores_in, f"{of}scores_in"), _values(scores_out, f"{of}scores_out")
 
 
 def _oriented(
@@ -372,12 +378,16 @@ def _below(a: np.ndarray, b: np.ndarray) -> tuple[Int[np.ndarray, " n"], Int[np.
     return np.searchsorted(b, a, "left"), np.searchsorted(b, a, "right")
 
 
-def _check_interval(a: np.ndarray, b: np.ndarray, confidence: float, resamples: int) -> None:
+def _check_interval(
+    metric: Metric, a: np.ndarray, b: np.ndarray, confidence: float, resamples: int, seed: int
+) -> None:
+    check_callable(metric, "metric", "metric(scores_in, scores_out)")
+    check_seed(seed)
     check_confidence(confidence)
     check_count(resamples, "resamples", low=1)
     if min(a.size, b.size) < 2:
         raise ValueError(
-            f"an interval needs at least 2 scores a side, got {a.size} in and {b.size} out"
+            f"an interval of the scores needs at least 2 a side, got {a.size} in and {b.size} out"
         )
 
 

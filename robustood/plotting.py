@@ -16,7 +16,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from robustood.inputs import check_choice, check_count
+from robustood.data import pixels
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_images,
+    check_instance,
+    check_number,
+    check_several,
+    check_text,
+    finite,
+)
 from robustood.metrics import Estimate
 
 COLOURS = {
@@ -67,7 +77,7 @@ def image_grid(
     """Show images in rows, each with an optional title.
 
     Args:
-        images: grey (1 channel) or RGB (3 channels), in [0, 1].
+        images: grey (1 channel) or RGB (3 channels), in [0, 1] or in 8 bits.
         titles: one text an image.
         columns: images a row.
         scale: width of one image in inches.
@@ -76,11 +86,19 @@ def image_grid(
         The figure, not yet shown.
     """
     check_count(columns, "columns", low=1)
+    check_number(scale, "scale", 0.01, 100, "the width of one image in inches")
+    check_instance(images, "images", Tensor, "a tensor (n, channels, height, width)")
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
             "add an axis with images[:, None] for grey ones"
         )
+    images = pixels(images.detach())
+    check_images(images, "images")
+    if titles is not None:
+        check_several(titles, "titles", "texts, one an image", 0)
+        for title in titles:
+            check_text(title, "titles: each")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"titles must be one an image, got {len(titles)} for {len(images)}")
     rows = -(-len(images) // columns)
@@ -91,7 +109,7 @@ def image_grid(
     for place, axis in enumerate(axes.flat):
         axis.axis("off")
         if place < len(images):
-            picture = images[place].detach().cpu().permute(1, 2, 0).squeeze(-1).numpy()
+            picture = images[place].cpu().permute(1, 2, 0).squeeze(-1).numpy()
             axis.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
             if titles is not None:
                 axis.set_title(titles[place], fontsize=9)
@@ -116,6 +134,14 @@ def band(
         colour: a name from ``COLOURS``.
         line: passed to ``Axes.plot``; a marker is drawn unless told otherwise.
     """
+    check_instance(axis, "axis", Axes, "Matplotlib's Axes, such as plt.figure().gca()")
+    check_several(x, "x", "positions")
+    check_several(estimates, "estimates", "Estimate, one a position")
+    places = finite(x, "x")
+    for each in estimates:
+        check_instance(each, "estimates: each", Estimate, "an Estimate with value, low and high")
+    if label is not None:
+        check_text(label, "label")
     if not len(x) == len(estimates) > 0:
         raise ValueError(
             f"x and estimates must be of one length, got {len(x)} and {len(estimates)}"
@@ -123,5 +149,5 @@ def band(
     check_choice(colour, "colour", tuple(COLOURS))
     low, value, high = np.array([[e.low, e.value, e.high] for e in estimates]).T
     line.setdefault("marker", "o")
-    axis.plot(x, value, color=COLOURS[colour], label=label, **line)
-    axis.fill_between(x, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
+    axis.plot(places, value, color=COLOURS[colour], label=label, **line)
+    axis.fill_between(places, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)

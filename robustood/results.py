@@ -11,6 +11,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from robustood.checkpoints import read_json, write_whole
+from robustood.inputs import (
+    check_flag,
+    check_mapping,
+    check_path,
+    check_several,
+    check_text,
+    numbers,
+)
 
 Run = dict[str, Any]
 Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
@@ -34,6 +42,8 @@ def load(folder: str | Path | None = None) -> list[Run]:
     Raises:
         ValueError: for a folder that does not exist.
     """
+    if folder is not None:
+        check_path(folder, "folder")
     if folder is None:
         places = [place / "results" for place in KEPT]
     elif not (place := Path(folder).expanduser()).is_dir():
@@ -92,6 +102,9 @@ def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
     Raises:
         ValueError: if there are none.
     """
+    check_text(name, "name")
+    if plan is not None:
+        check_text(plan, "plan")
     file = f"{name}.{plan}.npz" if plan else f"{name}.npz"
     file = kept_file("scores", file, "robustood evaluate makes them")
     with np.load(file, allow_pickle=False) as arrays:
@@ -115,9 +128,20 @@ def pooled(
     Raises:
         ValueError: for what was not measured.
     """
+    check_mapping(scores, "scores", "results.scores(name)")
+    for name, value in (("detector", detector), ("attack", attack)):
+        check_text(value, name)
+    check_several(sets, "sets", "names of sets of outliers")
+    for name in sets:
+        check_text(name, "sets: each")
     names = [f"{detector} {attack} {name}" for name in ("in", *sets)]
     if missing := [name for name in names if name not in scores]:
-        raise ValueError(f"no scores {missing}; there are: {', '.join(scores)}")
+        raise ValueError(
+            f"no scores of this detector, attack or sets: {missing}; there are: {', '.join(scores)}"
+        )
+    for name in names:
+        if numbers(scores[name], f"scores[{name!r}]").ndim != 1:
+            raise ValueError(f"scores[{name!r}] must have one axis, one score an image")
     inside, *outside = (scores[name] for name in names)
     fewest = min(map(len, outside))
     spread = (np.linspace(0, len(each) - 1, fewest).astype(int) for each in outside)
@@ -134,6 +158,8 @@ def restore(name: str, folder: str | Path) -> Path:
     Raises:
         ValueError: if the run or its weights are not there.
     """
+    check_text(name, "name")
+    check_path(folder, "folder")
     folder = Path(folder).expanduser()
     file = kept_file("results", f"{name}.json", "robustood table lists the runs")
     check_whole(file, record := read_json(file, ("run", "report")))
@@ -176,6 +202,10 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
         runs: from :func:`load`.
         markdown: with bars, for a text file.
     """
+    check_several(runs, "runs", "runs, such as results.load() gives", 0)
+    for run in runs:
+        check_mapping(run, "runs: each", "results.load() gives")
+    check_flag(markdown, "markdown")
     learned = [run for run in runs if "sets" in (run["report"] or {})]
     others = [run for run in runs if run not in learned]
     parts = []

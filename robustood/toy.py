@@ -24,7 +24,16 @@ from scipy.special import logit, ndtr
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_number,
+    check_seed,
+    check_values,
+    finite,
+    numbers,
+)
 
 Values = np.ndarray | float  # a number for a number, an array for an array
 Phi = ndtr  # the standard normal distribution function, written as in the formulas
@@ -32,7 +41,7 @@ Phi = ndtr  # the standard normal distribution function, written as in the formu
 
 def phi(x: ArrayLike) -> Values:
     """Standard normal density."""
-    return np.exp(-0.5 * np.square(x)) / np.sqrt(2 * np.pi)
+    return np.exp(-0.5 * np.square(finite(x, "x"))) / np.sqrt(2 * np.pi)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class TsiprasDistribution:
     def sample(self, n: int, seed: int) -> tuple[Float[Tensor, "n features"], Int[Tensor, " n"]]:
         """Draw n points: x is float32 (n, d + 1), y is int64 in {-1, +1}."""
         check_count(n, "n", 1)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed(seed))
         y = 2 * torch.randint(2, (n,), generator=generator) - 1
         agrees = 2 * (torch.rand(n, generator=generator) < self.p) - 1
         weak = torch.randn(n, self.d, generator=generator) + self.eta * y[:, None]
@@ -81,7 +90,8 @@ class TsiprasDistribution:
             eps: budget in feature units, >= 0; 0 gives the standard accuracy.
         """
         _check_budget(eps)
-        w = np.asarray(w, dtype=np.float64)
+        check_number(bias, "bias", fix="a threshold, in the unit of w @ x")
+        w = numbers(w, "w")
         if w.shape != (self.d + 1,) or not np.isfinite(w).all():
             raise ValueError(
                 f"w must be d + 1 = {self.d + 1} finite weights, x1 first, got shape {w.shape}"
@@ -122,6 +132,7 @@ class TsiprasDistribution:
 
         For eps >= eta every weak weight hurts, and sign(x1) is best.
         """
+        _check_budget(eps)
         if eps >= self.eta:
             return np.inf, float(self.symmetric_accuracy(np.inf, eps))
         angle = _least(lambda a: -self.symmetric_accuracy(np.tan(a), eps), 0.0, np.pi / 2 - 1e-9)
@@ -174,6 +185,13 @@ class TsiprasDistribution:
 
     def answer(self, x: Float[Tensor, "n features"], t: float) -> Float[Tensor, " n"]:
         """The frontier's classifier on points: sign(t sign(x1) + g); t = inf is sign(x1)."""
+        check_values(x, box=None)
+        if x.ndim != 2 or x.shape[1] != self.d + 1:
+            raise ValueError(
+                f"x must have d + 1 = {self.d + 1} features, got shape {tuple(x.shape)}; "
+                "draw points with sample(n, seed)"
+            )
+        check_number(t, "t", 0, np.inf, "inf stands for sign(x1)")
         if np.isinf(t):
             return x[:, 0].sign()
         return (t * x[:, 0].sign() + x[:, 1:].sum(1) / self.d**0.5).sign()
@@ -192,10 +210,14 @@ def _check_below_one(eps: float) -> None:
 
 
 def _inside(values: ArrayLike, name: str, high: float) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if not ((values >= 0) & (values <= high)).all():
+    values = numbers(values, name)
+    if values.size == 0 or not ((values >= 0) & (values <= high)).all():
         raise ValueError(f"{name} must lie in [0, {high:g}], got {values}; clip or drop the rest")
     return values
+
+
+def _check_dist(dist: TsiprasDistribution) -> None:
+    check_instance(dist, "dist", TsiprasDistribution, "a TsiprasDistribution(p, d, eta)")
 
 
 def _least(f: Callable[[Any], Any], low: float, high: float) -> float:
@@ -213,6 +235,8 @@ def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: floa
 
     Given x1 the worst margin is N(m, s^2), and E max(0, 1 - m - s xi) is elementary.
     """
+    _check_dist(dist)
+    w1, s = finite(w1, "w1"), _inside(s, "s", np.finfo(float).max)
     noise = np.maximum(s, 1e-100)  # keeps the formula's limit at s = 0
 
     def hinge(m: Values) -> Values:
@@ -228,6 +252,7 @@ def adversarial_svm(dist: TsiprasDistribution, eps: float = 0.0) -> Float[np.nda
     eps = 0 is the standard SVM.  Equal weak weights lose nothing: the regularised loss is strictly
     convex and unchanged by permuting the weak features.
     """
+    _check_dist(dist)
     _check_budget(eps)
     angle = _least(lambda a: population_hinge(dist, np.sin(a), np.cos(a), eps), 0.0, np.pi / 2)
     w1, s = np.sin(angle), np.cos(angle)
@@ -256,12 +281,16 @@ def adversarial_linear(
     losses = {"hinge": lambda margin: (1 - margin).clamp(min=0), "logistic": lambda m: softplus(-m)}
     check_choice(loss, "loss", tuple(losses))
     check_values(x, box=None)
+    check_instance(y, "y", Tensor, "a tensor of labels -1 and +1")
     if x.ndim != 2 or y.shape != x.shape[:1] or not ((y == 1) | (y == -1)).all():
         raise ValueError(
             f"y must hold one label -1 or +1 for each row of x {tuple(x.shape)}, got shape "
             f"{tuple(y.shape)} with values {y.unique()[:4].tolist()}; map classes 0/1 by 2 * y - 1"
         )
     _check_budget(eps)
+    check_count(steps, "steps")
+    check_number(lr, "lr", 0, 1e6, "a learning rate, such as 0.01")
+    x = x.detach()
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     optimiser = torch.optim.Adam([w], lr=lr)
     signed = x * y[:, None]
@@ -286,9 +315,10 @@ def frontier_lp(
     Returns:
         One robust accuracy per delta; nan where no classifier has that standard accuracy.
     """
+    _check_dist(dist)
     _check_below_one(eps)
     check_count(bins, "bins", 3)
-    deltas = np.atleast_1d(_inside(deltas, "delta", 1))
+    deltas = np.atleast_1d(_inside(deltas, "deltas", 1))
     mass, steps = _bin_masses(dist, eps, bins)
     here, there = np.nonzero(np.abs(np.subtract.outer(range(bins), range(bins))) <= steps)
     pairs, one = np.arange(len(here)), np.ones(len(here))
@@ -372,6 +402,7 @@ class GaussianOutliers:
 
     def fnr(self, theta: Float[np.ndarray, " d"]) -> float:
         r"""Share of in-distribution inputs rejected: $\Phi(-\theta^\top\mu / \sigma\|\theta\|_2)$."""
+        theta = self._weights(theta)
         return float(Phi(-theta.sum() / (self.sigma * np.linalg.norm(theta))))
 
     def robust_fpr(self, theta: Float[np.ndarray, " d"]) -> float:
@@ -380,9 +411,18 @@ class GaussianOutliers:
         $\Phi\big((-\theta^\top\mu + \nu\|\theta\|_2 + \varepsilon\|\theta\|_1) / \sigma\|\theta\|_2\big)$.
         The worst v lies along $\theta$, the worst perturbation is $\varepsilon\,\mathrm{sgn}\,\theta$.
         """
+        theta = self._weights(theta)
         size = np.linalg.norm(theta)
         reach = self.nu * size + self.eps * np.abs(theta).sum()
         return float(Phi((-theta.sum() + reach) / (self.sigma * size)))
+
+    def _weights(self, theta: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
+        theta = finite(theta, "theta")
+        if theta.shape != (self.d,) or not theta.any():
+            raise ValueError(
+                f"theta must be d = {self.d} weights, not all 0, got shape {theta.shape}"
+            )
+        return theta
 
     def limit_cosine(self) -> float:
         r"""$\cos(\theta_\infty, \mu)$ of the estimate from ever more random outliers of the pool: below 1.
@@ -398,6 +438,7 @@ class GaussianOutliers:
 
     def inside(self, n: int, rng: np.random.Generator) -> Float[np.ndarray, "n d"]:
         """In-distribution inputs."""
+        _check_draw(n, rng)
         return self.mu + self.sigma * rng.standard_normal((n, self.d))
 
     def pool(
@@ -408,6 +449,7 @@ class GaussianOutliers:
         Args:
             contamination: share that is drawn from the in-distribution law in place of far ones.
         """
+        _check_draw(n, rng)
         check_number(contamination, "contamination", 0, 1 - self.rho)
         shares = [self.rho, 1 - self.rho - contamination, contamination]
         kind = rng.choice(3, n, p=shares)
@@ -419,6 +461,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, " d"]:
         r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
+        inside, outliers = _points(inside, "inside"), _points(outliers, "outliers")
         return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
 
     @staticmethod
@@ -426,5 +469,22 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
     ) -> Int[np.ndarray, " n_kept"]:
         r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most alike first."""
+        inside, pool = _points(inside, "inside"), _points(pool, "pool")
+        check_count(n, "n", 1)
+        check_number(q, "q", 0, 1, "a share of the pool")
         order = np.argsort(-(pool @ inside.mean(0)), kind="stable")
         return order[int(q * len(pool)) :][:n]
+
+
+def _check_draw(n: int, rng: np.random.Generator) -> None:
+    check_count(n, "n", 1)
+    check_instance(rng, "rng", np.random.Generator, "np.random.default_rng(seed)")
+
+
+def _points(values: ArrayLike, name: str) -> Float[np.ndarray, "n d"]:
+    points = finite(values, name)
+    if points.ndim != 2:
+        raise ValueError(
+            f"{name} must be (points, d), got shape {points.shape}; use [None] for one"
+        )
+    return points

@@ -20,7 +20,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from robustood.inputs import check_choice, check_count
+from robustood.inputs import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_mapping,
+    check_text,
+)
 
 Draw = Callable[..., Figure]
 MOST_FRAMES = 240
@@ -55,6 +61,7 @@ class Page:
     """Self-contained HTML that a notebook shows and stores."""
 
     def __init__(self, html: str):
+        check_text(html, "html")
         self.html = html
 
     def _repr_html_(self) -> str:
@@ -89,14 +96,16 @@ def explore(
     Raises:
         ValueError: for an empty list, too many combinations, or a start that is not in its list.
     """
-    lists = {name: list(options) for name, options in values.items()}
-    for given in (labels or {}, start or {}):
-        for name in given:
-            check_choice(name, "parameter", tuple(lists))
+    check_text(alt, "alt")
+    check_count(dpi, "dpi", low=1)
+    lists = listed(draw, labels, values)
+    if start is not None:
+        check_mapping(start, "start", "{name: first value}")
+        for name in start:
+            check_choice(name, "start: parameter", tuple(lists))
     sizes = [len(options) for options in lists.values()]
     frames = 1
-    for name, size in zip(lists, sizes, strict=True):
-        check_count(size, f"number of values for {name}", low=1)
+    for size in sizes:
         frames *= size
     if frames > MOST_FRAMES:
         raise ValueError(
@@ -139,6 +148,25 @@ def explore(
     )
 
 
+def listed(
+    draw: Draw, labels: dict[str, str] | None, values: dict[str, Iterable[Any]]
+) -> dict[str, list[Any]]:
+    """The values of each parameter, checked."""
+    check_callable(draw, "draw", "draw(name=value, ...)")
+    for name, options in values.items():
+        if isinstance(options, str) or not isinstance(options, Iterable):
+            raise ValueError(f"{name} must be a list of values, got {options!r:.80}; use [..]")
+    lists = {name: list(options) for name, options in values.items()}
+    for name, options in lists.items():
+        check_count(len(options), f"number of values for {name}", low=1)
+    if labels is not None:
+        check_mapping(labels, "labels", "{name: text beside the slider}")
+        for name, text in labels.items():
+            check_choice(name, "labels: parameter", tuple(lists))
+            check_text(text, f"labels: that of {name}")
+    return lists
+
+
 def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
     """A figure as a small palette PNG, and its width in pixels; closes the figure."""
     raw, small = io.BytesIO(), io.BytesIO()
@@ -160,7 +188,7 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
     import ipywidgets
     from IPython.display import display
 
-    lists = {name: list(options) for name, options in values.items()}
+    lists = listed(draw, labels, values)
     sliders = {
         name: ipywidgets.SelectionSlider(
             options=options,
@@ -186,6 +214,8 @@ def attempt(check: Callable[[Any], None], answer: Callable[..., Any]) -> None:
         check: raises ``AssertionError`` with a helpful message where the answer is wrong.
         answer: the reader's function; one that raises ``NotImplementedError`` is not solved yet.
     """
+    check_callable(check, "check", "check(answer)")
+    check_callable(answer, "answer", "the exercise says")
     try:
         check(answer)
     except NotImplementedError:

@@ -411,7 +411,7 @@ def test_bad_parameters_are_named(arguments, message):
         (lambda: PAPER.frontier(-1.0), r"t must .* got -1\.0"),
         (lambda: TsiprasDistribution(0.9, 4, 0.7).frontier(1.0), r"eps must .* got 1\.4.*erased"),
         (lambda: frontier_lp(PAPER, 1.2, 0.01), r"eps must .* got 1\.2"),
-        (lambda: frontier_lp(PAPER, 0.6, -0.01), r"delta must .* got -0\.01"),
+        (lambda: frontier_lp(PAPER, 0.6, -0.01), r"deltas must .* got -0\.01"),
         (lambda: frontier_lp(PAPER, 0.6, 0.01, bins=2), "bins must .* got 2"),
         (lambda: adversarial_svm(PAPER, -1.0), r"eps must .* got -1\.0"),
         (lambda: adversarial_linear(*PAPER.sample(9, 0), 0.1, loss="zero"), "hinge"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor
 
 from robustood.checkpoints import read_json
-from robustood.inputs import check_count, check_labels
+from robustood.inputs import (
+    check_count,
+    check_device,
+    check_instance,
+    check_labels,
+    check_mapping,
+    check_number,
+    check_seed,
+    check_text,
+)
 
 S = TypeVar("S", bound="Split")
-
-
-def check_tensor(value: object, name: str) -> None:
-    """Refuse what is no tensor with a first axis for the samples; values are not read."""
-    if not isinstance(value, Tensor) or not value.ndim:
-        seen = "one without axes" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"{name} must be a torch.Tensor (samples, ...), got {seen}; use torch.as_tensor"
-        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,11 @@ class Split:
 
     def __post_init__(self) -> None:
         for name in ("x", "y"):
-            check_tensor(getattr(self, name), name)
+            check_instance(getattr(self, name), name, Tensor, "a tensor (samples, ...)")
+        if self.x.ndim == 0 or self.y.ndim == 0:
+            raise ValueError(
+                "x and y must have an axis of samples; use x[None] and y[None] for one"
+            )
         if len(self.x) != len(self.y):
             raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
 
@@ -45,6 +50,7 @@ class Split:
         return replace(self, x=self.x[index], y=self.y[index])
 
     def to(self: S, device: torch.device | str) -> S:
+        check_device(device)
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
@@ -81,11 +87,12 @@ def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
     Raises:
         ValueError: if nothing would be left.
     """
+    check_instance(split, "split", Split, "a Split(x, y) with labels")
     check_count(n, "n")
     check_labels(split.y, split.x, name="split.y")
     if n >= len(split):
         raise ValueError(f"n must be below the number of samples, {len(split)}, got {n}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(check_seed(seed)))
     y = split.y.cpu()[order]
     by_class, counts = y.argsort(stable=True), y.bincount()
     # A sample's place among those of its class, from 0 to 1: the first n places are n fair shares.
@@ -110,6 +117,7 @@ def counted_as(loaded: Loaded, names: Sequence[str], by: str) -> Loaded:
     Raises:
         ValueError: for a class that the other set does not have.
     """
+    check_instance(loaded, "loaded", Loaded, "a set, as load(..) gives it")
     if not names or not loaded.names or loaded.names == tuple(names):
         return loaded
     if unknown := [name for name in loaded.names if name not in names]:
@@ -156,34 +164,33 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in ("train", "val", "test"):
-            if not isinstance(split := getattr(self, name), Split):
-                raise ValueError(
-                    f"data.{name} must be a Split, got {type(split).__name__}; use Split(x, y)"
-                )
-        if not isinstance(self.ood, dict):
-            raise ValueError(
-                f"data.ood must be a dict of tensors by name, got {type(self.ood).__name__}"
-            )
-        images = {"outliers": self.outliers, **{f"ood[{k!r}]": x for k, x in self.ood.items()}}
-        if self.compressed is not None:
-            images["compressed"] = self.compressed
+            check_instance(getattr(self, name), name, Split, "a Split(x, y)")
+        check_instance(self.outliers, "outliers", Tensor, "a tensor (samples, ...), x[:0] for none")
+        check_mapping(self.ood, "ood", "{name: images}")
+        images = {f"ood[{name!r}]": x for name, x in self.ood.items()}
         for name, x in images.items():
-            check_tensor(x, f"data.{name}")
-        images |= {"val.x": self.val.x, "test.x": self.test.x}
-        shape = self.train.x.shape[1:]
+            check_instance(x, name, Tensor, "a tensor of images")
+        images |= {"val.x": self.val.x, "test.x": self.test.x, "outliers": self.outliers}
+        shape = self.train.x.shape
         for name, x in images.items():
-            if len(x) and x.shape[1:] != shape:
+            if x.ndim == 0 or (len(x) and x.shape[1:] != shape[1:]):
                 raise ValueError(
-                    f"data.{name} must be shaped like data.train.x, {tuple(shape)} a sample, got "
+                    f"data.{name} must be shaped like data.train.x, {tuple(shape[1:])} a sample, got "
                     f"{tuple(x.shape[1:])}"
                 )
-        if self.compressed is not None and len(self.compressed) != len(self.train):
-            raise ValueError(
-                f"data.compressed must hold a twin of each of the {len(self.train)} training images, got "
-                f"{len(self.compressed)}"
-            )
+        check_mapping(self.notes, "notes", "{name: number}")
+        for name, value in self.notes.items():
+            check_number(value, f"notes[{name!r}]", -math.inf, math.inf)
+        if self.compressed is not None:
+            check_instance(self.compressed, "compressed", Tensor, "a tensor shaped like train.x")
+            if self.compressed.shape != shape:
+                raise ValueError(
+                    f"compressed must be shaped like train.x {tuple(shape)}, got "
+                    f"{tuple(self.compressed.shape)}"
+                )
 
     def to(self, device: torch.device | str) -> Data:
+        check_device(device)
         kinds = (Split, Tensor)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value for name, value in values.items() if isinstance(value, kinds)}
@@ -196,6 +203,7 @@ class Data:
 
 def pixels(images: Tensor) -> Tensor:
     """8-bit images as floats in [0, 1]; floats as they are."""
+    check_instance(images, "images", Tensor, "a tensor of images, in 8 bits or in [0, 1]")
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
@@ -232,6 +240,7 @@ def kept(name: str) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such result; the message says which there are.
     """
+    check_text(name, "name")
     here = Path(__file__).parents[1]
     folders = [here.parent / "data" / "results", here / "kept" / "results"]
     for folder in folders:

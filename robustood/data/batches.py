@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robustood.data.base import Batch, Data, pixels
-from robustood.inputs import check_count
+from robustood.inputs import (
+    check_callable,
+    check_count,
+    check_flag,
+    check_generator,
+    check_instance,
+)
 
 
 class Shared(torch.Generator):
@@ -60,6 +66,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         check_count(self.crop, "crop")
+        check_flag(self.flip, "flip")
 
     def __call__(
         self, x: Shaped[Tensor, "batch channel height width"], generator: torch.Generator | None
@@ -96,6 +103,12 @@ def draw(
     Args:
         augment: applied to inputs and to outliers, such as :class:`Augment`.
     """
+    check_instance(data, "data", Data, "Data(train, val, test, outliers)")
+    check_count(batch_size, "batch_size", low=1)
+    check_count(outlier_batch_size, "outlier_batch_size")
+    check_generator(generator)
+    if augment is not None:
+        check_callable(augment, "augment", "augment(images, generator)")
     n, pool, device = len(data.train), len(data.outliers), data.train.x.device
     steps = n // batch_size
     order = torch.randperm(n, generator=generator, device=device)

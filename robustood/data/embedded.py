@@ -36,7 +36,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
 from robustood.data.base import Data, Split
-from robustood.inputs import check_choice, check_count
+from robustood.inputs import check_choice, check_count, check_flag, check_seed
 
 LETTERS = {"auxiliary": "CFJMPTUWX", "test": "AEHKNRVY", "lookalike": "BDGILOQSZ"}
 FONTS = {
@@ -72,7 +72,7 @@ def digits(train: int = 1097, seed: int = 0) -> Data:
             f"train must be at most 1097, got {train}; 700 digits are kept for val and test"
         )
     raw = load_digits()
-    order = np.random.default_rng(seed).permutation(len(raw.target))
+    order = np.random.default_rng(check_seed(seed)).permutation(len(raw.target))
     x = torch.tensor(raw.images[order] / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(raw.target[order], dtype=torch.int64)
     everything = Split(x, y)
@@ -108,7 +108,8 @@ def glyphs(
     """
     check_choice(which, "which", tuple(LETTERS))
     check_count(n, "n", low=1)
-    rng = np.random.default_rng(seed)
+    check_flag(pen, "pen")
+    rng = np.random.default_rng(check_seed(seed))
     letters, fonts = [*LETTERS[which]], FONTS[which].split()
     return _images(
         [_glyph(str(rng.choice(letters)), str(rng.choice(fonts)), rng, pen) for _ in range(n)]
@@ -157,7 +158,7 @@ def patches(which: Literal["auxiliary", "test"], n: int, seed: int) -> Float[Ten
     """
     check_choice(which, "which", tuple(PHOTOS))
     check_count(n, "n", low=1)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     photo = Image.fromarray(load_sample_image(PHOTOS[which])).convert("L")
     cut: list[np.ndarray] = []
     while len(cut) < n:
@@ -174,7 +175,7 @@ def patches(which: Literal["auxiliary", "test"], n: int, seed: int) -> Float[Ten
 def noise(n: int, seed: int) -> Float[Tensor, "n 1 8 8"]:
     """Independent pixels, uniform over the 17 grey levels of the digits."""
     check_count(n, "n", low=1)
-    levels = np.random.default_rng(seed).integers(0, 17, (n, 8, 8))
+    levels = np.random.default_rng(check_seed(seed)).integers(0, 17, (n, 8, 8))
     return _images(list(levels / 16))
 
 

@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robustood.corruptions import corrupt
-from robustood.data.base import Data, Split, check_tensor, pixels
+from robustood.corruptions import NAMES, corrupt
+from robustood.data.base import Data, Split, pixels
 from robustood.data.batches import Change, each
 from robustood.data.files import images_in, read_image
-from robustood.inputs import check_choice, check_count, check_images
+from robustood.inputs import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_generator,
+    check_images,
+    check_instance,
+    check_path,
+    check_seed,
+    check_several,
+)
 
 # CIFAR-10-C as learned and as held out by Wong and Kolter (2021), at severity 5; noise is left out.
 LEARNED = (
@@ -30,6 +40,7 @@ LEARNED = (
 )  # fmt: skip
 HELD_OUT = ("gaussian_blur", "spatter", "saturate")
 Pairing = Literal["first", "others", "any"]
+PAIRINGS = ("first", "others", "any")
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,11 @@ class Pairs(Split):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tensor(self.labels, "labels")
-        if len(self.labels) != len(self.x):
+        check_instance(self.labels, "labels", Tensor, "a tensor of classes (samples,)")
+        if self.labels.is_floating_point() or self.labels.shape != self.x.shape[:1]:
             raise ValueError(
-                f"labels must be of shape ({len(self.x)},), one for each input, got {tuple(self.labels.shape)}"
+                f"labels must be {len(self.x)} classes, one a sample, got {self.labels.dtype} of shape "
+                f"{tuple(self.labels.shape)}"
             )
 
     def __getitem__(self, index: slice | Tensor) -> Pairs:
@@ -82,6 +94,10 @@ class Drawn(Pairs):
 
     change: Change
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_callable(self.change, "change", "change(x, generator)")
+
     def redraw(self, generator: torch.Generator) -> Drawn:
         return replace(self, y=self.change(pixels(self.x), generator))
 
@@ -99,6 +115,10 @@ class Views(Pairs):
     views: Tensor
     pairing: Pairing = "first"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_views(self.views, self.pairing)
+
     @staticmethod
     def of(views: Tensor, labels: Tensor, pairing: Pairing = "first", seed: int = 0) -> Views:
         """Views with a first draw of pairs.
@@ -106,17 +126,10 @@ class Views(Pairs):
         Raises:
             ValueError: for views without five axes, too few of them to pair, or an unknown pairing.
         """
-        check_choice(pairing, "pairing", ("first", "others", "any"))
-        needed = 3 if pairing == "others" else 2
-        check_tensor(views, "views")
-        if views.ndim != 5 or views.shape[1] < needed:
-            raise ValueError(
-                f"views must be (samples, views, channel, height, width) with at least {needed} views "
-                f"for pairing {pairing!r}, got shape {tuple(views.shape)}"
-            )
+        check_views(views, pairing)
         blank = views[:, 0]
         made = Views(blank, blank, labels, views, pairing)
-        return made.redraw(torch.Generator(views.device).manual_seed(seed))
+        return made.redraw(torch.Generator(views.device).manual_seed(check_seed(seed)))
 
     def redraw(self, generator: torch.Generator) -> Views:
         count, device = self.views.shape[1], self.views.device
@@ -134,6 +147,18 @@ class Views(Pairs):
         second = second + (second >= first)
         at = torch.arange(len(self.views), device=device)
         return replace(self, x=self.views[at, first], y=self.views[at, second])
+
+
+def check_views(views: Tensor, pairing: Pairing) -> None:
+    """Refuse what are no views, and too few of them to pair."""
+    check_choice(pairing, "pairing", PAIRINGS)
+    check_instance(views, "views", Tensor, "a tensor of images, float or 8 bits")
+    needed = 3 if pairing == "others" else 2
+    if views.ndim != 5 or len(views) == 0 or views.shape[1] < needed:
+        raise ValueError(
+            f"views must be (samples, views, channel, height, width) with at least {needed} views "
+            f"for pairing {pairing!r}, got shape {tuple(views.shape)}"
+        )
 
 
 def redrawn(data: Data, generator: torch.Generator) -> Data:
@@ -155,7 +180,8 @@ def paired(data: Data, change: Change, border: int = 0, seed: int = 0) -> Data:
         border: pixels of zeros added on each side, so that nothing leaves the image.
         seed: of the fixed draws.
     """
-    source = torch.Generator().manual_seed(seed)
+    check_instance(data, "data", Data, "Data(train, val, test, outliers)")
+    source = torch.Generator().manual_seed(check_seed(seed))
     splits = (data.train, data.val, data.test)
     train, val, test = (perturbed(split, change, source, border) for split in splits)
     return Data(train, val, test, train.x[:0])
@@ -163,7 +189,10 @@ def paired(data: Data, change: Change, border: int = 0, seed: int = 0) -> Data:
 
 def perturbed(split: Split, change: Change, generator: torch.Generator, border: int = 0) -> Drawn:
     """One labelled split as pairs with a random perturbation; arguments as in :func:`paired`."""
-    check_count(border, "border")
+    check_instance(split, "split", Split, "a Split(x, y)")
+    check_callable(change, "change", "change(x, generator)")
+    check_generator(generator)
+    border = check_count(border, "border")
     x = pad(pixels(split.x), [border] * 4)
     return Drawn(x, x, split.y, change).redraw(generator)
 
@@ -179,10 +208,13 @@ def corrupted(
         severity: 1 to 5.
         seed: of the corruptions' noise; every image and corruption has its own.
     """
+    check_instance(split, "split", Split, "a Split(x, y)")
     x = pixels(split.x)
-    check_images(x)
-    check_count(len(names), "number of names", low=1)
-    lots = np.random.default_rng(seed).integers(2**31, size=(len(names), len(x)))
+    check_images(x, "split.x")
+    check_several(names, "names", "corruptions")
+    for name in names:
+        check_choice(name, "names: name", NAMES)
+    lots = np.random.default_rng(check_seed(seed)).integers(2**31, size=(len(names), len(x)))
     made = [
         corrupt(x, name, severity, torch.as_tensor(s)) for name, s in zip(names, lots, strict=True)
     ]
@@ -209,7 +241,10 @@ def folder_of_views(
         ValueError: for a folder without folders of images, an image that cannot be read, or things
             with different numbers of views; the message names them.
     """
+    check_path(path, "path")
+    check_choice(pairing, "pairing", PAIRINGS)
     check_count(size, "size", low=1)
+    check_seed(seed)
     tree, things = Path(path).expanduser(), dict[str, list[Path]]()
     for file in images_in(tree)[0]:
         if file.parent == tree:

@@ -24,7 +24,18 @@ from torch.nn.functional import grid_sample
 
 from robustood.data.base import Data
 from robustood.data.pairs import Pairing, Views
-from robustood.inputs import check_count
+from robustood.inputs import (
+    check_count,
+    check_flag,
+    check_generator,
+    check_images,
+    check_instance,
+    check_labels,
+    check_number,
+    check_seed,
+    check_several,
+    check_values,
+)
 
 SOLIDS = ("dome", "dent", "cone", "pyramid", "box", "ring")
 AMBIENT = 0.25
@@ -45,6 +56,19 @@ class Scenes:
     kind: Int[Tensor, " scenes"]
     height: Float[Tensor, "scenes size size"]
     albedo: Float[Tensor, "scenes 3 size size"]
+
+    def __post_init__(self) -> None:
+        check_values(self.height, None, "height")
+        if self.height.ndim != 3:
+            raise ValueError(
+                f"height must be (scenes, size, size), got shape {tuple(self.height.shape)}"
+            )
+        check_labels(self.kind, self.height, len(SOLIDS), "kind")
+        check_images(self.albedo, "albedo")
+        n, size = len(self.kind), self.height.shape[-1]
+        for name, wanted in (("height", (n, size, size)), ("albedo", (n, 3, size, size))):
+            if (found := tuple(getattr(self, name).shape)) != wanted:
+                raise ValueError(f"{name} must have shape {wanted}, got {found}")
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -67,6 +91,15 @@ class Lights:
     azimuth: Float[Tensor, "scenes lights"]
     colour: Float[Tensor, "scenes lights 3"]
 
+    def __post_init__(self) -> None:
+        check_values(self.elevation, (0, 90), "elevation")
+        check_values(self.azimuth, (-360, 360), "azimuth")
+        check_values(self.colour, (0, 1), "colour")
+        shape = self.elevation.shape
+        for name, wanted in (("elevation", shape[:2]), ("azimuth", shape), ("colour", (*shape, 3))):
+            if (found := tuple(getattr(self, name).shape)) != tuple(wanted):
+                raise ValueError(f"{name} must have shape {tuple(wanted)}, got {found}")
+
 
 def tinted(warmth: Tensor, strength: Tensor | float) -> Tensor:
     """Colours from blue (warmth -1) over white to orange (+1), the brightest channel at ``strength``."""
@@ -86,6 +119,9 @@ def random_lights(
     Elevations are uniform in 30 to 75 degrees, strengths in 0.7 to 1, warmth in -1 to 1. Azimuths are uniform
     over three quarters of the circle, or with ``held_out`` over the remaining one, 0 to 90 degrees.
     """
+    scenes, lights = check_count(scenes, "scenes", 1), check_count(lights, "lights", 1)
+    check_generator(generator)
+    check_flag(held_out, "held_out")
     low, high = HELD_OUT_AZIMUTHS if held_out else (HELD_OUT_AZIMUTHS[1], 360.0)
     u = torch.rand(4, scenes, lights, generator=generator)
     return Lights(30 + 45 * u[0], low + (high - low) * u[1], tinted(2 * u[2] - 1, 0.7 + 0.3 * u[3]))
@@ -98,6 +134,12 @@ def light_grid(
     strength: float = 0.85,
 ) -> Lights:
     """All combinations, shared by all scenes."""
+    limits = {"elevations": (elevations, 0, 90), "azimuths": (azimuths, -360, 360)}
+    for name, (given, low, high) in (limits | {"warmths": (warmths, -1, 1)}).items():
+        check_several(given, name, "numbers")
+        for value in given:
+            check_number(float(value) if isinstance(value, Tensor) else value, name, low, high)
+    check_number(strength, "strength", 0, 1)
     axes = [torch.tensor([float(v) for v in a]) for a in (elevations, azimuths, warmths)]
     elevation, azimuth, warmth = torch.cartesian_prod(*axes)[None].unbind(2)
     return Lights(elevation, azimuth, tinted(warmth, strength))
@@ -111,9 +153,8 @@ def scenes(n: int, seed: int, size: int = 16) -> Scenes:
         seed: of the draw.
         size: height and width of the images.
     """
-    check_count(n, "n", low=1)
-    check_count(size, "size", low=8)
-    generator = torch.Generator().manual_seed(seed)
+    n, size = check_count(n, "n", low=1), check_count(size, "size", low=8)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     kind = torch.randint(len(SOLIDS), (n,), generator=generator)
     u = torch.rand(n, 3, generator=generator)[..., None, None].unbind(1)
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
@@ -139,6 +180,8 @@ def scenes(n: int, seed: int, size: int = 16) -> Scenes:
 
 def render(scenes: Scenes, lights: Lights) -> Float[Tensor, "scenes lights 3 size size"]:
     """Every scene under each of its lights, in [0, 1]."""
+    check_instance(scenes, "scenes", Scenes, "Scenes, such as data.scenes(n, seed)")
+    check_instance(lights, "lights", Lights, "Lights, such as light_grid()")
     n, size = len(scenes), scenes.height.shape[-1]
     count = lights.elevation.shape[1]
     elevation, azimuth = (
@@ -188,7 +231,10 @@ def relit(
     Returns:
         Data whose splits are :class:`robustood.data.Views` of 8 bits with the kinds of solid as labels.
     """
-    check_count(lights, "lights", low=1)
+    for name, n in (("train", train), ("val", val), ("test", test), ("lights", lights)):
+        check_count(n, name, low=1)
+    check_count(size, "size", low=8)
+    seed = check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
 
     def split(n: int, place: int) -> Views:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from robustood.data.base import Loaded
 from robustood.data.files import images_in, read_image
 from robustood.data.packs import digest, made_from, read_idx, read_pack, write_pack
-from robustood.inputs import check_count
+from robustood.inputs import check_count, check_instance, check_path
 
 # Sets that torchvision downloads: its class, the size of our images, and the arguments for each split.
 _TWO = {"train": [{"train": True}], "test": [{"train": False}]}
@@ -206,6 +206,7 @@ def folder(
         ValueError: for a folder or a class without images, an image that cannot be read, or a name that
             is taken.
     """
+    check_path(path, "path")
     name, split = named(name, split)
     check_count(size, "size", low=1)
     tree = Path(path).expanduser()
@@ -264,10 +265,7 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         ValueError: if no list says how the two sets overlap, or names the classes in another way, or if
             nothing would be left.
     """
-    if not isinstance(outliers, Loaded):
-        raise ValueError(
-            f"outliers must be a set with its classes' names, got {type(outliers).__name__}; use load(..)"
-        )
+    check_instance(outliers, "outliers", Loaded, "a set with its classes' names; use load(..)")
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
     labels = outliers.ids or outliers.names

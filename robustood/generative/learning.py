@@ -15,9 +15,10 @@ from torch.nn.functional import binary_cross_entropy
 from robustood.data import Batch, Data, drawn
 from robustood.data.pairs import redrawn
 from robustood.generative.networks import Images, Values, divergence
-from robustood.inputs import check_choice, check_number
+from robustood.inputs import check_choice, check_flag, check_number, check_several
 from robustood.models import frozen
 from robustood.perturbations import Generator
+from robustood.perturbations.latent import check_maker
 
 Distance = Literal["squared error", "cross-entropy"]
 
@@ -57,6 +58,10 @@ class Variational:
     def __post_init__(self) -> None:
         check_number(self.beta, "beta", 0)
         check_choice(self.distance, "distance", ("squared error", "cross-entropy"))
+        check_flag(self.fresh, "fresh")
+        check_several(self.schedule, "schedule", "pairs (share of the run, share of beta)")
+        for pair in self.schedule:
+            check_several(pair, "schedule: each", "a share of the run and a share of beta", 2)
         for place, share in self.schedule:
             check_number(place, "schedule", 0, 1, "give shares of the run")
             check_number(share, "schedule", 0, 1, "give shares of beta")
@@ -85,6 +90,9 @@ class Resampled:
     """
 
     generator: Generator
+
+    def __post_init__(self) -> None:
+        check_maker(self.generator)
 
     def __call__(self, x: Images, generator: torch.Generator | None = None) -> Images:
         like = x.new_empty(len(x), self.generator.latent)

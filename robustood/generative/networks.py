@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
 from robustood.data import drawn
-from robustood.inputs import check_count
+from robustood.inputs import check_counts, check_flag, check_shape
 from robustood.models import seeded
 from robustood.models.residual import activation, convolution
 
@@ -173,7 +173,7 @@ class Basis(nn.Module):
         self.pictures = nn.Sequential(
             perceptron([channels * height * width, hidden, hidden]),
             nn.Linear(hidden, pictures * height * width),
-            nn.Unflatten(1, (pictures, height, width)),
+            nn.Unflatten(1, (int(pictures), height, width)),
         )
         self.mix = nn.Sequential(nn.Linear(latent, 64), nn.ReLU())
         self.shares, self.shift = nn.Linear(64, pictures), nothing(nn.Linear(64, channels))
@@ -305,7 +305,9 @@ def plain_cvae(
         residual: see :class:`Plain`.
         seed: of the initial weights; the global random state is left alone.
     """
-    check_count(latent, "latent", low=1)
+    shape = check_shape(shape)
+    check_counts(latent=latent, hidden=hidden, decoder=decoder)
+    check_flag(residual, "residual")
     with seeded(seed):
         encoders = perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Plain(shape, latent, decoder, residual), latent)
@@ -328,8 +330,8 @@ def basis_cvae(
         pictures: see :class:`Basis`.
         seed: of the initial weights; the global random state is left alone.
     """
-    check_count(latent, "latent", low=1)
-    check_count(pictures, "pictures", low=1)
+    shape = check_shape(shape)
+    check_counts(latent=latent, hidden=hidden, decoder=decoder, pictures=pictures)
     with seeded(seed):
         encoders = perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Basis(shape, latent, decoder, pictures), latent)
@@ -353,8 +355,8 @@ def warp_cvae(
         maps, warps, filters: of the decoder (:class:`Warp`).
         seed: of the initial weights; the global random state is left alone.
     """
-    check_count(latent, "latent", low=1)
-    check_count(warps, "warps", low=1)
+    shape = check_shape(shape)
+    check_counts(latent=latent, hidden=hidden, maps=maps, warps=warps, filters=filters)
     with seeded(seed):
         encoders = perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Warp(shape[0], latent, maps, warps, filters), latent)
@@ -383,7 +385,9 @@ def residual_cvae(
     Raises:
         ValueError: if width is no multiple of 4, or pool does not divide the sides.
     """
-    check_count(latent, "latent", low=1)
+    shape = check_shape(shape)
+    check_counts(latent=latent, width=width, blocks=blocks, pool=pool)
+    check_flag(residual, "residual")
     channels, height, sides = shape
     if width % 4 or height % pool or sides % pool:
         raise ValueError(

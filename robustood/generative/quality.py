@@ -24,7 +24,14 @@ from robustood.generative.networks import (
     Values,
     divergence,
 )
-from robustood.inputs import check_choice, check_count, check_images, check_number
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_images,
+    check_instance,
+    check_number,
+    check_seed,
+)
 from robustood.models import frozen
 from robustood.perturbations import Latent
 
@@ -57,7 +64,8 @@ def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 51
         x, target: pairs of images.
         batch_size: pairs encoded at one time; the result does not depend on it.
     """
-    check_pairs(x, target)
+    check_pairs(model, x, target)
+    batch_size = check_count(batch_size, "batch_size", low=1)
     with frozen(model), torch.no_grad():
         parts = zip(x.split(batch_size), target.split(batch_size), strict=True)
         length = torch.cat([model.encode(*part).norm(dim=1) for part in parts]).double().cpu()
@@ -65,12 +73,17 @@ def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 51
     return Radii(*map(float, quartiles), len(x))
 
 
-def check_pairs(x: Images, target: Images) -> None:
-    """Refuse what are no pairs of images."""
+def check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
+    """Refuse what is no autoencoder, and what are no pairs of images for it."""
+    check_instance(model, "model", ConditionalVAE, "a ConditionalVAE, such as plain_cvae(shape)")
     check_images(x)
     check_images(target, "target")
     if x.shape[:1] != target.shape[:1]:
         raise ValueError(f"x and target must be of one length, got {len(x)} and {len(target)}")
+    dtype = next(model.parameters()).dtype
+    for name, images in (("x", x), ("target", target)):
+        if images.dtype != dtype:
+            raise ValueError(f"{name} is {images.dtype}, the model {dtype}; use {name}.to({dtype})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +171,13 @@ def set_metrics(
     Raises:
         ValueError: for images that are no pairs, or bad settings.
     """
-    check_pairs(x, target)
+    check_pairs(model, x, target)
     check_number(radius, "radius", 0)
     check_choice(distance, "distance", ("squared error", "cross-entropy"))
     check_count(steps, "steps")
     check_count(samples, "samples", low=1)
+    batch_size = check_count(batch_size, "batch_size", low=1)
+    seed = check_seed(seed)
     within, source = Latent(model, radius), torch.Generator(x.device).manual_seed(seed)
     drawn = [within.truncated(x, source) for _ in range(samples)]
     random = [
@@ -277,9 +292,10 @@ def guarantee(
     Raises:
         ValueError: for images that are no pairs, or bad settings.
     """
-    check_pairs(x, target)
+    check_pairs(model, x, target)
     check_number(alpha, "alpha", 0.001, 0.999)
     check_count(draws, "draws", low=1)
+    seed = check_seed(seed)
     source = torch.Generator(x.device).manual_seed(seed)
     r = float(chi.ppf(1 - alpha, model.latent))
     within, normal = Latent(model, r), Latent(model, 1e6)

@@ -14,12 +14,13 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustood.inputs import check_choice, check_count
+from robustood.inputs import check_choice, check_count, check_seed
 
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
     """Draw initial weights from a seed; the CPU's global random state is put back, a GPU's not met."""
+    seed = check_seed(seed)
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustood.data import drawn
 from robustood.inputs import TOLERANCE, check_number
-from robustood.perturbations.base import Batch, norms, per_sample, places, sized
+from robustood.perturbations.base import Batch, check_box, norms, per_sample, places, sized
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Ball(ABC):
 
     def __post_init__(self) -> None:
         check_number(self.eps, "eps", 0, 1e6, "give a radius of at least 0, such as 8/255")
-        if self.box is not None and not self.box[0] < self.box[1]:
-            raise ValueError(f"box must be (low, high) with low < high, got {self.box!r}")
+        check_box(self.box)
 
     @property
     def radius(self) -> float:
@@ -42,6 +41,7 @@ class Ball(ABC):
 
     def scaled(self, factor: float) -> Ball:
         """The same set with ``factor`` times the radius."""
+        check_number(factor, "factor", 0, 1e12)
         return replace(self, eps=factor * self.eps)
 
     def null(self, x: Batch) -> Batch:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from robustood.inputs import check_instance, check_number
+
 Batch = Float[Tensor, "batch *shape"]
 
 
@@ -68,6 +70,26 @@ class Drawable(PerturbationSet, Protocol):
         ...
 
 
+SUCH_AS = "a perturbation set, such as Linf(8/255)"
+
+
+def check_set(value: object, name: str, kind: type = PerturbationSet) -> None:
+    """Refuse what is no perturbation set."""
+    check_instance(value, name, kind, SUCH_AS)
+
+
+def check_box(box: object) -> None:
+    """Refuse what is no range of valid inputs."""
+    if box is None:
+        return
+    if not isinstance(box, tuple) or len(box) != 2:
+        raise ValueError(f"box must be a pair (low, high), or None for no range, got {box!r:.80}")
+    for end in box:
+        check_number(end, "box, end", fix="(0, 1) is that of images")
+    if not box[0] < box[1]:
+        raise ValueError(f"box must be (low, high) with low < high, got {box!r}")
+
+
 def norms(z: Batch) -> Float[Tensor, " batch"]:
     """Euclidean norm of each sample."""
     return z.flatten(1).norm(dim=1)
@@ -97,6 +119,13 @@ class Random:
     """
 
     within: Drawable
+
+    def __post_init__(self) -> None:
+        check_set(self.within, "within")
+        if not hasattr(self.within, "draw"):
+            raise ValueError(
+                f"within must be a set that can draw(x, generator), got {type(self.within).__name__}"
+            )
 
     def __call__(self, x: Batch, generator: torch.Generator | None = None) -> Batch:
         with torch.no_grad():

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from robustood.corruptions import NAMES, corrupt
 from robustood.data import each
-from robustood.inputs import TOLERANCE, check_choice, check_count, check_number
-from robustood.perturbations.base import Batch, PerturbationSet
+from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
+from robustood.perturbations.base import Batch, PerturbationSet, check_set
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Corruption:
     radius = 0.0
 
     def __post_init__(self) -> None:
-        check_count(len(self.names), "number of names", low=1)
-        check_count(len(self.severities), "number of severities", low=1)
+        check_several(self.names, "names", "corruptions")
+        check_several(self.severities, "severities", "whole numbers from 1 to 5")
         for name in self.names:
-            check_choice(name, "name", NAMES)
+            check_choice(name, "names: name", NAMES)
         for severity in self.severities:
-            check_count(severity, "severity", low=1)
+            check_count(severity, "severities: severity", low=1)
             check_number(severity, "severity", 1, 5, "severities are 1, 2, 3, 4 and 5")
 
     def null(self, x: Batch) -> Float[Tensor, "batch 3"]:
@@ -148,6 +148,10 @@ class Then:
     first: PerturbationSet
     second: PerturbationSet
     radius = 1.0
+
+    def __post_init__(self) -> None:
+        check_set(self.first, "first")
+        check_set(self.second, "second")
 
     @property
     def ascendable(self) -> bool:

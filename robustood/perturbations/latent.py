@@ -12,10 +12,10 @@ from scipy.special import gammainc, gammaincinv
 from torch import Tensor
 
 from robustood.data import drawn
-from robustood.inputs import TOLERANCE, check_number
+from robustood.inputs import TOLERANCE, check_instance, check_number
 from robustood.models import frozen
 from robustood.perturbations.balls import L2
-from robustood.perturbations.base import Batch, norms, places
+from robustood.perturbations.base import Batch, check_box, norms, places
 
 Latents = Float[Tensor, "batch latent"]
 
@@ -34,6 +34,12 @@ class Generator(Protocol):
     def generate(self, x: Tensor, u: Tensor) -> Tensor:
         """The image at whitened latent variables u (batch, k), with x as the condition."""
         ...
+
+
+def check_maker(generator: object) -> None:
+    """Refuse what makes no images of latent variables."""
+    such_as = "of generate(x, u) and latent, such as a ConditionalVAE"
+    check_instance(generator, "generator", Generator, such_as)
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,8 @@ class Latent:
 
     def __post_init__(self) -> None:
         check_number(self.radius, "radius", 0, 1e6, "give it in standard deviations of the prior")
-        if not isinstance(self.generator, Generator):
-            raise ValueError(
-                "generator must have generate(x, u) and latent, such as a ConditionalVAE, got "
-                f"{type(self.generator).__name__}"
-            )
+        check_maker(self.generator)
+        check_box(self.box)
 
     @property
     def ball(self) -> L2:
@@ -75,6 +78,7 @@ class Latent:
 
     def scaled(self, factor: float) -> Latent:
         """The same set with ``factor`` times the radius."""
+        check_number(factor, "factor", 0, 1e12)
         return replace(self, radius=factor * self.radius)
 
     def null(self, x: Batch) -> Latents:

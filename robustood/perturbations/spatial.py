@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from robustood.data import drawn
-from robustood.inputs import TOLERANCE, check_choice, check_count, check_number
+from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
 from robustood.perturbations.base import Batch, places, sized
 from robustood.perturbations.finite import Members
 
@@ -107,7 +109,8 @@ class Spatial:
             points: how many along each coordinate (odd, so that the middle is there), one
                 number or four; a coordinate without a range has one.
         """
-        counts = [points] * 4 if isinstance(points, int) else list(points)
+        counts: Any = [points] * 4 if isinstance(points, Integral) else points
+        check_several(counts, "points", "four whole numbers, or one number", 0)
         if len(counts) != 4:
             raise ValueError(f"points must be one number or four, got {len(counts)}: {counts}")
         for count in counts:

@@ -170,7 +170,7 @@ class Data:
         images = {f"ood[{name!r}]": x for name, x in self.ood.items()}
         for name, x in images.items():
             check_instance(x, name, Tensor, "a tensor of images")
-        images |= {"val.x": self.val.x, "test.x": self.test.x, "outliers": self.outliers}
+        images["outliers"] = self.outliers
         shape = self.train.x.shape
         for name, x in images.items():
             if x.ndim == 0 or (len(x) and x.shape[1:] != shape[1:]):

@@ -399,7 +399,6 @@ SPLIT = Split(IMAGES, LABELS)
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, [IMAGES]), r"data\.ood must be a dict .* got list"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": [0]}), r"data\.ood\['a'\] must be a torch"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": IMAGES[:, 0]}), r"data\.ood\['a'\] must be shaped"),
-        (lambda: Data(SPLIT, SPLIT, Split(IMAGES[:, 0], LABELS), IMAGES), r"data\.test\.x must be shaped"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, compressed=IMAGES[1:]), "twin of each of the 4 .* got 3"),
         (lambda: load(3), r"name and split must be texts such as 'mine', 'test', got 3, None"),
         (lambda: load("mine", 3), "name and split must be texts"),

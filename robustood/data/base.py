@@ -169,7 +169,6 @@ class Data:
             images["compressed"] = self.compressed
         for name, x in images.items():
             check_tensor(x, f"data.{name}")
-        images |= {"val.x": self.val.x, "test.x": self.test.x}
         shape = self.train.x.shape[1:]
         for name, x in images.items():
             if len(x) and x.shape[1:] != shape:

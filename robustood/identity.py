@@ -16,6 +16,7 @@ import copyreg
 import functools
 import hashlib
 import inspect
+import struct
 import sys
 import sysconfig
 import weakref
@@ -23,7 +24,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import (
-    BuiltinFunctionType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
@@ -31,7 +31,7 @@ from types import (
     MethodType,
     ModuleType,
 )
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -306,7 +306,7 @@ class Look:
             kind.__reduce_ex__ is not object.__reduce_ex__
             or kind.__reduce__ is not object.__reduce__
         )
-        if made or (native(kind) in (object, Generic) and not (library and again)):
+        if made or not (hides(kind) or (library and again)):
             return Parts(called(kind), {**own_class(kind), **attributes(value)})
         try:
             reduce: Any = copyreg.dispatch_table.get(kind)
@@ -337,7 +337,8 @@ def digest(text: str) -> str:
 
 def plain(value: Any) -> str:
     """A number or a text in full, a long one by a digest."""
-    text = hex(value) if type(value) is int and value.bit_length() > TOLD else repr(value)
+    long = type(value) is int and value.bit_length() > TOLD  # too long for repr
+    text = f"{value:x} in base 16" if long else repr(value)
     return text if len(text) < TOLD else f"{text[:40]}… {digest(text)[:16]}"
 
 
@@ -417,7 +418,7 @@ def with_modules(found: dict[str, Any], names: frozenset[str]) -> dict[str, Any]
 
 def of_class(value: type) -> Parts:
     """A library's class by its name; one's own by its bases, its methods and its attributes."""
-    if native(value) is value or of_library(value):
+    if in_c(value) or of_library(value):
         return Parts(called(value))
     inner: dict[str, Any] = {"__bases__": [*value.__bases__]}
     if type(value) is not type:
@@ -436,16 +437,22 @@ def own_class(kind: type) -> dict[str, type]:
     return {"__class__": kind} if of_class(kind).inner else {}
 
 
-def native(kind: type) -> type:
-    """The first of a class's bases that is not written in Python."""
-    heap = (
-        1 << 9
-    )  # Py_TPFLAGS_HEAPTYPE: what Python makes is of that kind, and some of what C makes
-    return next(
-        base
-        for base in kind.__mro__
-        if not base.__flags__ & heap or isinstance(vars(base).get("__new__"), BuiltinFunctionType)
-    )
+def in_c(kind: type) -> bool:
+    """Whether a class is written in C."""
+    heap, fixed = (
+        1 << 9,
+        1 << 8,
+    )  # Py_TPFLAGS_HEAPTYPE, as Python makes them, and _IMMUTABLETYPE, as it does not
+    return not kind.__flags__ & heap or bool(kind.__flags__ & fixed)
+
+
+def hides(kind: type) -> bool:
+    """Whether objects are larger than what their attributes and slots take: the rest is C's (as in ``copyreg``)."""
+    slots = (vars(base) for base in kind.__mro__ if "__slots__" in vars(base))
+    filled = sum(isinstance(each, MemberDescriptorType) for own in slots for each in own.values())
+    filled += (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    known = object.__basicsize__ + filled * struct.calcsize("P")
+    return bool(kind.__itemsize__) or kind.__basicsize__ > known
 
 
 @functools.cache

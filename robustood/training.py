@@ -149,14 +149,14 @@ def fit(
     check_number(minutes, "minutes", 0)
     if average is not None:
         check_number(average, "average", 0, 1)
-    for name, images in (("train.x", data.train.x), ("outliers", data.outliers)):
-        if len(images) == 0 and name == "outliers":
+    for place, images in (("train.x", data.train.x), ("outliers", data.outliers)):
+        if len(images) == 0 and place == "outliers":
             continue
         if images.dtype != torch.uint8:
-            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{name}")
+            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{place}")
         if images.shape[1:] != data.train.x.shape[1:]:
             raise ValueError(
-                f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
+                f"data.{place} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
                 f"sample, got {tuple(images.shape[1:])}"
             )
     check_targets(data.train.y, data.train.x, getattr(model, "classes", None))
@@ -165,10 +165,10 @@ def fit(
     batch_size = min(batch_size, len(data.train))
     # Half of the outliers may be attacked, in each process the same number.
     shares = {"batch_size": (batch_size, 1), "outlier_batch_size": (outlier_batch_size, 2)}
-    for name, (size, parts) in shares.items():
+    for argument, (size, parts) in shares.items():
         if world() > 1 and size % (parts * world()):
             raise ValueError(
-                f"{name} must be a multiple of {parts * world()} with {world()} processes, got {size}"
+                f"{argument} must be a multiple of {parts * world()} with {world()} processes, got {size}"
             )
     made_by = optimiser
     if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:

@@ -7,9 +7,10 @@ method: each has parts that matter, such as a network whose mode must be set, or
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 from collections.abc import Iterator
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 from torch import nn
@@ -18,20 +19,23 @@ from torch import nn
 def parts(value: Any) -> dict[str, Any]:
     """The named things inside a callable or an object, one level deep; empty for what cannot be opened.
 
-    Functions give their default values, what they close over and the globals that their code names; bound methods
-    their owner and function; ``functools.partial`` its function and arguments; other objects their attributes.
+    Functions give what they keep (:func:`kept`) and the globals that their code reads; bound methods their owner
+    and function; ``functools.partial`` its function and arguments; other objects their attributes and slots.
     """
     if isinstance(value, functools.partial):
         positional = {f"argument {i}": v for i, v in enumerate(value.args)}
-        return {"function": value.func, **positional, **value.keywords}
+        return {"its function": value.func, **positional, **value.keywords, **vars(value)}
     if isinstance(value, MethodType):
         return {"owner": value.__self__, "function": value.__func__}
     if isinstance(value, FunctionType):
-        return {**_defaults(value), **_globals(value), **_closure(value), **vars(value)}
-    slots = (name for kind in type(value).__mro__ for name in _slots(kind))
-    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | dict(
-        getattr(value, "__dict__", {})
-    )
+        return {**_globals(value), **kept(value)}
+    return _slots(value) | dict(getattr(value, "__dict__", {}))
+
+
+def kept(function: FunctionType) -> dict[str, Any]:
+    """What a function keeps for itself: default values, what it closes over, and its own attributes."""
+    own = {f"attribute {name}": value for name, value in vars(function).items()}
+    return {**_defaults(function), **_closure(function), **own}
 
 
 def modules(value: Any) -> list[nn.Module]:
@@ -64,9 +68,15 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def _slots(value: Any) -> dict[str, Any]:
+    """Filled slots, by the names that Python keeps them under: a private one is known by its class too."""
+    found = {}
+    for kind in reversed(type(value).__mro__):
+        for name, slot in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # a slot that is not filled yet
+                    found[name] = slot.__get__(value)
+    return found
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:
@@ -76,7 +86,13 @@ def _defaults(function: FunctionType) -> dict[str, Any]:
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
-    names = {name for code in codes(function.__code__) for name in code.co_names}
+    """The globals that a function's code reads; an attribute of the same name is not one."""
+    names = {
+        step.argval
+        for code in codes(function.__code__)
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
     return {
         name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())
     }

@@ -15,11 +15,8 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -268,31 +265,3 @@ def check_same(kept: dict[str, Any], wanted: dict[str, Any], holder: str) -> Non
                 f"{holder} with {name} = {kept.get(name)!r}, not {value!r}; choose another folder or "
                 "delete this one"
             )
-
-
-def describe(value: object) -> str:
-    """A text that is the same in every process for the same thing, and differs for another.
-
-    Functions are named, tensors and modules hashed, dataclasses taken apart; for anything else
-    ``repr`` is trusted.
-    """
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest = hashlib.sha256(plain.tobytes()).hexdigest()[:16]
-        return f"{value.dtype} {tuple(value.shape)} {digest}"
-    if isinstance(value, nn.Module):
-        tensors = [*value.state_dict().values(), *value.buffers()]
-        return hashlib.sha256((repr(value) + describe(tensors)).encode()).hexdigest()[:16]
-    if is_dataclass(value) and not isinstance(value, type):
-        told = [f.name for f in fields(value) if f.compare]
-        parts = [f"{name}={describe(getattr(value, name))}" for name in told]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
-    if isinstance(value, partial):
-        return describe([value.func, *value.args, *sorted(value.keywords.items())])
-    if isinstance(value, dict):
-        return describe([*value.items()])
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(describe, value))}]"
-    if isinstance(value, (FunctionType, type)):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robustood.checkpoints import check_same, describe, read_state, write_state, write_whole
+from robustood.checkpoints import check_same, read_state, write_state, write_whole
 from robustood.data import Batch, Data, Shared, draw
 from robustood.data.batches import Change
 from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
+from robustood.identity import check_identity, identity
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
 from robustood.models import Average, Averaged
 from robustood.objectives import Objective
@@ -93,6 +94,7 @@ def fit(
     monitor: Monitor | None = None,
     tell: Tell | None = None,
     run_dir: str | Path | None = None,
+    name: str | None = None,
     minutes: float = math.inf,
 ) -> History:
     """Train a model in place and leave it in eval mode.
@@ -122,7 +124,9 @@ def fit(
         monitor: called after each epoch in eval mode; its numbers join the history.
         tell: called with each row of the history after it is kept, such as ``print``.
         run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
-            on from it, with the same result bit for bit on one machine's CPU.
+            on from it, with the same result bit for bit on one machine's CPU, if model, objective, data and all
+            else are the same down to their code (:mod:`robustood.identity`).
+        name: stands for what cannot be identified in them, such as an open file; needed with a ``run_dir`` alone.
         minutes: stop in time to keep this budget; the state is written first. A monitor is
             not interrupted.
 
@@ -132,7 +136,8 @@ def fit(
         that of one process up to rounding, and the first process writes.
 
     Raises:
-        ValueError: for invalid data or settings, or a ``run_dir`` of another run, before any step.
+        ValueError: for invalid data or settings, a ``run_dir`` of another run, or one without a ``name`` where it
+            is needed, before any step.
         FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
@@ -144,14 +149,14 @@ def fit(
     check_number(minutes, "minutes", 0)
     if average is not None:
         check_number(average, "average", 0, 1)
-    for name, images in (("train.x", data.train.x), ("outliers", data.outliers)):
-        if len(images) == 0 and name == "outliers":
+    for place, images in (("train.x", data.train.x), ("outliers", data.outliers)):
+        if len(images) == 0 and place == "outliers":
             continue
         if images.dtype != torch.uint8:
-            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{name}")
+            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{place}")
         if images.shape[1:] != data.train.x.shape[1:]:
             raise ValueError(
-                f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
+                f"data.{place} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
                 f"sample, got {tuple(images.shape[1:])}"
             )
     check_targets(data.train.y, data.train.x, getattr(model, "classes", None))
@@ -160,11 +165,12 @@ def fit(
     batch_size = min(batch_size, len(data.train))
     # Half of the outliers may be attacked, in each process the same number.
     shares = {"batch_size": (batch_size, 1), "outlier_batch_size": (outlier_batch_size, 2)}
-    for name, (size, parts) in shares.items():
+    for argument, (size, parts) in shares.items():
         if world() > 1 and size % (parts * world()):
             raise ValueError(
-                f"{name} must be a multiple of {parts * world()} with {world()} processes, got {size}"
+                f"{argument} must be a multiple of {parts * world()} with {world()} processes, got {size}"
             )
+    made_by = optimiser
     if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:
         optimiser = partial(optimiser, fused=True)
     parameters: Any = getattr(model, "parameter_groups", model.parameters)
@@ -181,15 +187,17 @@ def fit(
     )
     if run.folder is not None:
         settings = {
-            "objective": describe(objective), "epochs": epochs, "batch_size": batch_size,
-            "outlier_batch_size": outlier_batch_size, "lr": lr, "weight_decay": weight_decay,
-            "warmup": warmup, "average": average, "seed": seed, "device": device.type,
-            "milestones": describe(milestones), "augment": describe(augment), "engine": describe(engine),
-            "optimiser": f"{type(run.adapt).__name__} {sorted(run.adapt.defaults.items())}",
-            "model": describe(model),
-            "data": describe([data.train.x, data.train.y, data.outliers, data.compressed]),
+            "epochs": epochs, "batch_size": batch_size, "outlier_batch_size": outlier_batch_size, "lr": lr,
+            "weight_decay": weight_decay, "warmup": warmup, "average": average, "seed": seed,
+            "device": device.type,
         }  # fmt: skip
-        run.resume(settings)
+        held = [key for key, p in model.named_parameters() if not p.requires_grad]
+        told = identity(
+            name, objective=objective, optimiser=run.adapt, milestones=milestones, augment=augment,
+            engine=engine, model=model, held=held, made_by=made_by,
+            data=[data.train.x, data.train.y, data.outliers, data.compressed],
+        )  # fmt: skip
+        run.resume(settings, told)
     rate = partial(
         learning_rate, total=run.steps * epochs, peak=lr, warmup=warmup, milestones=milestones
     )
@@ -231,6 +239,7 @@ class Run:
     noise: dict[str, Tensor] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     earlier: float = 0.0
     began: float = field(default_factory=time.monotonic)
     chosen: bool = False
@@ -387,6 +396,7 @@ class Run:
             self.folder / "state.pt",
             {
                 "settings": self.settings,
+                "identity": self.identity,
                 "model": self.model.state_dict(),
                 "optimiser": self.adapt.state_dict(),
                 "mean": self.mean.tensors if self.mean else {},
@@ -409,16 +419,19 @@ class Run:
             table.writerows(self.history.rows)
             write_whole(self.folder / "log.csv", text.getvalue().encode())
 
-    def resume(self, settings: dict[str, Any]) -> None:
-        """Go on from the folder's state, if it has one that belongs to these settings."""
-        self.settings = settings
+    def resume(self, settings: dict[str, Any], told: dict[str, str]) -> None:
+        """Go on from the folder's state, if it has one that belongs to these settings and this identity."""
+        self.settings, self.identity = settings, told
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = read_state(self.folder / "state.pt")
+        holder = f"run_dir {self.folder.name!r} holds a run"
+        if state is not None:
+            check_same(state["settings"], settings, holder)
+        check_identity(state, told, holder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if state is None:
             return
-        check_same(state["settings"], settings, f"run_dir {self.folder.name!r} holds a run")
         self.model.load_state_dict(state["model"])
         self.adapt.load_state_dict(state["optimiser"])
         if self.mean:

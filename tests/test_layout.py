@@ -34,7 +34,16 @@ CHAPTER_OF = {
 }
 # A module imports only from lower floors. The support modules on floor 0 may use one another.
 FLOORS = {
-    0: {"callables", "inputs", "data", "models", "checkpoints", "corruptions", "widgets"},
+    0: {
+        "callables",
+        "checkpoints",
+        "corruptions",
+        "data",
+        "identity",
+        "inputs",
+        "models",
+        "widgets",
+    },
     1: {"toy", "perturbations", "detectors", "metrics"},
     2: {"attacks", "mining", "plotting"},
     3: {"engine", "evaluate", "generative", "objectives", "smoothing"},

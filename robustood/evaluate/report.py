@@ -18,7 +18,6 @@ from robustood import metrics
 from robustood.checkpoints import (
     as_json,
     check_same,
-    describe,
     from_json,
     read_state,
     write_state,
@@ -26,6 +25,7 @@ from robustood.checkpoints import (
 )
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score
+from robustood.identity import check_identity, describe, identity
 from robustood.inputs import check_choice, check_count, check_number, check_values
 from robustood.metrics import Estimate
 from robustood.models import frozen
@@ -143,6 +143,7 @@ def ood_report(
     batch_size: int = 512,
     seed: int = 0,
     run_dir: str | Path | None = None,
+    name: str | None = None,
     **how: Any,
 ) -> Report:
     """Measure a detector on clean inputs, or with one or both sides attacked.
@@ -161,17 +162,21 @@ def ood_report(
         confidence: of the intervals.
         batch_size: inputs scored and attacked at one time; each batch has random starts of its own.
         seed: of the random starts.
-        run_dir: where finished batches are kept; a run that finds its state there goes on from it.
-            Reports of all sides may share it.
+        run_dir: where finished batches are kept; a run that finds its state there goes on from it, if detector,
+            inputs, set and attack are the same down to their code (:mod:`robustood.identity`). Reports of all
+            sides may share it.
+        name: stands for what cannot be identified in them, such as an open file; needed with a ``run_dir`` alone.
         how: passed to the attack, such as ``steps=100, restarts=5``.
 
     Raises:
-        ValueError: for invalid inputs or settings, a missing set, or a ``run_dir`` of another report.
+        ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or one without a
+            ``name`` where it is needed.
     """
     check_choice(side, "side", SIDES)
     bench = Bench(
-        detector, x_in, dict(x_out), within, attack, tpr, confidence, batch_size, seed, how, run_dir
-    )
+        detector, x_in, dict(x_out), within, attack, tpr, confidence, batch_size, seed, how, run_dir,
+        name,
+    )  # fmt: skip
     return bench.report(side)
 
 
@@ -188,7 +193,7 @@ def four_sides(
         settings: of :func:`ood_report`, apart from the side.
     """
     defaults = {"attack": attack_score, "tpr": 0.95, "confidence": 0.95, "batch_size": 512, "seed": 0,
-                "run_dir": None}  # fmt: skip
+                "run_dir": None, "name": None}  # fmt: skip
     own = {name: settings.pop(name, value) for name, value in defaults.items()}
     bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
     return {side: bench.report(side) for side in SIDES}
@@ -209,6 +214,7 @@ class Bench:
     seed: int
     how: dict[str, Any]
     run_dir: str | Path | None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         check_number(self.tpr, "tpr", 1e-9, 1)
@@ -223,8 +229,16 @@ class Bench:
             "attack": describe(self.attack), "how": describe(self.how), "seed": self.seed,
             "batch_size": self.batch_size,
         }  # fmt: skip
-        content = describe([self.detector, self.x_in, list(self.x_out.items())])
-        self.known = Known(self.run_dir, {**self.settings, "content": content})
+        self.known = Known(self.run_dir, self.settings, self.identity)
+
+    def identity(self) -> dict[str, str]:
+        """What the scores depend on, down to code and tensors."""
+        how = {f"how[{key!r}]": value for key, value in sorted(self.how.items())}
+        sets = {f"x_out[{key!r}]": x for key, x in sorted(self.x_out.items())}
+        return identity(
+            self.name, detector=self.detector, within=self.within, attack=self.attack, **how,
+            x_in=self.x_in, **sets,
+        )  # fmt: skip
 
     def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
         """Scores of a set, clean or after an attack; each batch is measured once."""
@@ -291,17 +305,24 @@ def measure(
 class Known:
     """Tensors that were computed before, kept in a folder; computes what is missing."""
 
-    def __init__(self, folder: str | Path | None, settings: dict[str, Any]):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        settings: dict[str, Any],
+        told: Callable[[], dict[str, str]],
+    ):
         self.path = None if folder is None else Path(folder) / "scores.state"
-        self.state: dict[str, Any] = {"settings": settings, "parts": {}}
+        numbers = {name: settings[name] for name in ("seed", "batch_size")}
+        self.state: dict[str, Any] = {"settings": numbers, "parts": {}}
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if (old := read_state(self.path)) is None:
-            return
         holder = f"run_dir {self.path.parent.name!r} holds a report"
-        check_same(old["settings"], settings, holder)
-        self.state = old
+        old, self.state["identity"] = read_state(self.path), told()
+        if old is not None:
+            check_same(old["settings"], numbers, holder)
+        check_identity(old, self.state["identity"], holder)
+        self.state = old or self.state
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         parts = self.state["parts"]

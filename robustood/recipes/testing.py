@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustood.attacks import pgd
-from robustood.checkpoints import describe, write_whole
+from robustood.checkpoints import write_whole
 from robustood.data import Split, counted_as, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import (
@@ -29,6 +29,7 @@ from robustood.evaluate import (
     ood_report,
     paper_attack,
 )
+from robustood.identity import identity
 from robustood.metrics import Estimate
 from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.recipes.running import (
@@ -247,7 +248,8 @@ def attacked(
 
 def short_name(settings: object) -> str:
     """A short name for settings: others get notes of their own."""
-    return hashlib.sha256(describe(settings).encode()).hexdigest()[:8]
+    told = json.dumps(identity(settings=settings), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def after_corruption(

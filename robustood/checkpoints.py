@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustood.inputs import check_instance, check_path, check_several, check_text
+
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -102,6 +104,7 @@ def load_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _weights_path(path: str | Path) -> Path:
+    check_path(path, "path")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -112,6 +115,7 @@ def _weights_path(path: str | Path) -> Path:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     return dict(model.state_dict(keep_vars=True))
 
 
@@ -143,6 +147,13 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: for a damaged file, or one without these keys, naming it.
     """
+    check_path(path, "path")
+    check_several(keys, "keys", "names", 0)
+    for key in keys:
+        check_text(key, "keys: each")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file; a run's folder holds its JSON files")
     try:
         held = json.loads(path.read_text("utf-8"))
         if missing := [key for key in keys if key not in held]:

@@ -14,7 +14,16 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustood.inputs import check_choice, check_count, check_seed
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_seed,
+    check_several,
+    check_values,
+    finite,
+)
 
 
 @contextmanager
@@ -85,6 +94,9 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        mean, std = finite(mean, "mean").tolist(), finite(std, "std").tolist()
+        check_several(mean, "mean", "numbers, one a channel")
+        check_several(std, "std", "numbers, one a channel")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(
                 f"mean and std need one entry a channel, std above 0; got {mean}, {std}"
@@ -119,8 +131,8 @@ class Classifier(nn.Module):
         pool: bool = False,
     ):
         super().__init__()
-        check_count(reject, "reject")
-        check_count(classes, "classes", low=1 if reject else 2)
+        reject = check_count(reject, "reject")
+        classes = check_count(classes, "classes", low=1 if reject else 2)
         self.classes, self.reject, self.pool = classes, reject, pool
         self.normalise = normalise or nn.Identity()
         self.body = nn.ModuleList(stages)
@@ -169,9 +181,9 @@ def small_cnn(
     Returns:
         Model from (batch, channels, size, size) in [0, 1] to (batch, classes + reject).
     """
-    check_count(channels, "channels", low=1)
-    check_count(size, "size", low=2)
-    check_count(width, "width", low=1)
+    channels, size = check_count(channels, "channels", low=1), check_count(size, "size", low=2)
+    width = check_count(width, "width", low=1)
+    check_flag(batch_norm, "batch_norm")
 
     def convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
@@ -206,7 +218,10 @@ def mlp(
     Returns:
         Model from (batch, ...) to (batch, classes + reject).
     """
-    check_count(inputs, "inputs", low=1)
+    check_several(hidden, "hidden", "widths, () for none", 0)
+    for width in hidden:
+        check_count(width, "hidden: each width", low=1)
+    inputs = check_count(inputs, "inputs", low=1)
     with seeded(seed):
         widths = [inputs, *hidden]
         layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
@@ -225,8 +240,20 @@ def readout(
     >>> readout([[1.0, 0.0], [0.0, 2.0]])(torch.tensor([[3.0, 1.0]])).tolist()
     [[3.0, 2.0]]
     """
-    weight = torch.as_tensor(weight)
+    reject = check_count(reject, "reject")
+    if not isinstance(weight, Tensor):
+        check_several(weight, "weight", "rows, one an output")
+        weight = torch.tensor(finite(weight, "weight").tolist())
+    check_values(weight, None, "weight")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (outputs, width), got shape {tuple(weight.shape)}")
     outputs, width = weight.shape
+    if bias is not None:
+        check_values(bias, None, "bias")
+        if bias.shape != (outputs,):
+            raise ValueError(
+                f"bias must be ({outputs},), one an output, got shape {tuple(bias.shape)}"
+            )
     with seeded(0):
         model = Classifier([nn.Flatten()], width, outputs - reject, reject).to(weight.dtype)
     with torch.no_grad():
@@ -355,7 +382,21 @@ def guarded(
         components: of each mixture; the paper takes 100.
         seed: of k-means.
     """
-    check_count(components, "components", low=1)
+    check_instance(base, "base", nn.Module, "a network with classes, such as small_cnn()")
+    components, seed = check_count(components, "components", low=1), check_seed(seed)
+    for name, images in (("x", x), ("outliers", outliers)):
+        check_values(images, name=name)
+        if images.ndim < 2 or len(images) < components:
+            raise ValueError(
+                f"{name} must be at least as many images as components, {components}, got shape "
+                f"{tuple(images.shape)}"
+            )
+        if images.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"{name} must be shaped like x, {tuple(x.shape[1:])} an image, got "
+                f"{tuple(images.shape[1:])}"
+            )
+    x, outliers = x.detach().float(), outliers.detach().float()
     flat = x.flatten(1).double()
     _, values, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     spread = values / math.sqrt(len(x))

@@ -388,13 +388,13 @@ def calls(tmp: Path):
         ),
         "evaluate.epsilon_curve": dict(
             detector=MSP(NET), x_in=X, x_out=U, within=WITHIN, radii=[0.01, 0.02], side="both",
-            run_dir=None, steps=1,
+            run_dir=tmp / "report", steps=1,
         ),
         "evaluate.four_sides": dict(detector=MSP(NET), x_in=X, x_out={"u": U}, within=WITHIN, steps=1),
         "evaluate.measure": dict(clean=A, scores_in=A, scores_out=B, tpr=0.8, confidence=0.9),
         "evaluate.ood_report": dict(
             detector=MSP(NET), x_in=X, x_out={"u": U}, within=WITHIN, side="out", attack=attack_score, tpr=0.8,
-            confidence=0.9, batch_size=4, seed=0, run_dir=None, steps=1,
+            confidence=0.9, batch_size=4, seed=0, run_dir=tmp / "report", steps=1,
         ),
         "evaluate.paper_attack": dict(
             detector=MSP(NET), x=X[:2], within=WITHIN, direction="raise", paper="atom", batch_size=4, generator=source()

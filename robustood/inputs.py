@@ -210,9 +210,11 @@ def numbers(values: object, name: str) -> np.ndarray:
     return found.astype(np.float64, copy=False)
 
 
-def finite(values: object, name: str) -> np.ndarray:
+def finite(values: object, name: str, axes: int | None = None) -> np.ndarray:
     """Real numbers as float64, without NaN and infinity, at least one."""
     found = numbers(values, name)
+    if axes is not None and found.ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes, got shape {found.shape}; use [None]")
     if found.size == 0 or not np.isfinite(found).all():
         raise ValueError(f"{name} must be finite numbers, at least one, got {values!r:.80}")
     return found

@@ -188,8 +188,7 @@ class TsiprasDistribution:
         check_values(x, box=None)
         if x.ndim != 2 or x.shape[1] != self.d + 1:
             raise ValueError(
-                f"x must have d + 1 = {self.d + 1} features, got shape {tuple(x.shape)}; "
-                "draw points with sample(n, seed)"
+                f"x must have d + 1 = {self.d + 1} features, got {tuple(x.shape)}; use sample(n, seed)"
             )
         check_number(t, "t", 0, np.inf, "inf stands for sign(x1)")
         if np.isinf(t):
@@ -461,7 +460,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, " d"]:
         r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
-        inside, outliers = _points(inside, "inside"), _points(outliers, "outliers")
+        inside, outliers = finite(inside, "inside", 2), finite(outliers, "outliers", 2)
         return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
 
     @staticmethod
@@ -469,7 +468,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
     ) -> Int[np.ndarray, " n_kept"]:
         r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most alike first."""
-        inside, pool = _points(inside, "inside"), _points(pool, "pool")
+        inside, pool = finite(inside, "inside", 2), finite(pool, "pool", 2)
         check_count(n, "n", 1)
         check_number(q, "q", 0, 1, "a share of the pool")
         order = np.argsort(-(pool @ inside.mean(0)), kind="stable")
@@ -479,12 +478,3 @@ class GaussianOutliers:
 def _check_draw(n: int, rng: np.random.Generator) -> None:
     check_count(n, "n", 1)
     check_instance(rng, "rng", np.random.Generator, "np.random.default_rng(seed)")
-
-
-def _points(values: ArrayLike, name: str) -> Float[np.ndarray, "n d"]:
-    points = finite(values, name)
-    if points.ndim != 2:
-        raise ValueError(
-            f"{name} must be (points, d), got shape {points.shape}; use [None] for one"
-        )
-    return points

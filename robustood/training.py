@@ -141,7 +141,7 @@ def fit(
     check_count(outlier_batch_size, "outlier_batch_size", low=1)
     check_number(lr, "lr", 0)
     check_number(warmup, "warmup", 0, 1)
-    check_number(minutes, "minutes", 0)
+    check_number(minutes, "minutes", 0, math.inf)
     if average is not None:
         check_number(average, "average", 0, 1)
     for name, images in (("train.x", data.train.x), ("outliers", data.outliers)):

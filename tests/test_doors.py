@@ -461,8 +461,8 @@ ACCEPTED = {
         for name in ("Drawn", "Pairs", "Split", "Views")
         for part in ("x", "y")
     },
-    "data.Views.views": HELD | {"empty": REFUSED},
-    "data.Views.of.views": HELD | {"empty": REFUSED},
+    "data.Views.views": HELD,
+    "data.Views.of.views": HELD,
     **{
         f"data.{name}.labels": {"negative inside": ANY, "bool": ANY}
         for name in ("Drawn", "Pairs", "Views", "Views.of")

@@ -1,8 +1,11 @@
 # Two commands matter: "make book" and "make test". Both need Python >= 3.11, git and make, no more.
 # Another Python: make test PYTHON=python3.12
+# The lowest versions that pyproject.toml allows: make test CONSTRAINTS=constraints-lowest.txt
+# Another arithmetic: ROBUSTOOD_ISA=oldest make test (avx2, the default; oldest; native)
 
 SHELL := /bin/bash
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,19 +20,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks results-digits results-generative results-mnist results-cifar10 format clean
+.PHONY: help venv book test lint types pytest check notebooks spread results-digits results-generative results-mnist results-cifar10 format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 venv: $(STAMP) ## Make .venv and install everything into it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "robustood needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[book,test]"
 	@touch $@
 
 book: $(STAMP) ## Build the book as web pages
@@ -50,13 +53,17 @@ types: $(STAMP)
 pytest: $(STAMP)
 	@set -o pipefail; $(BIN)/pytest --nbval -n 2 --dist loadfile | tee $(LOG)
 
-check: $(STAMP) ## The slow suites and the comparisons with other libraries
+check: $(STAMP) ## The slow suites, other libraries, and the notebooks in every arithmetic
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
 	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal
+	for isa in native oldest; do ROBUSTOOD_ISA=$$isa $(BIN)/pytest --nbval -n 2 --dist loadfile book || exit 1; done
 	for each in attacks training aloe metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done
 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale
+
+spread: $(STAMP) ## Measure how far printed numbers move between arithmetics, where cells are new
+	$(BIN)/python book/_tools/spread.py --stale
 
 results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
 	$(BIN)/python book/_tools/results_digits.py $(AGAIN)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -51,34 +53,34 @@ def save_weights(path: str | Path, model: nn.Module, **card: Any) -> Path:
         "sha256": hashlib.sha256(content).hexdigest(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    try:
-        text = json.dumps(card, indent=1, sort_keys=True) + "\n"
-    except TypeError as error:
-        raise ValueError(
-            f"card must fit into JSON: {error}; pass numbers, strings and lists"
-        ) from error
+    text = as_json(card, "card") + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
     write_whole(path.with_suffix(".json"), text.encode())
     return path
 
 
-def load_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
+def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Read weights into a model of the same architecture; the model is changed only if all is well.
 
     Args:
         path: file written by :func:`save_weights`.
         model: receives the weights, on its own device.
+        keys: that the card must have besides those that describe the weights.
 
     Returns:
         The card.
 
     Raises:
         FileNotFoundError: if the weights or their card are missing.
-        ValueError: for a pickle, a damaged file, or weights of another architecture.
+        ValueError: for a pickle, a damaged file or card, or weights of another architecture.
     """
     path = _weights_path(path)
-    card = json.loads(path.with_suffix(".json").read_text())
+    needed = ("architecture", "sha256", *keys)
+    again = "fetch or save it again, with its weights"
+    card = read_json(file := path.with_suffix(".json"), needed, again)
+    if not isinstance(card["sha256"], str) or not isinstance(card["architecture"], dict):
+        raise ValueError(f"{file} is damaged (sha256 is a text, architecture a table); {again}")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != card["sha256"]:
@@ -137,12 +139,60 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+def as_json(value: Any, name: str) -> str:
+    """A value as JSON that every reader takes; numbers of NumPy are written as Python's.
+
+    Raises:
+        ValueError: for what JSON cannot hold, NaN and infinity among it.
+    """
+    try:
+        return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=_number)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must fit into JSON: {error}; pass finite numbers, strings and lists"
+        ) from error
+
+
+def _number(value: Any) -> int | float:
+    """A number of NumPy as Python's."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def from_json(text: str, keys: Sequence[str] = ()) -> Any:
+    """What a JSON text holds; NaN and infinity, which Python's reader takes, are no JSON.
+
+    Raises:
+        ValueError: for another text, or one without these keys.
+    """
+
+    def number(word: str) -> float:
+        if not math.isfinite(found := float(word)):
+            raise ValueError(f"it holds {word}, which JSON does not know")
+        return found
+
+    if not text.strip():
+        raise ValueError("it is empty")
+    held = json.loads(text, parse_float=number, parse_constant=number)
+    if keys and not isinstance(held, dict):
+        raise ValueError(f"it lacks {', '.join(keys)}")
+    if missing := [key for key in keys if key not in held]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    return held
+
+
+def read_json(
+    path: Path, keys: Sequence[str] = (), fix: str = "delete it or choose another folder"
+) -> Any:
     """What a JSON file holds.
 
     Args:
         path: of the file.
         keys: that must be in it.
+        fix: what the message advises.
 
     Raises:
         ValueError: for a damaged file, or one without these keys, naming it.
@@ -155,26 +205,31 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no file; a run's folder holds its JSON files")
     try:
-        held = json.loads(path.read_text("utf-8"))
-        if missing := [key for key in keys if key not in held]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it or choose another folder"
-        ) from error
-    return held
+        return from_json(path.read_text("utf-8-sig"), keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {fix}") from error
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a run's state; the one before it stays beside it as ``NAME.previous``."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     payload = buffer.getvalue()
     newest = path.with_name(path.name + ".newest")
     write_whole(newest, hashlib.sha256(payload).digest() + payload)
     if path.exists():
         os.replace(path, _previous(path))
     os.replace(newest, path)
+
+
+def _plain(value: Any) -> Any:
+    """A state with the numbers of NumPy as Python's, which alone are read back."""
+    if type(value) is dict:
+        return {key: _plain(held) for key, held in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    own = type(value) in (bool, int, float) or not isinstance(value, Real)
+    return value if own else _number(value)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

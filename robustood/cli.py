@@ -189,6 +189,8 @@ def check(given: argparse.Namespace) -> int:
                 f"{held['classes']} classes, {'JPEG ' + str(held['jpeg']) if held['jpeg'] else 'lossless'}"
                 f", sha256 {held['sha256']}"
             )
+            for note in held["notes"]:
+                say(f"  {note}")
     return 0
 
 
@@ -198,6 +200,8 @@ def pack(given: argparse.Namespace) -> int:
     made = data.folder(given.folder, name, given.size, given.data, split or None)
     called = f"{name}{given.size if given.size != 32 else ''}{':' if split else ''}{split}"
     say(f"{called}: {len(made)} images of {given.size} x {given.size}")
+    for note in made.notes:
+        say(f"  {note}")
     return 0
 
 
@@ -246,13 +250,13 @@ def parser() -> argparse.ArgumentParser:
         "--folder",
         "--run",
         dest="run",
-        type=Path,
+        type=place,
         metavar="DIR",
         help="of the run (default: runs/RECIPE); torchrun takes --run for an option of its own",
     )
     measure = command("evaluate", evaluate, "measure a finished run, clean and under attack")
     measure.add_argument(
-        "run", type=Path, metavar="RUN_DIR", help="folder of the run, or the name of a kept one"
+        "run", type=place, metavar="RUN_DIR", help="folder of the run, or the name of a kept one"
     )
     measure.add_argument(
         "--plan", default="", metavar="PLAN",
@@ -269,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
         )
     tabled = command("table", table, "one line a run: accuracy, AUROC clean and attacked, price")
     tabled.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN_DIR",
+        "runs", nargs="*", type=place, metavar="RUN_DIR",
         help="folders of runs (default: runs/* and the results that ship with the project)",
     )  # fmt: skip
     tabled.add_argument("--markdown", action="store_true", help="with bars, for a text file")
@@ -282,14 +286,22 @@ def parser() -> argparse.ArgumentParser:
     checks = command("check", check, "read packs in full and say what they hold", actions)
     checks.add_argument("names", nargs="*", metavar="NAME", help="default: all in the folder")
     packs = command("pack", pack, "make a pack of a folder of images of your own", actions)
-    packs.add_argument("folder", type=Path, metavar="FOLDER", help="one folder a class inside it")
+    packs.add_argument("folder", type=place, metavar="FOLDER", help="one folder a class inside it")
     packs.add_argument("--name", required=True, help="what recipes call it, such as mine:test")
     packs.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
     for added in (each_run, measure, loads, checks, packs):
         added.add_argument(
-            "--data", type=Path, metavar="DIR", help="folder of the packs (default: ROBUSTOOD_DATA)"
+            "--data",
+            type=place,
+            metavar="DIR",
+            help="folder of the packs (default: ROBUSTOOD_DATA)",
         )
     return top
+
+
+def place(text: str) -> Path:
+    """A file or a folder; a shell does not see the ``~`` in ``--data=~/packs``."""
+    return Path(text).expanduser()
 
 
 def minutes(text: str) -> float:

@@ -25,6 +25,7 @@ Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
 HERE = Path(__file__).parent
 KEPT = (HERE.parent / "data", HERE / "kept")  # in a checkout; in an installed package
 RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
+MEASURED = ("settings", "means")  # in every report.json
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
 
 
@@ -45,10 +46,10 @@ def load(folder: str | Path | None = None) -> list[Run]:
         check_path(folder, "folder")
     if folder is None:
         places = [place / "results" for place in KEPT]
-    elif not Path(folder).is_dir():
+    elif not (place := Path(folder).expanduser()).is_dir():
         raise ValueError(f"no folder {folder}; runs are made by robustood train")
     else:
-        places = [Path(folder)]
+        places = [place]
     found: dict[str, Run] = {}
     for place in places:
         for file in [place / "run.json", *sorted(place.glob("*/run.json"))]:
@@ -57,6 +58,7 @@ def load(folder: str | Path | None = None) -> list[Run]:
         for file in sorted(place.glob("*.json")):
             kept = read_json(file)
             if isinstance(kept, dict) and {"run", "report"} <= kept.keys():
+                check_whole(file, kept)
                 found.setdefault(file.stem, {"plans": {}, **kept})
     runs = [{"folder": name, **run} for name, run in found.items()]
     return sorted(runs, key=lambda r: (r["run"]["recipe"], r["run"]["seed"], r["folder"]))
@@ -67,12 +69,27 @@ def gather(folder: Path) -> Run:
     report = folder / "report.json"
     return {
         "run": read_json(folder / "run.json", RECORDED),
-        "report": read_json(report) if report.is_file() else None,
+        "report": read_json(report, MEASURED) if report.is_file() else None,
         "plans": {
-            file.stem.removeprefix("report_"): read_json(file)
+            file.stem.removeprefix("report_"): read_json(file, MEASURED)
             for file in sorted(folder.glob("report_*.json"))
         },
     }
+
+
+def check_whole(file: Path, kept: Run) -> None:
+    """Refuse a kept result whose run or report lacks what the table needs.
+
+    Raises:
+        ValueError: naming the file and the keys.
+    """
+    for part, keys in {"run": RECORDED, "report": MEASURED}.items():
+        held = kept[part]
+        missing = [key for key in keys if not isinstance(held, dict) or key not in held]
+        if missing and (part == "run" or held is not None):
+            raise ValueError(
+                f"{file} is damaged (its {part} lacks {', '.join(missing)}); delete it or fetch it again"
+            )
 
 
 def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
@@ -143,8 +160,9 @@ def restore(name: str, folder: str | Path) -> Path:
     """
     check_text(name, "name")
     check_path(folder, "folder")
-    folder = Path(folder)
-    record = read_json(kept_file("results", f"{name}.json", "robustood table lists the runs"))
+    folder = Path(folder).expanduser()
+    file = kept_file("results", f"{name}.json", "robustood table lists the runs")
+    check_whole(file, record := read_json(file, ("run", "report")))
     get = "they come with a checkout of the repository"
     weights = kept_file("weights", f"{name}.safetensors", get)
     run = record["run"]

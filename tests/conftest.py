@@ -1,11 +1,5 @@
 """What every test starts from: one thread, fixed seeds, and strict property tests."""
 
-import os
-
-from refresh import KERNEL_ENV
-
-os.environ.update(KERNEL_ENV)  # before torch is imported; on busy machines two threads spin
-
 import hypothesis
 import jaxtyping
 import matplotlib

@@ -80,6 +80,62 @@ def test_pickles_and_strange_cards_are_refused(tmp_path):
         load_weights(tmp_path / "none.safetensors", small_cnn())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it is empty"),
+        (" \n", "it is empty"),
+        ('{"sha256": ', "Expecting value"),
+        ("[]", "it lacks architecture, sha256"),
+        ("3", "it lacks architecture, sha256"),
+        ('{"sha256": "a"}', "it lacks architecture"),
+        ('{"architecture": {}}', "it lacks sha256"),
+        ('{"architecture": {}, "sha256": 3}', "sha256 is a text, architecture a table"),
+        ('{"architecture": [], "sha256": "a"}', "sha256 is a text, architecture a table"),
+        (
+            '{"architecture": {}, "sha256": "a", "lr": NaN}',
+            "it holds NaN, which JSON does not know",
+        ),
+        ('{"architecture": {}, "sha256": "a", "lr": -Infinity}', "it holds -Infinity"),
+        ('{"architecture": {}, "sha256": "a", "lr": 1e999}', "it holds 1e999"),
+        ("\xff", "invalid start byte"),
+        ("[" * 100_000, "maximum recursion depth"),
+    ],
+)
+def test_a_card_that_is_none_is_named_with_the_fix(tmp_path, text, said):
+    path = save_weights(tmp_path / "net.safetensors", small_cnn())
+    path.with_suffix(".json").write_bytes(text.encode("latin-1"))
+    refused(path, small_cnn(), rf"net\.json is damaged \(.*{said}.*\); fetch or save it again")
+
+
+def test_a_card_with_a_byte_order_mark_and_windows_lines_is_read(tmp_path):
+    path = save_weights(tmp_path / "net.safetensors", small_cnn(), recipe="é")
+    card = path.with_suffix(".json")
+    card.write_bytes(b"\xef\xbb\xbf" + card.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_weights(path, small_cnn())["recipe"] == "é"
+    with pytest.raises(ValueError, match=r"net\.json is damaged \(it lacks seed\)"):
+        load_weights(path, small_cnn(), ("recipe", "seed"))
+
+
+def test_numbers_of_numpy_go_into_cards_and_states_and_nan_does_not(tmp_path):
+    own = {
+        "n": np.int64(3),
+        "lr": np.float32(0.5),
+        "several": [np.uint8(2), (1.5, np.float64(2.5))],
+    }
+    plain = {"n": 3, "lr": 0.5, "several": [2, [1.5, 2.5]]}
+    path = save_weights(tmp_path / "net.safetensors", small_cnn(), **own)
+    card = load_weights(path, small_cnn())
+    assert {key: card[key] for key in plain} == plain
+    for wrong in (float("nan"), np.float32("inf"), {"deep": [float("-inf")]}, np.bool_(True)):
+        with pytest.raises(ValueError, match=r"card must fit into JSON: .* pass finite numbers"):
+            save_weights(tmp_path / "net.safetensors", small_cnn(), metric=wrong)
+    write_state(tmp_path / "state.pt", own | {"x": torch.ones(2), "flag": True})
+    state = read_state(tmp_path / "state.pt")
+    assert state["several"] == [2, (1.5, 2.5)] and (state["n"], state["lr"]) == (3, 0.5)
+    assert state["flag"] is True and torch.equal(state["x"], torch.ones(2))
+
+
 def test_a_state_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

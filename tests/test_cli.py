@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -531,6 +532,83 @@ def test_another_recipe_does_not_take_over_a_folder_or_its_weights(finished, pac
         other.evaluate(finished, root=packs)
 
 
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """Trains a run on three classes of folders in an empty folder, tests on the last two; returns the packs."""
+    folder, names = tmp_path / "packs", ("across", "down", "up")
+    for seed, (name, n) in enumerate({"stripes_train": 150, "stripes_test": 90}.items()):
+        x, y = stripes(n, seed)
+        order = y.argsort(stable=True)  # as a folder of images is
+        x, y, own = x[order], y[order], names
+        if name == "stripes_test":
+            x, y, own = x[y > 0], y[y > 0] - 1, names[1:]
+        data.write_pack(folder / f"{name}.npz", x, y, own)
+    start, end = RECIPE.index("[objective]"), RECIPE.index("[training]")
+    recipe = RECIPE[:start] + '[objective]\nname = "Standard"\n' + RECIPE[end:]
+    (folder / "tiny.toml").write_text(recipe)
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(folder))
+    monkeypatch.chdir(tmp_path)
+    standard = ["data.seen=", "data.validation=30", "data.ood=[]",
+                "training.epochs=12", "training.batch_size=20"]  # fmt: skip
+    return folder, [part for change in standard for part in ("--set", change)]
+
+
+def test_classes_have_names_from_the_folder_to_the_report(named, capsys):
+    folder, changes = named
+    own = str(folder / "tiny.toml")
+    assert cli.main(["train", own, *changes, "--minutes", "0"]) == 3
+    whole = data.load("stripes:train")
+    data.write_pack(folder / "stripes_train.npz", whole.x, whole.y, ("across", "up", "down"))
+    assert cli.main(["train", own, *changes]) == 2
+    assert "holds a run with classes = ['across', 'down', 'up'], not" in capsys.readouterr().err
+    data.write_pack(folder / "stripes_train.npz", whole.x, whole.y, whole.names)
+    assert cli.main(["train", own, *changes]) == 0
+    run = json.loads(Path("runs/tiny/run.json").read_text())
+    assert run["data"]["train"]["classes"] == ["across", "down", "up"]
+    assert (
+        run["history"][-1]["val_accuracy"] > 0.6
+    )  # of all three classes, though the set is sorted
+    assert cli.main(["evaluate", "runs/tiny"]) == 0
+    report = json.loads(Path("runs/tiny/report.json").read_text())
+    test = data.load("stripes:test")
+    recipe = recipes.read("runs/tiny/recipe.json")
+    model, *_ = running.trained(recipe, Path("runs/tiny"), "cpu")
+    right = (model(data.pixels(test.x))[:, :3].argmax(1) == test.y + 1).double().mean()
+    assert report["accuracy"]["value"] == pytest.approx(float(right)) and right > 0.6
+    data.write_pack(folder / "stripes_test.npz", test.x, test.y, ("down", "left"))
+    assert cli.main(["evaluate", "runs/tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "does not have: 'left'; known are: 'across', 'down', 'up'" in said
+    data.write_pack(folder / "stripes_test.npz", test.x, test.y + 9)
+    assert cli.main(["evaluate", "runs/tiny"]) == 2
+    assert "stripes:test has the label 10, and the network 3 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "command"),
+    [("weights.json", "seed", "evaluate"), ("weights.json", "data", "evaluate"),
+     ("run.json", "engine", "train"), ("run.json", "data", "train")],
+)  # fmt: skip
+def test_a_record_that_lacks_something_is_one_line(file, key, command, finished, tiny, capsys):
+    shutil.copytree(finished, "runs/tiny")
+    (place := Path("runs/tiny") / file).write_text(
+        json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != key})
+    )
+    assert tiny(command) == 2
+    assert f"{file} is damaged (it lacks {key});" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    (held := json.loads((finished / file).read_text()))["data"] = {}
+    place.write_text(json.dumps(held))
+    assert tiny(command) == 2 and "train" in (said := capsys.readouterr().err)
+    assert file in said and said.count("\n") == 1
+
+
+def test_a_run_lies_where_the_tilde_says(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tiny("train", "--folder=~/my rün/", "--minutes", "0") == 3
+    assert (tmp_path / "my rün" / "run.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -598,6 +676,16 @@ def test_data_commands(packs, tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "pack", str(tmp_path / "tree"), "--name", "mine:test", *own]) == 0
     assert "mine:test: 2 images of 32 x 32" in capsys.readouterr().out
     assert data.load("mine:test", root=tmp_path / "own").names == ("a", "b")
+    (tmp_path / "tree" / "b" / "two.heic").write_bytes(b"anything")
+    Image.new("RGBA", (40, 50)).save(tmp_path / "tree" / "b" / "clear.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = ["--data=~/own packs é/"]
+    assert cli.main(["data", "pack", "~/tree/", "--name", "mine", *own]) == 0
+    noted = ["  1 of 3 images: transparent, laid on white", "  1 left out: 1 .heic"]
+    assert capsys.readouterr().out.splitlines() == ["mine: 3 images of 32 x 32", *noted]
+    assert cli.main(["data", "check", *own]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == noted
+    assert (tmp_path / "own packs é" / "mine32.npz").is_file()
     called = []
     monkeypatch.setattr(data, "fetch", lambda name, root=None: called.append(name) or ["a.npz"])
     assert cli.main(["data", "fetch", "cifar10", "svhn:train"]) == 0

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +51,7 @@ from robustood.data import (
     Views,
     compress,
     corrupted,
+    counted_as,
     digest,
     digits,
     draw,
@@ -59,6 +61,7 @@ from robustood.data import (
     folder,
     folder_of_views,
     glyphs,
+    hold_out,
     light_grid,
     load,
     noise,
@@ -331,6 +334,89 @@ def test_a_split_is_cut_and_measured_with_its_labels(book):
     assert torch.equal(picked.x, book.test.x[[9, 0, 9]])
 
 
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.data())
+def test_each_class_is_held_out_by_its_share(y, data):
+    y = torch.tensor(y)
+    split, n = Split(torch.arange(float(len(y)))[:, None], y), data.draw(st.integers(0, len(y) - 1))
+    rest, held = hold_out(split, n)
+    assert len(held) == n and len(rest) == len(y) - n
+    for part in (rest, held):
+        places = part.x[:, 0].long()
+        assert torch.equal(part.y, y[places]) and (places.diff() > 0).all()
+    shares = y.bincount() * n / len(y)
+    assert ((held.y.bincount(minlength=len(shares)) - shares).abs() <= 1).all()
+
+
+def test_what_is_held_out_follows_the_seed_and_leaves_something():
+    split = Split(torch.arange(100.0)[:, None], torch.arange(100) % 10)
+    draws = [hold_out(split, 15, seed)[1] for seed in (0, 0, 1)]
+    assert torch.equal(draws[0].x, draws[1].x) and not torch.equal(draws[0].x, draws[2].x)
+    assert not torch.equal(draws[0].y.bincount(), draws[2].y.bincount())  # no class is always first
+    assert torch.equal(hold_out(split, 0)[0].x, split.x)
+    with pytest.raises(ValueError, match="n must be below the number of samples, 100, got 100"):
+        hold_out(split, 100)
+    with pytest.raises(ValueError, match=r"split\.y must be an int64 tensor of class labels"):
+        hold_out(Split(split.x, split.x[:, 0]), 3)
+
+
+def test_labels_are_counted_as_another_set_counts_them():
+    own = Loaded(
+        torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 2, 0]), name="own", names=("c", "a", "d")
+    )
+    found = counted_as(own, ("a", "b", "c", "d"), "train")
+    assert found.y.tolist() == [2, 0, 3, 2] and found.names == ("a", "b", "c", "d")
+    for same in (own.names, ()):
+        assert counted_as(own, same, "train") is own
+    assert counted_as(replace(own, names=()), ("a", "b"), "train").y.tolist() == [0, 1, 2, 0]
+    with pytest.raises(
+        ValueError, match=r"own has classes that train does not have: 'd'; known are: 'a', 'c'"
+    ):
+        counted_as(own, ("a", "c"), "train")
+    with pytest.raises(ValueError, match="two of the same name"):
+        counted_as(own, ("a", "a", "c", "d"), "train")
+
+
+IMAGES, LABELS = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+SPLIT = Split(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Split([[0.0]], LABELS), r"x must be a tensor \(samples, \.\.\.\), got list"),
+        (lambda: Split(IMAGES.numpy(), LABELS), "x must be a tensor .* got ndarray"),
+        (lambda: Split(IMAGES, [0, 0, 0, 0]), "y must be .* got list"),
+        (lambda: Split(IMAGES, torch.tensor(3)), "x and y must have an axis of samples"),
+        (lambda: Split(IMAGES, LABELS[1:]), "x and y must be of one length, got 4 and 3"),
+        (lambda: Pairs(IMAGES, IMAGES, LABELS[1:]), r"labels must be 4 classes, .* of shape \(3,\)"),
+        (lambda: Pairs(IMAGES, IMAGES, None), "labels must be a tensor of classes .* got NoneType"),
+        (lambda: Views.of(IMAGES.numpy(), LABELS), "views must be a tensor of images"),
+        (lambda: Views.of(torch.zeros(4, 2, 1, 2, 2), LABELS[1:]), "labels must be 4 classes"),
+        (lambda: Data(SPLIT, (IMAGES, LABELS), SPLIT, IMAGES), r"val must be a Split\(x, y\), got tuple"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, None), "outliers must be a tensor .* got NoneType"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES[..., :1]), r"data\.outliers must be shaped like "
+         r"data\.train\.x, \(1, 2, 2\) a sample, got \(1, 2, 1\)"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, [IMAGES]), "ood must be "),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": [0]}), r"ood\['a'\] must be a tensor of images, got list"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": IMAGES[:, 0]}), r"data\.ood\['a'\] must be shaped"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, compressed=IMAGES[1:]), r"compressed must be .* got \(3, 1, 2, 2\)"),
+        (lambda: load(3), r"name and split must be texts such as 'mine', 'test', got 3, None"),
+        (lambda: load("mine", 3), "name and split must be texts"),
+        (lambda: without_overlap(SPLIT, "cifar10"), "outliers must be a set .* got Split"),
+        (lambda: hold_out(SPLIT, np.bool_(True)), "n must be a whole number"),
+        (lambda: hold_out(Split(IMAGES, LABELS - 1), 1), r"split\.y lies in \[-1, -1\]"),
+        (lambda: compress([IMAGES], 75), "images must be a uint8 tensor or array, got list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_data_is_refused_at_the_door(untyped, make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_numbers_of_numpy_count_samples(untyped):
+    assert len(hold_out(SPLIT, np.int64(3))[1]) == 3
+
+
 def test_everything_moves_to_the_device(book):
     moved = book.to("meta")
     tensors = [t for s in (moved.train, moved.val, moved.test) for t in (s.x, s.y)]
@@ -591,6 +677,14 @@ def test_no_pack_holds_a_pickle_that_could_run(pack):
         ((images(2, size=4), [0]), r"labels must be of shape \(2,\)"),
         ((images(2, size=4), [0, -1]), "labels must be whole numbers from 0"),
         ((images(2, size=4), [0, 0.5]), "labels must be whole numbers"),
+        ((images(2, size=4), ["0", "1"]), "labels must be whole numbers from 0, got <U1"),
+        ((images(2, size=4), [True, False]), "labels must be whole numbers from 0, got bool"),
+        ((images(2, size=4), [0, np.nan]), "labels must be whole numbers from 0, got float64"),
+        ((images(2, size=4), None), r"labels must be of shape \(2,\)"),
+        ((images(2, size=4).tolist(), [0, 1]), "images must be a uint8 tensor or array, got list"),
+        ((images(2, size=4), [0, 1], "ab"), "names must be a list of texts, got 'ab'"),
+        ((images(2, size=4), [0, 1], [0, 1]), r"names must be a list of texts, got \[0, 1\]"),
+        ((images(2, size=4), [0, 1], [], "ab"), "ids must be a list of texts"),
         ((images(2, size=4), [0, 2], ["a", "b"]), "names must have one entry a class"),
         ((images(2, size=4), [0, 1], [], [], 101), "jpeg must be at most 100"),
         ((images(2, size=4), [0, 1], [], [], 0), "jpeg must be a whole number of at least 1"),
@@ -695,6 +789,7 @@ def test_what_a_set_holds_is_said(pack):
         "classes": 4,
         "counts": [3, 3, 3, 3],
         "jpeg": None,
+        "notes": (),
         "sha256": hashlib.sha256(images(12).tobytes()).hexdigest(),
     }
 
@@ -1119,8 +1214,8 @@ def test_a_tree_becomes_a_set_sorted_by_path(tree, tmp_path):
 
 
 def test_the_second_call_reads_the_pack_until_the_tree_changes(tree, tmp_path, monkeypatch):
-    calls, original = [], sets._read
-    monkeypatch.setattr(sets, "_read", lambda *a: calls.append(a[0].name) or original(*a))
+    calls, original = [], sets.read_image
+    monkeypatch.setattr(sets, "read_image", lambda *a: calls.append(a[0].name) or original(*a))
     first = folder(tree, "mine", root=tmp_path)
     assert len(calls) == 4
     assert torch.equal(folder(tree, "mine", root=tmp_path).x, first.x) and len(calls) == 4
@@ -1181,6 +1276,234 @@ def test_a_tree_that_is_none_is_refused_by_name(tree, tmp_path):
     (tmp_path / "mine32.npz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"mine32\.npz is damaged"):
         folder(tree, "mine", root=tmp_path)
+
+
+def one(path: Path, **options: object) -> Loaded:
+    """What the only file of a tree becomes at 32 pixels."""
+    return folder(path.parent, path.stem, root=path.parents[1], **options)
+
+
+def shown(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pixels (32, 32, 3) of a tree's only file, and the notes without their count."""
+    found = one(path)
+    return found.x[0].permute(1, 2, 0).numpy(), tuple(n.partition(": ")[2] for n in found.notes)
+
+
+RAMP = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+
+
+def png(rows: np.ndarray, clear: int) -> bytes:
+    """A grey PNG of 16 bits in which one value is transparent; Pillow writes none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+    size = b"".join(side.to_bytes(4) for side in rows.shape)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", size + bytes([16, 0, 0, 0, 0])), chunk(b"tRNS", clear.to_bytes(2)),
+         chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ramp.png", "little.tif", "big.tif", "ramp.pgm", "clear.png"])
+def test_sixteen_bits_keep_their_range(tmp_path, kind):
+    path = tmp_path / "tree" / kind
+    path.parent.mkdir()
+    if kind == "ramp.pgm":
+        path.write_bytes(b"P5 32 32 65535\n" + RAMP.astype(">u2").tobytes())
+    elif kind == "clear.png":
+        path.write_bytes(png(RAMP, int(RAMP[0, 1])))
+    else:
+        save(path, RAMP.astype(">u2") if kind == "big.tif" else RAMP)
+    found, notes = shown(path)
+    wanted = np.round(RAMP / 65535 * 255)
+    if kind == "clear.png":
+        wanted[0, 1] = 255  # transparent, laid on white
+    assert np.array_equal(found, np.repeat(wanted[..., None], 3, 2))
+    assert notes == ("16 bits, brought to 8",)
+
+
+def test_floats_from_0_to_1_keep_their_range_and_others_are_refused(tmp_path):
+    path = tmp_path / "tree" / "floats.tif"
+    save(path, (RAMP / 65535).astype(np.float32))
+    found, notes = shown(path)
+    assert np.array_equal(found[..., 0], np.round(RAMP / 65535 * 255))
+    assert notes == ("floats, brought to 8 bits",)
+    for wrong, said in [
+        (RAMP.astype(np.float32), r"lie in \[0, 65535\].*; save .* floats in \[0, 1\]"),
+        (np.full((32, 32), -0.5, np.float32), r"lie in \[-0\.5, -0\.5\]"),
+        (np.full((32, 32), np.nan, np.float32), r"lie in \[nan, nan\]"),
+        (
+            RAMP.astype(np.int32),
+            r"lie in .* nobody knows their range; save whole numbers in 8 or 16 bits",
+        ),
+    ]:
+        save(path, wrong)
+        with pytest.raises(
+            ValueError, match=rf"floats\.tif is no readable image \(its values {said}"
+        ):
+            one(path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    path = tmp_path / "tree" / ("image.tif" if mode == "PA" else "image.png")
+    path.parent.mkdir()
+    options, half = {}, 0
+    if "A" in mode:
+        image = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+        image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+        image.paste((0, 0, 0, 51), (16, 0, 24, 32))  # a fifth
+        image, half = image.convert(mode), 204
+    elif mode == "P":
+        image = Image.new("P", (32, 32), 1)
+        image.putpalette([9, 9, 9, 0, 0, 0])
+        image.paste(0, (0, 0, 16, 32))
+        options = {"transparency": 0}
+    else:
+        image = Image.new(mode, (32, 32), 0)
+        image.paste((9,) * len(mode) if mode == "RGB" else 9, (0, 0, 16, 32))
+        options = {"transparency": (9, 9, 9) if mode == "RGB" else 9}
+    image.save(path, **options)
+    found, notes = shown(path)
+    assert (found[:, :16] == 255).all() and (found[:, 16:24] == half).all()
+    assert (found[:, 24:] == 0).all() and notes == ("transparent, laid on white",)
+
+
+def test_what_is_opaque_stays_as_it_is_and_without_a_note(tmp_path):
+    rows = images(1)[0]
+    for mode in ("RGBA", "P", "L", "1", "LA"):
+        image = Image.fromarray(rows).convert(mode)
+        path = tmp_path / mode / f"{mode}.png"
+        path.parent.mkdir()
+        image.save(path)
+        found, notes = shown(path)
+        assert np.array_equal(found, np.asarray(image.convert("RGB"))) and notes == ()
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_once(tmp_path, ending, orientation):
+    stored = images(1)[0]
+    turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turns |= {5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1), 8: np.rot90(stored)}
+    turns[7] = stored[::-1, ::-1].swapaxes(0, 1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "tree" / f"image.{ending}"
+    save(path, stored, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    found, notes = shown(path)
+    assert np.array_equal(found, turns[orientation])
+    assert notes == (("turned upright as the EXIF data say",) if orientation > 1 else ())
+
+
+def test_the_first_frame_is_taken_and_cmyk_becomes_rgb(tmp_path):
+    path = tmp_path / "tree" / "moving.gif"
+    path.parent.mkdir()
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
+    found, notes = shown(path)
+    assert (found == [255, 0, 0]).all() and notes == ("several frames or pages, the first taken",)
+    path.unlink()
+    Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(path.with_suffix(".tif"))
+    found, notes = shown(path.with_suffix(".tif"))
+    assert (found == [0, 255, 255]).all() and notes == ("CMYK, turned into RGB",)
+
+
+def test_the_notes_count_and_stay_with_the_pack(tree, tmp_path):
+    save(tree / "a" / "deep.png", RAMP)
+    (tree / "b" / "phone.heic").write_bytes(b"anything")
+    (tree / "b" / "phone.HEIC").write_bytes(b"anything")
+    (tree / "b" / "LICENSE").write_text("free")
+    wanted = (
+        "1 of 5 images: 16 bits, brought to 8",
+        "4 left out: 2 .heic, 1 .txt, 1 without ending",
+    )
+    assert folder(tree, "mine", root=tmp_path).notes == wanted
+    assert load("mine", root=tmp_path).notes == data.check("mine", root=tmp_path)["notes"] == wanted
+    (tree / "b" / "phone.heic").unlink()
+    assert folder(tree, "mine", root=tmp_path).notes[1].startswith("3 left out: 1 .heic")
+    old = held(tmp_path / "mine32.npz")
+    del old["notes"]
+    np.savez(tmp_path / "mine32.npz", **old)
+    assert load("mine", root=tmp_path).notes == ()  # packs of before have none
+
+
+def test_a_class_without_images_is_named(tree, tmp_path):
+    (tree / "c").mkdir()
+    with pytest.raises(ValueError, match=r"tree/c holds no image, so its class would be lost"):
+        folder(tree, "mine", root=tmp_path)
+    (tree / "c" / "deeper").mkdir()
+    for i in range(2):
+        (tree / "c" / "deeper" / f"{i}.heic").write_bytes(b"anything")
+    with pytest.raises(
+        ValueError, match=r"tree/c holds no image.*, and here are 2 \.heic\. Convert"
+    ):
+        folder(tree, "mine", root=tmp_path)
+    with pytest.raises(ValueError, match=r"no images in .*, and here are 2 \.heic"):
+        folder(tree / "c", "mine", root=tmp_path)
+    assert not list(tmp_path.glob("*.npz"))
+    flat = tmp_path / "flat"
+    save(flat / "0.png", images(1)[0])
+    (flat / "about").mkdir()  # no class: there are none
+    assert folder(flat, "flat", root=tmp_path).names == ()
+
+
+def test_links_are_followed_and_loops_and_dead_ends_are_named(tree, tmp_path):
+    rows = images(5)
+    save(tmp_path / "elsewhere" / "0.png", rows[4])
+    (tree / "c").symlink_to(tmp_path / "elsewhere")
+    found = folder(tree, "mine", root=tmp_path)
+    assert found.names == ("a", "b", "c") and torch.equal(found.x[4], tensor(rows)[4])
+    loop = tree / "a" / "again"
+    for target in (tree, tree / "a", tmp_path):
+        loop.symlink_to(target)
+        with pytest.raises(ValueError, match=r"again is a link to a folder that holds it"):
+            folder(tree, "mine", root=tmp_path)
+        loop.unlink()
+    (tmp_path / "elsewhere" / "back").symlink_to(tree)
+    with pytest.raises(ValueError, match=r"is a link to a folder that holds it"):
+        folder(tree, "mine", root=tmp_path)
+    (tmp_path / "elsewhere" / "back").unlink()
+    (tree / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.png is a link to nothing"):
+        folder(tree, "mine", root=tmp_path)
+
+
+def test_an_image_beyond_pillows_limit_is_named(tree, tmp_path, monkeypatch):
+    for limit in (1000, 100):  # Pillow warns, then refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=rf"0\.png has more than {limit:,} pixels.*smaller"):
+            folder(tree, "mine", root=tmp_path)
+
+
+def test_paths_and_class_names_of_all_kinds(tmp_path, monkeypatch):
+    place, rows = tmp_path / "my photos é", images(3)
+    composed, apart = "caf\u00e9", "cafe\u0301"  # the second is how a Mac writes it
+    for name, image in zip(("Cats", "cats", apart), rows):
+        save(place / name / "0 a.png", image)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = folder("~/my photos é/", "mine", root="~/packs ü")
+    assert found.names == ("Cats", composed, "cats") and found.y.tolist() == [0, 1, 2]
+    assert torch.equal(found.x, tensor(rows[[0, 2, 1]]))
+    assert found.notes == (
+        "classes of their own, though they differ in capitals alone: Cats, cats",
+    )
+    pack = tmp_path / "packs ü" / "mine32.npz"
+    assert torch.equal(read_pack("~/packs ü/mine32.npz").x, read_pack(pack).x)
+    again = write_pack("~/packs ü/again.npz", found.x, found.y)
+    assert again == tmp_path / "packs ü" / "again.npz" and again.is_file()
+    for name, image in zip(("Cats", "cats", apart), rows):
+        save(place / name / "1.png", image)
+    assert len(folder_of_views(f"~/{place.name}/").labels) == 3
+
+
+def test_a_folder_with_one_image_is_a_set(tmp_path):
+    path = tmp_path / "tree" / "one.png"
+    save(path, np.full((1, 1, 3), 7, np.uint8))  # the smallest there is
+    found = one(path)
+    assert found.x.shape == (1, 3, 32, 32) and (found.x == 7).all() and found.y.tolist() == [0]
 
 
 # ---- compression ------------------------------------------------------------------------------
@@ -1278,6 +1601,14 @@ def test_without_a_list_nobody_knows_the_overlap():
         without_overlap(replace(made, name="tinyimagenet"), "svhn")
     with pytest.raises(ValueError, match="give the outlier set ids or names"):
         without_overlap(replace(made, name="tinyimagenet", names=()), "cifar10")
+
+
+def test_outliers_that_are_all_known_are_refused():
+    outliers = Loaded(
+        torch.zeros(2, 3, 1, 1), torch.tensor([0, 0]), "tinyimagenet", ids=("n02099601",)
+    )
+    with pytest.raises(ValueError, match="all images of 'tinyimagenet' show classes of 'cifar10'"):
+        without_overlap(outliers, "cifar10")
 
 
 def test_classes_that_are_named_in_another_way_than_in_the_list_do_not_pass_as_no_overlap():

@@ -323,6 +323,31 @@ def test_a_report_goes_through_json(net, sets, tmp_path):
     assert report.settings["attack"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it is empty"),
+        ("{", "Expecting property name"),
+        ("[1]", "it lacks settings, rows"),
+        ('{"settings": {}, "rows": [3]}', "no attribute 'items'"),
+        ('{"settings": {}, "rows": [{"auroc": {"value": 1}}]}', "missing .* required"),
+        ('{"settings": {}, "rows": [{"auroc": NaN}]}', "it holds NaN"),
+    ],
+)
+def test_a_text_that_is_no_report_is_refused(untyped, text, said):
+    with pytest.raises(
+        ValueError, match=rf"text is no report \(.*{said}.*; pass what Report\.to_json"
+    ):
+        Report.from_json(text)
+
+
+def test_settings_of_numpy_go_into_a_report():
+    kept = Report({"tpr": np.float32(0.5), "seed": np.int64(3)}, []).to_json()
+    assert Report.from_json(kept).settings == {"tpr": 0.5, "seed": 3}
+    with pytest.raises(ValueError, match="report must fit into JSON"):
+        Report({"tpr": float("nan")}, []).to_json()
+
+
 def test_a_report_shows_itself_and_escapes_names(net, sets):
     report = ood_report(MSP(net), sets[0], {"<b>": sets[1]["noise"]})
     assert "&lt;b&gt;" in report._repr_html_() and "<b>" not in report._repr_html_()

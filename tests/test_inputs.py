@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -174,6 +175,23 @@ def test_a_count_is_whole_and_large_enough(untyped, value):
 def test_counts_at_the_limit_pass():
     check_count(0, "steps")
     check_count(3, "steps", low=3)
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.float32(3), np.float64(3), 3, 3.0])
+def test_numbers_of_numpy_are_numbers(untyped, value):
+    check_number(value, "eps", 0, 3)
+    if isinstance(value, (int, np.integer)):
+        check_count(value, "steps", 3)
+    else:
+        with pytest.raises(ValueError, match="steps must be a whole number"):
+            check_count(value, "steps", 3)
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), True, np.float32("nan"), np.ones(1)])
+def test_what_numpy_has_besides_numbers_is_refused(untyped, value):
+    for check in (check_number, check_count):
+        with pytest.raises(ValueError, match="steps must be a"):
+            check(value, "steps", 0)
 
 
 def test_an_unknown_choice_is_told_which_exist():

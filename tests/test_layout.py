@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import arithmetic
 import pytest
 import refresh
 import yaml
@@ -74,6 +75,7 @@ def test_each_test_file_belongs_to_a_module():
     own = {
         "test_layout",
         "test_book",
+        "test_notebooks",
         "test_doors",
         "conftest",
         "typecheck",
@@ -173,15 +175,42 @@ def test_environment_yml_has_the_bounds_of_pyproject():
     assert conda == dict(requirement(line) for line in wanted)
 
 
-def test_constraints_pin_each_requirement_inside_its_bounds():
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
-        assert re.fullmatch(r"[\w.-]+==[\w.!+]+", line), f"constraints.txt: not a pin: {line!r}"
+def pins(file: str) -> dict[str, str]:
+    """The versions that a constraints file names."""
+    found = {}
+    for line in (ROOT / file).read_text("utf-8").splitlines():
+        assert re.fullmatch(r"[\w.-]+==[\w.!+]+", line), f"{file}: not a pin: {line!r}"
         package, version = line.split("==")
-        pins[re.sub(r"[-_.]+", "-", package).lower()] = version
+        found[re.sub(r"[-_.]+", "-", package).lower()] = version
+    return found
+
+
+def requirements() -> list[str]:
+    """What the project asks for, with the book and the tests."""
     extras = project()["optional-dependencies"]
-    for line in [*project()["dependencies"], *extras["book"], *extras["test"]]:
-        assert requirement(line)[0] in pins, f"constraints.txt does not pin {line!r}"
+    return [*project()["dependencies"], *extras["book"], *extras["test"]]
+
+
+def test_constraints_pin_each_requirement_inside_its_bounds():
+    pinned = pins("constraints.txt")
+    for line in requirements():
+        assert requirement(line)[0] in pinned, f"constraints.txt does not pin {line!r}"
+
+
+def test_the_lowest_versions_are_those_of_the_bounds():
+    bounds = {requirement(line)[0]: re.search(r">=([\w.]+)", line) for line in requirements()}
+    lowest = {package: bound[1] for package, bound in bounds.items() if bound}
+    assert pins("constraints-lowest.txt") == lowest
+
+
+def test_continuous_integration_runs_what_the_project_promises():
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["run"]
+    matrix = matrix["strategy"]["matrix"]
+    said = [c.rpartition(" ")[2] for c in project()["classifiers"] if "Python :: 3." in c]
+    assert matrix["python"] == said and project()["requires-python"] == f">={said[0]}"
+    assert {*matrix["isa"], *(row["isa"] for row in matrix["include"])} == set(arithmetic.PINNED)
+    tried = {*matrix["constraints"], *(row["constraints"] for row in matrix["include"])}
+    assert tried == {"constraints.txt", "constraints-lowest.txt"}
 
 
 def test_the_repository_has_one_address():

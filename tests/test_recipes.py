@@ -1,8 +1,10 @@
 """Recipes: what they say, what they refuse, and which images they name."""
 
 import doctest
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from robustood import data, objectives, recipes
 from robustood.data import Split
 from robustood.detectors import to_uniform
 from robustood.objectives import OutlierTraining, to_reject
-from robustood.recipes import read, running, schema, testing
+from robustood.recipes import pairs, read, running, schema, testing
 
 LEARNED_SETS = ["cvae_cifar10c", "cvae_mnist_rts"]
 ALL = recipes.names()
@@ -203,6 +205,36 @@ def test_what_is_wrong_is_named_before_any_data_are_read(change, said, monkeypat
     assert ("aloe_cifar10_cpu" in str(caught.value)) == whole_change
 
 
+def test_files_of_windows_editors_and_paths_of_all_kinds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my räcipes"
+    folder.mkdir()
+    text = 'extends = ["_cifar10", "_cpu"]\nabout = "mine"\n[objective]\nname = "Standard"\n'
+    plain = read(write(folder, "own", text))
+    (folder / "own.toml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read("~/my räcipes/own.toml") == read(folder / "own.toml") == plain
+    (folder / "recipe.json").write_bytes(b"\xef\xbb\xbf" + plain.to_json().encode())
+    assert read("~/my räcipes/recipe.json").settings == plain.settings
+    for damaged in ("", "[]", "3", '{"about": NaN}', "{"):
+        (folder / "recipe.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
+            read(folder / "recipe.json")
+
+
+def test_numbers_of_numpy_are_settings_and_truth_values_are_none():
+    given = read("aloe_cifar10_cpu").settings
+    training = given["training"] | {"epochs": np.int64(3), "lr": np.float32(0.5)}
+    mine = {**given, "training": training, "evaluation": {"curve": (0, np.float64(0.5))}}
+    found = schema.resolve("mine", mine)
+    kinds = [(v, type(v)) for v in (found["training"]["epochs"], found["training"]["lr"])]
+    assert kinds == [(3, int), (0.5, float)] and found["evaluation"]["curve"] == [0, 0.5]
+    json.dumps(found)
+    for key in ("epochs", "lr"):
+        for wrong in (np.bool_(True), True):
+            with pytest.raises(ValueError, match=rf"training\.{key} must be a .*number"):
+                schema.resolve("mine", {**given, "training": training | {key: wrong}})
+
+
 def test_unknown_recipes_and_missing_keys(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'aloe_cifar10_cpu'"):
         read("aloe_cifar10_cp")
@@ -275,7 +307,7 @@ def sets(monkeypatch):
 
 def test_the_images_of_a_recipe(sets):
     held, _ = sets
-    found = read("aloe_cifar10_cpu", ["data.validation=10"]).data()
+    found = read("aloe_cifar10_cpu", ["data.validation=10", "data.hold_out=last"]).data()
     train = held["cifar10:train"]
     assert torch.equal(found.train.x, train.x[:50]) and torch.equal(found.val.y, train.y[50:])
     assert torch.equal(found.test.x, held["cifar10:test"].x)
@@ -292,6 +324,71 @@ def test_the_images_of_a_recipe(sets):
     assert torch.equal(found.compressed, data.compress(train.x[:50], 75))
 
 
+def by_class(name, x, y):
+    """A set that is sorted by class, as a folder of images is."""
+    order = y.argsort(stable=True)
+    return data.Loaded(x[order], y[order], name=name, names=("cat", "dog", "eel"))
+
+
+def test_each_class_is_held_out_by_its_share(sets):
+    """The last images of a sorted set are one class alone: nothing of it would be left to train on."""
+    held, _ = sets
+    y = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
+    held["cifar10:train"] = by_class("cifar10", held["cifar10:train"].x, y)
+    found, cards = running.for_training(read("standard_cifar10_cpu", ["data.validation=12"]), None)
+    assert found.train.y.bincount().tolist() == [24, 16, 8] and cards["train"]["held out"] == 12
+    assert found.val.y.bincount().tolist() == [6, 4, 2]
+    assert cards["train"]["classes"] == ["cat", "dog", "eel"]
+    images = [image.numpy().tobytes() for image in held["cifar10:train"].x]
+    places = [[images.index(i.numpy().tobytes()) for i in x] for x in (found.train.x, found.val.x)]
+    assert all(each == sorted(each) for each in places) and sorted([*places[0], *places[1]]) == [
+        *range(60)
+    ]
+    again = read("standard_cifar10_cpu", ["data.validation=12", "training.seed=7"]).data()
+    assert torch.equal(again.val.x, found.val.x)  # seeds of training compare on the same images
+    learned = ["data.images=12", "data.validation=6", "model.width=4"]
+    inside, last, _ = pairs.parts(read("cvae_cifar10c", learned), None)
+    assert inside.y.bincount().tolist() == [6, 4, 2] and last.y.bincount().tolist() == [3, 2, 1]
+
+
+def test_a_run_of_before_the_rule_keeps_its_own(tmp_path):
+    old = read("standard_cifar10_cpu").settings
+    file = tmp_path / "recipe.json"
+    file.write_text(
+        json.dumps(old | {"data": {k: v for k, v in old["data"].items() if k != "hold_out"}})
+    )
+    assert read(file).settings["data"]["hold_out"] == "last"
+    assert read(file, ["data.hold_out=by class"]).settings == old
+    theirs = json.loads(file.read_text())
+    with pytest.raises(
+        ValueError, match=r"it has with data\.hold_out = 'last'; add --set 'data\.hold_out=last'"
+    ):
+        running.check_recipe(read("standard_cifar10_cpu"), "standard_cifar10_cpu", theirs, "it has")
+    last = read("standard_cifar10_cpu", ["data.hold_out=last"])
+    running.check_recipe(last, "standard_cifar10_cpu", theirs, "it has")
+
+
+def test_classes_are_found_by_name(sets):
+    """A test set that lacks a class counts the later ones from its own start; the names say which is meant."""
+    held, _ = sets
+    x = held["cifar10:test"].x
+    held["cifar10:train"] = replace(by_class("cifar10", x, torch.arange(30) % 3), name="cifar10")
+    held["cifar10:test"] = data.Loaded(
+        x, torch.arange(30) % 2, name="cifar10", names=("dog", "eel")
+    )
+    recipe = read("standard_cifar10_cpu", ["data.validation=0"])
+    assert recipe.data().test.y.tolist() == [1, 2] * 15
+    unnamed, *_ = running.for_testing(recipe, None)  # of a run that kept no names
+    assert unnamed.y.tolist() == [0, 1] * 15
+    held["cifar10:test"] = replace(held["cifar10:test"], names=("dog", "Eel"))
+    with pytest.raises(
+        ValueError, match=r"cifar10:train does not have: 'Eel'; known are: 'cat', 'dog', 'eel'"
+    ):
+        recipe.data()
+    held["cifar10:test"] = replace(held["cifar10:test"], names=())
+    assert recipe.data().test.y.tolist() == [0, 1] * 15
+
+
 @pytest.mark.parametrize(
     ("jpeg", "quality"), [("auto", 75), ("0", None), ("40", 40)], ids=["auto", "off", "given"]
 )
@@ -305,7 +402,12 @@ def test_the_twins_of_the_training_images(sets, jpeg, quality):
 
 def test_every_image_passes_through_jpeg_once_where_the_recipe_says_so(sets):
     held, _ = sets
-    wanted = ["data.jpeg=75", "data.jpeg_everywhere=true", "data.validation=10"]
+    wanted = [
+        "data.jpeg=75",
+        "data.jpeg_everywhere=true",
+        "data.validation=10",
+        "data.hold_out=last",
+    ]
     recipe = read("oe_cifar10_cpu", wanted)
     found, cards = running.for_training(recipe, None)
     train = data.compress(held["cifar10:train"].x, 75)
@@ -392,7 +494,13 @@ def test_images_are_tested_with_the_compression_they_were_trained_with():
 
 def test_a_recipe_learns_and_measures_a_set(sets, tmp_path):
     """Pairs from the first images, radii from the last; the same call goes on, other settings are refused."""
-    few = ["data.images=32", "data.validation=8", "training.epochs=1", "training.batch_size=16"]
+    few = [
+        "data.images=32",
+        "data.validation=8",
+        "data.hold_out=last",
+        "training.epochs=1",
+        "training.batch_size=16",
+    ]
     small = ["model.width=4", "model.blocks=1", "model.latent=4", "evaluation.n_in=6"]
     recipe = read("cvae_cifar10c", few + small)
     found, cards = running.for_training(recipe, None)

@@ -142,6 +142,35 @@ def test_a_damaged_record_is_named(tmp_path):
         load(tmp_path)
 
 
+def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkeypatch):
+    write(tmp_path / "one", run())
+    for text, said in [
+        ("", "it is empty"), ("[]", "it lacks settings, means"), ('{"means": []}', "it lacks settings"),
+        ('{"settings": {}, "means": [Infinity]}', "it holds Infinity"),
+    ]:  # fmt: skip
+        for name in ("report.json", "report_strong.json"):
+            (tmp_path / "one" / name).write_text(text)
+            with pytest.raises(ValueError, match=rf"{name} is damaged \({said}"):
+                load(tmp_path)
+            (tmp_path / "one" / name).unlink()
+    kept = tmp_path / "data" / "results" / "mine.json"
+    kept.parent.mkdir(parents=True)
+    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
+    for wrong, said in [
+        (
+            {"run": 3, "report": None},
+            "its run lacks recipe, seed, settings, data, history, finished",
+        ),
+        ({"run": run(), "report": {"means": []}}, "its report lacks settings"),
+    ]:
+        kept.write_text(json.dumps(wrong))
+        for call in (load, lambda: results.restore("mine", tmp_path / "again")):
+            with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
+                call()
+    kept.write_bytes(b"\xef\xbb\xbf" + json.dumps({"run": run(), "report": None}).encode())
+    assert [r["folder"] for r in load()] == ["mine"]
+
+
 def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(keep_run, "DATA", tmp_path / "data")
     folder = tmp_path / "mine"

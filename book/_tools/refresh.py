@@ -6,9 +6,9 @@
     python book/_tools/refresh.py --tables      only the chapter tables of README.md and book/intro.md
 
 The text twin ``book/NN_slug.md`` is the source. Its cells are copied into ``book/NN_slug.ipynb``, which is
-executed on one thread; outputs stay in the notebook. Code cells are formatted on the way. The metadata keep
-a hash of the code cells and of the library modules they import, so that a test can tell stale outputs
-without running anything.
+executed on one thread in the arithmetic that tests expect; outputs stay in the notebook. Code cells are
+formatted on the way. The metadata keep a hash of the code cells and of the library modules they import, so
+that a test can tell stale outputs without running anything.
 """
 
 from __future__ import annotations
@@ -17,34 +17,18 @@ import argparse
 import ast
 import hashlib
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Before anything imports NumPy or torch: kernels and tests inherit these.
-KERNEL_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
-if platform.machine() in ("x86_64", "AMD64"):  # wider vectors round otherwise
-    KERNEL_ENV |= {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "OPENBLAS_CORETYPE": "Haswell",
-    }
-os.environ.update(KERNEL_ENV)
-
-import jupytext  # noqa: E402
-import nbformat  # noqa: E402
-import yaml  # noqa: E402
-from jupytext.combine import combine_inputs_with_outputs  # noqa: E402
+import jupytext
+import nbformat
+import yaml
+from arithmetic import environment
+from jupytext.combine import combine_inputs_with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -159,7 +143,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
         resources={"metadata": {"path": str(BOOK)}},
         extra_arguments=["--log-level=ERROR"],
     )
-    client.execute()
+    client.execute(env={**os.environ, **environment("avx2")})
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:
@@ -274,24 +258,26 @@ def chapter_tables() -> dict[Path, str]:
     }  # fmt: skip
 
 
+def chosen(names: Sequence[str], refuse: Callable[[str], object]) -> list[Path]:
+    """The twins of these slugs in the book's order, all of them where none is named."""
+    if not names:
+        return twins()
+    wanted = {Path(name).stem.split("_", 1)[-1] for name in names}
+    known = {twin.stem.split("_", 1)[-1]: twin for twin in twins()}
+    if unknown := wanted - known.keys():
+        refuse(f"no notebook called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return [twin for slug, twin in known.items() if slug in wanted]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", help="slugs such as toy; none means all")
     parser.add_argument("--stale", action="store_true", help="execute only what changed")
     parser.add_argument("--tables", action="store_true", help="only rewrite the chapter tables")
     args = parser.parse_args()
-    chosen = twins()
-    if args.names:
-        wanted = {Path(name).stem.split("_", 1)[-1] for name in args.names}
-        known = {twin.stem.split("_", 1)[-1]: twin for twin in chosen}
-        unknown = wanted - known.keys()
-        if unknown:
-            parser.error(
-                f"no notebook called {', '.join(sorted(unknown))}; known: {', '.join(known)}"
-            )
-        chosen = [known[name] for name in sorted(wanted, key=list(known).index)]
+    selected = chosen(args.names, parser.error)
     if not args.tables:
-        for twin in chosen:
+        for twin in selected:
             if not refresh(twin, only_stale=args.stale):
                 print(f"{twin.stem}: outputs are current")
     for page, text in chapter_tables().items():

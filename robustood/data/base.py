@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from robustood.inputs import check_device, check_instance, check_mapping, check_number, check_text
+from robustood.checkpoints import read_json
+from robustood.inputs import (
+    check_count,
+    check_device,
+    check_instance,
+    check_labels,
+    check_mapping,
+    check_number,
+    check_seed,
+    check_text,
+)
+
+S = TypeVar("S", bound="Split")
 
 
 @dataclass(frozen=True)
@@ -34,10 +46,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: slice | Tensor) -> Split:
+    def __getitem__(self: S, index: slice | Tensor) -> S:
         return replace(self, x=self.x[index], y=self.y[index])
 
-    def to(self, device: torch.device | str) -> Split:
+    def to(self: S, device: torch.device | str) -> S:
         check_device(device)
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
@@ -51,12 +63,82 @@ class Loaded(Split):
         names: of the classes; empty where the pack has none.
         ids: of the classes in another system, such as WordNet ids; may be empty.
         jpeg: quality, if the pixels are decoded JPEG files; None if they never were compressed.
+        notes: what was done to files that are not ordinary, and which were left out.
     """
 
     name: str = ""
     names: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
     jpeg: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
+    """A labelled split in two: what is left, in its order, and n samples that hold each class to its share.
+
+    Args:
+        split: with integer labels.
+        n: number of samples to hold out.
+        seed: of the draw; the same samples each time.
+
+    Returns:
+        The rest, and those held out, both in the split's order.
+
+    Raises:
+        ValueError: if nothing would be left.
+    """
+    check_instance(split, "split", Split, "a Split(x, y) with labels")
+    check_count(n, "n")
+    check_labels(split.y, split.x, name="split.y")
+    if n >= len(split):
+        raise ValueError(f"n must be below the number of samples, {len(split)}, got {n}")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(check_seed(seed)))
+    y = split.y.cpu()[order]
+    by_class, counts = y.argsort(stable=True), y.bincount()
+    # A sample's place among those of its class, from 0 to 1: the first n places are n fair shares.
+    rank = torch.empty(len(y), dtype=torch.float64)
+    rank[by_class] = torch.arange(len(y), dtype=torch.float64)
+    place = (rank - (counts.cumsum(0) - counts)[y] + 0.5) / counts[y]
+    held = torch.zeros(len(y), dtype=torch.bool)
+    held[order[place.argsort(stable=True)[:n]]] = True
+    return split[~held], split[held]
+
+
+def counted_as(loaded: Loaded, names: Sequence[str], by: str) -> Loaded:
+    """A set with its labels counted as another set counts its classes, found by name.
+
+    A folder that lacks a class numbers all later ones in another way. Sets without names stay as they are.
+
+    Args:
+        loaded: the set.
+        names: of the other set's classes, in the order of its labels.
+        by: what the other set is called.
+
+    Raises:
+        ValueError: for a class that the other set does not have.
+    """
+    check_instance(loaded, "loaded", Loaded, "a set, as load(..) gives it")
+    if not names or not loaded.names or loaded.names == tuple(names):
+        return loaded
+    if unknown := [name for name in loaded.names if name not in names]:
+        raise ValueError(
+            f"{loaded.name} has classes that {by} does not have: {_listed(unknown)}; known are: "
+            f"{_listed(names)}. Call their folders alike, or take them out, and pack the images again"
+        )
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"{loaded.name} and {by} have other classes, and two of the same name: give each a name "
+            "of its own, and pack the images again"
+        )
+    places = torch.tensor([tuple(names).index(name) for name in loaded.names])
+    return replace(loaded, y=places.to(loaded.y.device)[loaded.y], names=tuple(names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first ten names."""
+    return ", ".join(map(repr, names[:10])) + (
+        f" and {len(names) - 10} more" if len(names) > 10 else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -85,16 +167,25 @@ class Data:
             check_instance(getattr(self, name), name, Split, "a Split(x, y)")
         check_instance(self.outliers, "outliers", Tensor, "a tensor (samples, ...), x[:0] for none")
         check_mapping(self.ood, "ood", "{name: images}")
-        for name, x in self.ood.items():
-            check_instance(x, f"ood[{name!r}]", Tensor, "a tensor of images")
+        images = {f"ood[{name!r}]": x for name, x in self.ood.items()}
+        for name, x in images.items():
+            check_instance(x, name, Tensor, "a tensor of images")
+        images["outliers"] = self.outliers
+        shape = self.train.x.shape
+        for name, x in images.items():
+            if x.ndim == 0 or (len(x) and x.shape[1:] != shape[1:]):
+                raise ValueError(
+                    f"data.{name} must be shaped like data.train.x, {tuple(shape[1:])} a sample, got "
+                    f"{tuple(x.shape[1:])}"
+                )
         check_mapping(self.notes, "notes", "{name: number}")
         for name, value in self.notes.items():
             check_number(value, f"notes[{name!r}]", -math.inf, math.inf)
         if self.compressed is not None:
             check_instance(self.compressed, "compressed", Tensor, "a tensor shaped like train.x")
-            if self.compressed.shape != self.train.x.shape:
+            if self.compressed.shape != shape:
                 raise ValueError(
-                    f"compressed must be shaped like train.x {tuple(self.train.x.shape)}, got "
+                    f"compressed must be shaped like train.x {tuple(shape)}, got "
                     f"{tuple(self.compressed.shape)}"
                 )
 
@@ -154,6 +245,6 @@ def kept(name: str) -> dict[str, Any]:
     folders = [here.parent / "data" / "results", here / "kept" / "results"]
     for folder in folders:
         if (file := folder / f"{name}.json").is_file():
-            return json.loads(file.read_text("utf-8"))
+            return read_json(file, fix="fetch it again")
     known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
     raise ValueError(f"no kept result {name!r}; there are: {', '.join(known) or 'none'}")

@@ -21,8 +21,9 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
+from robustood.data.files import shrunk
 from robustood.data.packs import cannot_write, write_pack
-from robustood.data.sets import OFFICIAL, advice, named, shrunk
+from robustood.data.sets import OFFICIAL, advice, named
 from robustood.data.sets import root as _root
 from robustood.inputs import check_choice
 

@@ -11,6 +11,7 @@ A pack is an ``.npz`` of plain arrays, never a pickle, so that reading one runs 
 ``height`` ...              and ``width``, ``channels``; without them 32, 32 and 3
 ``sha256``                  of the decoded pixels (n, height, width, channels)
 ``source``                  a digest of the folder that the pack was made from; may be empty
+``notes``                   what was done to the files in that folder; may be empty
 ==========================  =====================================================================
 
 Two older forms are read too: mosaics without the last rows, which may be JPEG, and JPEG bodies that
@@ -59,6 +60,7 @@ def write_pack(
     *,
     per: int = 100,
     source: str = "",
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write images as a pack; equal arguments give equal bytes.
 
@@ -70,6 +72,7 @@ def write_pack(
         jpeg: quality that the images were compressed with before, None for never.
         per: images in a mosaic.
         source: a digest of what the pack was made from.
+        notes: what was done to the images before.
 
     Returns:
         The path.
@@ -78,7 +81,11 @@ def write_pack(
         ValueError: for images that are not 8-bit, or labels that do not belong to them.
         OSError: if the file cannot be written; what was there before is still there.
     """
-    rows, y = nhwc(images), np.asarray(labels)
+    rows = nhwc(images)
+    y = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    for key, given in {"names": names, "ids": ids, "notes": notes}.items():
+        if isinstance(given, str) or not all(isinstance(word, str) for word in given):
+            raise ValueError(f"{key} must be a list of texts, got {given!r}")
     check_count(per, "per", low=1)
     _check_labels(y, len(rows), {"names": names, "ids": ids})
     if jpeg is not None:
@@ -88,7 +95,7 @@ def write_pack(
     mosaics = [_mosaic(rows[i : i + per], per, cols) for i in range(0, len(rows), per)]
     numbers = {"n": len(y), "per": per, "cols": cols, "jpeg": jpeg or 0}
     numbers |= dict(zip(("height", "width", "channels"), rows.shape[1:]))
-    texts = {"names": names, "ids": ids, "sha256": digest(rows), "source": source}
+    texts = {"names": names, "ids": ids, "notes": notes, "sha256": digest(rows), "source": source}
     arrays: dict[str, Any] = {
         "blob": np.frombuffer(b"".join(mosaics), np.uint8),
         "offsets": np.cumsum([0, *map(len, mosaics)], dtype=np.int64),
@@ -98,7 +105,7 @@ def write_pack(
     }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getvalue())
@@ -116,7 +123,12 @@ def cannot_write(path: Path, error: OSError) -> OSError:
 def nhwc(images: Images) -> np.ndarray:
     """8-bit images as an array (n, height, width, channels); a tensor's channels come second."""
     if isinstance(images, Tensor):
-        images = images.cpu().numpy().transpose(0, 2, 3, 1) if images.ndim == 4 else images.numpy()
+        images = images.cpu().numpy()
+        images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
+    if not isinstance(images, np.ndarray):
+        raise ValueError(
+            f"images must be a uint8 tensor or array, got {type(images).__name__}; use np.stack"
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
             f"images must be uint8 with 1 or 3 channels, got {images.dtype} of shape "
@@ -149,7 +161,8 @@ def _check_labels(y: np.ndarray, n: int, classes: Mapping[str, Sequence[str]]) -
     if y.shape != (n,):
         raise ValueError(f"labels must be of shape ({n},), one for each image, got {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-        raise ValueError(f"labels must be whole numbers from 0, got {y.dtype} from {y.min()}")
+        seen = f" from {y.min()}" if np.issubdtype(y.dtype, np.number) else ""
+        raise ValueError(f"labels must be whole numbers from 0, got {y.dtype}{seen}")
     for key, given in classes.items():
         if given and len(given) <= y.max():
             raise ValueError(f"{key} must have one entry a class, got {len(given)} for {y.max()}")
@@ -168,9 +181,10 @@ def read_pack(path: str | Path) -> Loaded:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged.
     """
-    held = _held(Path(path))
-    with _whole(Path(path)):
-        return _loaded(Path(path).stem, held)
+    path = Path(path).expanduser()
+    held = _held(path)
+    with _whole(path):
+        return _loaded(path.stem, held)
 
 
 def made_from(path: Path) -> str:
@@ -230,6 +244,7 @@ def _loaded(name: str, held: dict[str, np.ndarray]) -> Loaded:
         torch.from_numpy(labels.astype(np.int64)),
         name=name,
         jpeg=int(held.get("jpeg", 0)) or found,
+        notes=tuple(map(str, held.get("notes", ()))),
         **classes,
     )
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from robustood.corruptions import NAMES, corrupt
 from robustood.data.base import Data, Split, pixels
 from robustood.data.batches import Change, each
-from robustood.data.sets import _images, _read
+from robustood.data.files import images_in, read_image
 from robustood.inputs import (
     check_callable,
     check_choice,
@@ -228,7 +228,8 @@ def folder_of_views(
     """Photographs of the same things: one folder a thing, in it one image a view.
 
     For the scenes of Multi-Illumination (Murmann et al. 2019), or your own. The views of a thing are sorted by
-    name and must be of one number. Labels are the things' places in alphabetical order.
+    name and must be of one number; files are read as by :func:`robustood.data.folder`. Labels are the things'
+    places in alphabetical order.
 
     Args:
         path: the folder of folders.
@@ -244,8 +245,8 @@ def folder_of_views(
     check_choice(pairing, "pairing", PAIRINGS)
     check_count(size, "size", low=1)
     check_seed(seed)
-    tree, things = Path(path), dict[str, list[Path]]()
-    for file in _images(tree):
+    tree, things = Path(path).expanduser(), dict[str, list[Path]]()
+    for file in images_in(tree)[0]:
         if file.parent == tree:
             raise ValueError(f"{file} lies in no folder; give each thing a folder with its views")
         things.setdefault(file.parent.relative_to(tree).as_posix(), []).append(file)
@@ -255,6 +256,6 @@ def folder_of_views(
         raise ValueError(
             f"all folders in {tree} must hold as many views as the first, {first}; {', '.join(odd[:5])}"
         )
-    read = [np.stack([_read(file, size)[0] for file in files]) for files in things.values()]
+    read = [np.stack([read_image(file, size)[0] for file in files]) for files in things.values()]
     views = torch.as_tensor(np.stack(read)).movedim(-1, 2).contiguous()
     return Views.of(views, torch.arange(len(things)), pairing, seed)

@@ -18,15 +18,16 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from robustood.data.base import Loaded
-from robustood.data.packs import digest, jpeg_quality, made_from, read_idx, read_pack, write_pack
-from robustood.inputs import check_count
+from robustood.data.files import images_in, read_image
+from robustood.data.packs import digest, made_from, read_idx, read_pack, write_pack
+from robustood.inputs import check_count, check_instance, check_path
 
 # Sets that torchvision downloads: its class, the size of our images, and the arguments for each split.
 _TWO = {"train": [{"train": True}], "test": [{"train": False}]}
@@ -41,7 +42,7 @@ OFFICIAL: dict[str, tuple[str, int, dict[str, list[dict[str, Any]]]]] = {
 }
 IDX = {"train": "train", "test": "t10k"}
 WORDNET = re.compile(r"n\d{8}").fullmatch  # such as n02085620
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
+RULES = 2  # of reading files of images; a pack that was made by others is made again
 
 
 def root(path: str | Path | None = None) -> Path:
@@ -106,12 +107,17 @@ def check(name: str, split: str | None = None, root: str | Path | None = None) -
         "classes": len(found.names) or int(found.y.max()) + 1,
         "counts": torch.bincount(found.y, minlength=len(found.names)).tolist(),
         "jpeg": found.jpeg,
+        "notes": found.notes,
         "sha256": digest(found.x),
     }
 
 
 def named(name: str, split: str | None) -> tuple[str, str | None]:
     """Name and split, whether written as one or as two."""
+    if not isinstance(name, str) or not isinstance(split, str | None):
+        raise ValueError(
+            f"name and split must be texts such as 'mine', 'test', got {name!r}, {split!r}"
+        )
     name, _, second = name.partition(":")
     if split and second and split != second:
         raise ValueError(f"split must be named once, got {second!r} in the name and {split!r}")
@@ -147,7 +153,10 @@ def _joined(files: list[Path]) -> Loaded:
     if len(parts) == 1:
         return first
     return replace(
-        first, x=torch.cat([part.x for part in parts]), y=torch.cat([part.y for part in parts])
+        first,
+        x=torch.cat([part.x for part in parts]),
+        y=torch.cat([part.y for part in parts]),
+        notes=tuple(note for part in parts for note in part.notes),
     )
 
 
@@ -178,8 +187,9 @@ def folder(
     """Any tree of images as a set: Places365, LSUN, Tiny-ImageNet, your own.
 
     The folders directly under ``path`` are the classes, in alphabetical order; without any, all labels
-    are 0. Images are sorted by their path, shrunk to ``size`` (shorter side, then the middle) and
-    kept as a pack ``NAME32_SPLIT.npz``, which the next call reads if the tree has not changed since.
+    are 0. Images are sorted by their path, brought to 8-bit RGB (:mod:`robustood.data.files` says how), shrunk
+    to ``size`` (shorter side, then the middle) and kept as a pack ``NAME32_SPLIT.npz``, which the next call
+    reads if the tree has not changed since.
 
     Args:
         path: the tree.
@@ -189,74 +199,54 @@ def folder(
 
     Returns:
         The set. ``jpeg`` is the usual quality if most images are JPEG files of that very size; shrunk
-        photographs no longer carry their blocks.
+        photographs no longer carry their blocks. ``notes`` says what was done to files that are not
+        ordinary, and which were left out.
 
     Raises:
-        ValueError: for a folder without images, an image that cannot be read, or a name that is taken.
+        ValueError: for a folder or a class without images, an image that cannot be read, or a name that
+            is taken.
     """
+    check_path(path, "path")
     name, split = named(name, split)
     check_count(size, "size", low=1)
-    tree, files = Path(path), _images(Path(path))
+    tree = Path(path).expanduser()
+    files, left_out = images_in(tree)
     listed = [(file.relative_to(tree).as_posix(), file.stat()) for file in files]
-    stamps = [[str(size)], *([n, s.st_size, s.st_mtime_ns] for n, s in listed)]
+    stamps = [[str(size), RULES, left_out], *([n, s.st_size, s.st_mtime_ns] for n, s in listed)]
     source = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     target = _root(root) / f"{name}{size}{'_' if split else ''}{split or ''}.npz"
     made = made_from(target) if target.exists() else None
     if made == "":
         raise ValueError(f"{target} is there and was made of no folder; choose another name")
     if made != source:
-        classes = [n.partition("/")[0] if "/" in n else "" for n, _ in listed]
+        # A Mac may write the same letters in another way.
+        classes = [normalize("NFC", n.partition("/")[0]) if "/" in n else "" for n, _ in listed]
         names = sorted(set(classes))
         if "" in names and len(names) > 1:
             raise ValueError(f"{tree} holds images beside folders of images; move them into one")
-        read = [_read(file, size) for file in tqdm(files, desc=name, disable=None)]
-        blocks = Counter(jpeg for _, jpeg in read if jpeg)
+        read = [read_image(file, size) for file in tqdm(files, desc=name, disable=None)]
+        blocks = Counter(jpeg for _, jpeg, _ in read if jpeg)
+        changes = Counter(change for *_, changes in read for change in changes)
+        notes = [f"{n} of {len(read)} images: {change}" for change, n in sorted(changes.items())]
         write_pack(
             target,
-            np.stack([image for image, _ in read]),
+            np.stack([image for image, *_ in read]),
             [names.index(c) for c in classes],
             [n for n in names if n],
             jpeg=blocks.most_common(1)[0][0] if 2 * blocks.total() > len(read) else None,
             source=source,
+            notes=[*notes, *_alike(names), *([left_out] if left_out else [])],
         )
     return replace(read_pack(target), name=name)
 
 
-def _images(tree: Path) -> list[Path]:
-    if not tree.is_dir():
-        raise ValueError(f"path must be a folder of images, got {str(tree)!r}")
-    found = [
-        file
-        for file in tree.rglob("*")
-        if file.suffix.lower() in ENDINGS
-        and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(tree).parts)
-    ]
-    if not found:
-        raise ValueError(
-            f"no images in {tree}; files that end in {' '.join(sorted(ENDINGS))} count"
-        )
-    return sorted(found, key=lambda file: file.relative_to(tree).as_posix())
-
-
-def _read(file: Path, size: int) -> tuple[np.ndarray, int | None]:
-    try:
-        with Image.open(file) as image:
-            blocks = image.format == "JPEG" and image.size == (size, size)
-            quality = jpeg_quality(image) if blocks else None
-            return shrunk(image.convert("RGB"), size), quality
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(
-            f"{file} is no readable image ({error}); mend it or take it out of the folder"
-        ) from error
-
-
-def shrunk(image: Any, size: int) -> np.ndarray:
-    """A Pillow image with its shorter side shrunk to ``size``, then its middle: (size, size, ...)."""
-    if image.size != (size, size):
-        from torchvision.transforms.functional import center_crop, resize
-
-        image = center_crop(resize(image, [size]), [size, size])
-    return np.asarray(image)
+def _alike(names: list[str]) -> list[str]:
+    """A note for classes whose names differ in capitals alone."""
+    by_letters: dict[str, list[str]] = {}
+    for name in names:
+        by_letters.setdefault(name.casefold(), []).append(name)
+    twins = [", ".join(same) for same in by_letters.values() if len(same) > 1]
+    return [f"classes of their own, though they differ in capitals alone: {t}" for t in twins]
 
 
 # ---- outliers that are none -------------------------------------------------------------------
@@ -272,8 +262,10 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         known: name of the in-distribution set, such as ``"cifar100"``.
 
     Raises:
-        ValueError: if no list says how the two sets overlap, or names the classes in another way.
+        ValueError: if no list says how the two sets overlap, or names the classes in another way, or if
+            nothing would be left.
     """
+    check_instance(outliers, "outliers", Loaded, "a set with its classes' names; use load(..)")
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
     labels = outliers.ids or outliers.names
@@ -292,4 +284,8 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
         )
     dropped = torch.tensor([label in listed for label in labels])
     kept = ~dropped[outliers.y]
+    if not kept.any():
+        raise ValueError(
+            f"all images of {outliers.name!r} show classes of {known!r}; name another set of outliers"
+        )
     return replace(outliers, x=outliers.x[kept], y=outliers.y[kept])

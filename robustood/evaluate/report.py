@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics
-from robustood.checkpoints import check_same, describe, read_state, write_state, write_whole
+from robustood.checkpoints import (
+    as_json,
+    check_same,
+    describe,
+    from_json,
+    read_state,
+    write_state,
+    write_whole,
+)
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score
 from robustood.inputs import check_choice, check_count, check_number, check_values
@@ -73,19 +80,28 @@ class Report:
             {k: asdict(v) if isinstance(v, Estimate) else v for k, v in r.items()}
             for r in self.rows
         ]
-        text = json.dumps({"settings": self.settings, "rows": rows}, indent=1, sort_keys=True)
+        text = as_json({"settings": self.settings, "rows": rows}, "report")
         if path is not None:
             write_whole(Path(path), text.encode())
         return text
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that :meth:`to_json` wrote."""
-        kept = json.loads(text)
-        rows = [
-            {k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()}
-            for row in kept["rows"]
-        ]
+        """The report that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: for another text.
+        """
+        try:
+            kept = from_json(text, ("settings", "rows"))
+            rows = [
+                {k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()}
+                for row in kept["rows"]
+            ]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"text is no report ({error}); pass what Report.to_json wrote"
+            ) from error
         return cls(kept["settings"], rows)
 
     def cells(self) -> list[list[str]]:

@@ -129,11 +129,15 @@ def read(name_or_path: str | Path, changes: Changes = (), plan: str = "") -> Rec
     for change in changes:
         check_text(change, "changes: each")
     check_text(plan, "plan")
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     whole = path.suffix == ".json"
     if whole and not path.is_file():
         raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
-    merged = read_json(path) if whole else gather(str(name_or_path), None, ())
+    merged = (
+        schema.recorded(read_json(path, ("data",)))
+        if whole
+        else gather(str(name_or_path), None, ())
+    )
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
         raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")
@@ -154,7 +158,7 @@ def gather(name: str, beside: Path | None, chain: tuple[str, ...]) -> dict[str, 
         raise ValueError(f"recipe {name} extends itself: {' -> '.join([*chain, name])}; cut one")
     path = find(name, beside)
     try:
-        own = tomllib.loads(path.read_text("utf-8"))
+        own = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {name} is not TOML: {error}") from error
     bases = own.pop("extends", [])
@@ -170,7 +174,7 @@ def gather(name: str, beside: Path | None, chain: tuple[str, ...]) -> dict[str, 
 def find(name: str, beside: Path | None) -> Path:
     """The file of a recipe: a path, or a name that ships with the library."""
     if name.endswith(".toml"):
-        path = Path(name) if beside is None else beside / name
+        path = Path(name).expanduser() if beside is None else beside / name
         if not path.is_file():
             raise ValueError(f"no recipe file {name}; the shipped ones are named without .toml")
         return path

@@ -16,7 +16,7 @@ from robustood import generative
 from robustood.checkpoints import write_whole
 from robustood.data import HELD_OUT, LEARNED, Data, Pairs, Split, corrupted, perturbed, pixels
 from robustood.perturbations import Random, Spatial
-from robustood.recipes.running import Card, Root, card, origin, trained
+from robustood.recipes.running import Card, Root, card, divided, origin, trained
 from robustood.recipes.schema import Section
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def pairs(kind: str, split: Split, seed: int, names: tuple[str, ...] = LEARNED) 
 
 
 def parts(recipe: Recipe, root: Root) -> tuple[Split, Split, dict[str, Card]]:
-    """Labelled images to train on and to validate with: the first and the last of a set."""
+    """Labelled images to train on and to validate with."""
     want = recipe.settings["data"]
     inside, held = sets.load(want["train"], root=root), want["validation"]
     count = want.get("images", len(inside) - held)
@@ -46,16 +46,18 @@ def parts(recipe: Recipe, root: Root) -> tuple[Split, Split, dict[str, Card]]:
             f"recipe {recipe.name}: {want['train']} has {len(inside)} images; data.images = {count} and "
             f"data.validation = {held} must fit, with at least one of each"
         )
-    first, last = inside[:count], inside[len(inside) - held :]
+    rest, last = divided(inside, want)
+    if count < len(rest):
+        rest = rest[:count] if want["hold_out"] == "last" else sets.hold_out(rest, count)[1]
     cards = {"train": card(want["train"], inside) | {"used": count, "held out": held}}
-    return Split(first.x, first.y), Split(last.x, last.y), cards
+    return Split(rest.x, rest.y), Split(last.x, last.y), cards
 
 
 def learned_from(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     """Training and validation pairs."""
-    first, last, cards = parts(recipe, root)
+    inside, held, cards = parts(recipe, root)
     kind, seed = recipe.settings["data"]["pairs"], recipe.settings["training"]["seed"]
-    train, val = pairs(kind, first, seed), pairs(kind, last, seed + 1)
+    train, val = pairs(kind, inside, seed), pairs(kind, held, seed + 1)
     return Data(train, val, val[:0], train.x[:0]), cards
 
 

@@ -24,7 +24,7 @@ from robustood.data import Augment, Data, Loaded, Split, digest, pixels
 from robustood.engine import Engine
 from robustood.metrics import Estimate
 from robustood.objectives import OutlierTraining
-from robustood.recipes.schema import Section, uses_outliers
+from robustood.recipes.schema import Section, recorded, uses_outliers
 from robustood.results import RECORDED
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def silent(line: str) -> None:
 def card(name: str, loaded: Loaded) -> Card:
     """What identifies a set of images: name, size, sha256 of its pixels, and its JPEG quality."""
     return {"name": name, "n": len(loaded), "sha256": digest(loaded.x), "jpeg": loaded.jpeg}
+
+
+def classes(trained: Card) -> list[str]:
+    """Names of the classes on the card of a training set; none where it or its pack has none."""
+    return trained.get("classes", [])
 
 
 def check_there(names: list[str], root: Root) -> None:
@@ -82,7 +87,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         if isinstance(objective, OutlierTraining) and objective.mine:
             check_pool(recipe, len(outliers))
     inside = sets.load(want["train"], root=root)
-    cards["train"] = card(want["train"], inside)
+    cards["train"] = card(want["train"], inside) | {"classes": list(inside.names)}
     inside = passed(inside, everywhere(want), cards["train"])
     held = want["validation"]
     if held >= len(inside):
@@ -90,7 +95,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
             f"recipe {recipe.name}: data.validation = {held} leaves nothing of {want['train']}, which "
             f"has {len(inside)} images; lower it"
         )
-    train, val = inside[: len(inside) - held], inside[len(inside) - held :]
+    train, val = divided(inside, want)
     quality = 0 if everywhere(want) else twin_quality(want["jpeg"], outliers)
     cards["train"] |= {"held out": held, "twins of quality": quality}
     data = Data(
@@ -99,6 +104,14 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         compressed=sets.compress(train.x, quality) if quality else None,
     )  # fmt: skip
     return data, cards
+
+
+def divided(inside: S, want: Section) -> tuple[S, S]:
+    """Images to train on and images held out, as a recipe says."""
+    held = want["validation"]
+    if want["hold_out"] == "by class":
+        return sets.hold_out(inside, held)
+    return inside[: len(inside) - held], inside[len(inside) - held :]
 
 
 def plain(loaded: Split) -> Split:
@@ -140,14 +153,18 @@ def check_pool(recipe: Recipe, found: int) -> None:
 
 
 def for_testing(
-    recipe: Recipe, root: Root, only: Sequence[str] = ()
+    recipe: Recipe, root: Root, only: Sequence[str] = (), names: Sequence[str] = ()
 ) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
-    """Test images, and test outliers by name with the seen distribution first; of ``only`` these, if any."""
+    """Test images, and test outliers by name with the seen distribution first; of ``only`` these, if any.
+
+    The test images' labels count the classes in the order of ``names``, where these are known.
+    """
     want = recipe.settings["data"]
     outliers = [*([want["seen"]] if want["seen"] else []), *want["ood"]]
     outliers = [name for name in outliers if name in (only or outliers)]
     check_there([want["test"], *outliers], root)
     inside = sets.load(want["test"], root=root)
+    inside = sets.counted_as(inside, names, want["train"])
     cards, outside = {"test": card(want["test"], inside)}, {}
     inside = passed(inside, everywhere(want), cards["test"])
     for name in outliers:
@@ -161,8 +178,8 @@ def for_testing(
 
 def everything(recipe: Recipe, root: Root) -> Data:
     """All that the recipe names."""
-    data, _ = for_training(recipe, root)
-    test, outside, _ = for_testing(recipe, root)
+    data, cards = for_training(recipe, root)
+    test, outside, _ = for_testing(recipe, root, names=classes(cards["train"]))
     return replace(data, test=test, ood=outside)
 
 
@@ -204,6 +221,9 @@ def train(
         return old
     model, objective = recipe.model(), recipe.objective()
     data, cards = for_training(recipe, root)
+    before, now = classes((old["data"] if old else cards)["train"]), classes(cards["train"])
+    if before and now:
+        check_same({"classes": before}, {"classes": now}, f"{folder} holds a run")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = Engine(**old["engine"]) if old else choose(recipe, model, data, device)
     session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
@@ -255,7 +275,9 @@ def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     file = folder / "run.json"
     if not file.is_file():
         return None
-    run = read_json(file, RECORDED)
+    run = read_json(file, (*RECORDED, "engine"))
+    if "train" not in run["data"]:
+        raise ValueError(f"{file} is damaged (its data lacks train); choose another folder")
     check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
     run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
     return run
@@ -276,7 +298,12 @@ def trained(
             "again, it goes on"
         )
     model = recipe.model()
-    written = load_weights(file, model)
+    written = load_weights(file, model, ("recipe", "settings", "seed", "data"))
+    if "train" not in written["data"]:
+        raise ValueError(
+            f"{file.with_suffix('.json')} says nothing of the training images (data.train); take the card "
+            "that robustood train wrote"
+        )
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(device).eval(), written, device
@@ -299,8 +326,13 @@ def check_recipe(recipe: Recipe, name: str, settings: dict[str, Section], holder
             for section in TRAINED_BY
             for key, value in given.get(section, {}).items()
         }
-        for given in (recipe.settings, settings)
+        for given in (recipe.settings, recorded(settings))
     )
+    if (rule := theirs["data.hold_out"]) != ours["data.hold_out"]:
+        raise ValueError(
+            f"{holder} with data.hold_out = {rule!r}; add --set 'data.hold_out={rule}' to go on with it, "
+            "or choose another folder"
+        )
     wanted = {"recipe": recipe.name, **{key: ours.get(key) for key in ours | theirs}}
     check_same({"recipe": name, **theirs}, wanted, holder)
 

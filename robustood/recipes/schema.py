@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 from robustood import detectors, generative, models, objectives
@@ -28,7 +29,7 @@ class Kind:
 
 def fraction(value: Any) -> float:
     """A finite number, or a text such as "8/255" that stands for one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
         raise ValueError
     found = float(Fraction(value)) if isinstance(value, str) else float(value)
     if not math.isfinite(found):
@@ -52,9 +53,9 @@ def whole(low: int = 0, high: float = math.inf) -> Kind:
     """A whole number of at least low, at most high."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
             raise ValueError
-        return value
+        return int(value)
 
     most = f", at most {high}" if high < math.inf else ""
     return Kind(f"a whole number of at least {low}{most}", read)
@@ -91,7 +92,7 @@ def several(kind: Kind) -> Kind:
     """A list."""
 
     def read(value: Any) -> list[Any]:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise ValueError
         return [kind.read(v) for v in value]
 
@@ -118,7 +119,8 @@ DATA: dict[str, tuple[Any, Kind]] = {
     "known": ("", TEXT),  # whose classes are dropped from the outliers
     "jpeg": ("auto", either("auto", whole(0, 100))),
     "jpeg_everywhere": (None, FLAG),  # every image once, test images too, in place of copies
-    "validation": (1000, whole()),  # the last images of train
+    "validation": (1000, whole()),  # images of train that are held out
+    "hold_out": ("by class", one_of("by class", "last")),  # which: each class's share, or the last
     "crop": (4, whole()),
     "flip": (True, FLAG),
     "pool_minimum": (0, whole()),  # of an objective that mines
@@ -231,6 +233,16 @@ def resolve(recipe: str, given: Mapping[str, Any]) -> dict[str, Section]:
     settings["model"] = {"name": model, **settings["model"]}
     check_together(recipe, settings)
     return settings
+
+
+def recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a run left them on record, with what held when there was no key for it."""
+    images = settings.get("data", {})
+    return (
+        {**settings, "data": {"hold_out": "last", **images}}
+        if isinstance(images, dict)
+        else settings
+    )
 
 
 def named(recipe: str, section: str, given: Section, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustood.attacks import pgd
 from robustood.checkpoints import describe, write_whole
-from robustood.data import Split, load, pixels
+from robustood.data import Split, counted_as, load, pixels
 from robustood.detectors import Detector
 from robustood.evaluate import (
     Report,
@@ -34,6 +34,8 @@ from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.recipes.running import (
     Root,
     accuracy,
+    classes,
+    divided,
     everywhere,
     for_testing,
     origin,
@@ -84,9 +86,15 @@ def evaluate(
     want = recipe.settings["evaluation"]
     model, written, device = trained(recipe, folder, device)
     model = model.to(memory_format=torch.channels_last)
-    test, outside, cards = for_testing(recipe, root, want["sets"])
+    seen = written["data"]["train"]
+    test, outside, cards = for_testing(recipe, root, want["sets"], classes(seen))
+    if (label := int(test.y.max())) >= model.classes:
+        raise ValueError(
+            f"{recipe.settings['data']['test']} has the label {label}, and the network {model.classes} classes: "
+            "pack the test images in folders called as those it was trained on"
+        )
     # Where only the training images were JPEG, the shift would be measured with everything else.
-    test = passed(test, written["data"]["train"]["jpeg"], cards["test"])
+    test = passed(test, seen["jpeg"], cards["test"])
     inside = pick(test, want["n_in"])
     outside = {name: pixels(pick(Split(x, x), want["n_out"]).x) for name, x in outside.items()}
     taken = {k: v for k, v in want.items() if k not in ASKED}
@@ -97,7 +105,7 @@ def evaluate(
         }  # fmt: skip
         rows, curve, scores = [], [], {}
         for name in detectors_of(want["detectors"], model):
-            measured = fitted(recipe, name, model, root)
+            measured = fitted(recipe, name, model, root, classes(seen))
             curve += along(measured, pixels(inside.x), outside, want, notes, tell)
             for attack in want["attacks"] if outside else []:
                 tell(f"{name}, attack: {attack}")
@@ -189,15 +197,21 @@ def accuracies(
     }
 
 
-def fitted(recipe: Recipe, name: str, model: nn.Module, root: Root) -> Detector:
-    """A detector that is ready, learned from training images where it needs to be."""
+def fitted(
+    recipe: Recipe, name: str, model: nn.Module, root: Root, names: Sequence[str] = ()
+) -> Detector:
+    """A detector that is ready, learned from training images where it needs to be.
+
+    Args:
+        names: of the classes that the network was trained on; none where nobody kept them.
+    """
     want = recipe.settings["evaluation"]
     found = detector(name, model, want)
     if not found.needs:
         return found
     images = recipe.settings["data"]
-    whole = load(images["train"], root=root)
-    some = pick(whole[: len(whole) - images["validation"]], want["n_fit"])
+    whole = counted_as(load(images["train"], root=root), names, "the network")
+    some = pick(divided(whole, images)[0], want["n_fit"])
     some = passed(some, everywhere(images), {"jpeg": whole.jpeg})
     return found.fit(pixels(some.x), some.y)
 

@@ -1,0 +1,237 @@
+"""Measure how far the printed numbers of the notebooks move from one arithmetic to another.
+
+    python book/_tools/spread.py                 all of them
+    python book/_tools/spread.py toy attacks     these
+    python book/_tools/spread.py --stale         those with cells that were not measured yet
+
+Each notebook is executed as it is stored (AVX2), as the processor would by itself, with the oldest instructions, and on
+two threads. Two more runs round each step of a training in another way, as a processor that is not at hand might. A
+number moves by the difference between the largest and the smallest of these, and its spread goes into
+``book/NN_slug.spread.json``, by which ``notebook_numbers.py`` compares.
+
+Some numbers come from a trained network and print alike all the same, by luck. Two last runs disturb training a
+thousand times more: what changes there is on record too, if with a spread of 0.
+
+Assertions that came near to failing are listed: those that kept less than a quarter of the room that they had in
+another arithmetic. So are words that changed, and the numbers that moved farthest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+import refresh
+from arithmetic import environment
+from nbval.plugin import coalesce_streams, get_sanitize_patterns
+from notebook_numbers import Spread, number, numbers, record, texts, words
+
+SANITIZE = refresh.ROOT / "tests" / "nbval_sanitize.cfg"
+TOOLS = Path(__file__).parent
+QUARTER = 0.25
+
+
+class Run(NamedTuple):
+    """One way to execute a notebook."""
+
+    isa: str = "avx2"
+    threads: int = 1
+    noise: float = 0.0
+    phase: float = 0.0
+
+
+RUNS = {
+    "avx2": Run(),
+    "native": Run("native"),
+    "oldest": Run("oldest"),
+    "two threads": Run(threads=2),
+    "rounded": Run(noise=1e-7, phase=1.0),
+    "rounded again": Run(noise=1e-7, phase=2.0),
+}
+DISTURBED = {"disturbed": Run(noise=1e-4, phase=3.0), "disturbed again": Run(noise=1e-4, phase=4.0)}
+
+
+@dataclass
+class Found:
+    """What one notebook gave."""
+
+    name: str
+    cells: dict[str, Spread] = field(default_factory=dict)
+    wide: list[tuple[float, str]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def executed(notebook: nbformat.NotebookNode, run: Run) -> tuple[list[list[str]], dict[str, float]]:
+    """The texts that each code cell prints, and by how much each assertion held."""
+    from nbclient import NotebookClient
+
+    mine = copy.deepcopy(notebook)
+    disturbed = run in DISTURBED.values()
+    install = (
+        f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import measuring\n"
+        f"measuring.install({run.noise}, {run.phase}, {disturbed})"
+    )
+    first, last = (nbformat.v4.new_code_cell(c) for c in (install, "print(measuring.told())"))
+    mine.cells = [first, *mine.cells, last]
+    for cell in refresh.code_cells(mine):
+        cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        mine, timeout=4 * refresh.CELL_LIMIT_S, kernel_name="python3", allow_errors=disturbed,
+        skip_cells_with_tag="live", resources={"metadata": {"path": str(refresh.BOOK)}},
+        extra_arguments=["--log-level=ERROR"],
+    )  # fmt: skip
+    threads = {key: str(run.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    client.execute(env={**unpinned(), **environment(run.isa), **threads})
+    cells = refresh.code_cells(mine)[1:-1]
+    said = [list(printed(cell)) if compared(cell) else [] for cell in cells]
+    return said, json.loads(last.outputs[0]["text"])
+
+
+def unpinned() -> dict[str, str]:
+    """This process's environment without what pins an arithmetic."""
+    return {k: v for k, v in os.environ.items() if k not in environment("oldest")}
+
+
+def printed(cell: nbformat.NotebookNode) -> Iterator[str]:
+    """What a cell printed, as the tests see it."""
+    patterns = get_sanitize_patterns(SANITIZE.read_text("utf-8"))
+    for holder, key in texts(coalesce_streams(copy.deepcopy(cell.outputs))):
+        text = holder[key]
+        for pattern, replacement in patterns:
+            text = re.sub(pattern, replacement, text)
+        yield text
+
+
+def compared(cell: nbformat.NotebookNode) -> bool:
+    """Whether nbval compares what a cell prints."""
+    return not {"live", "nbval-ignore-output"} & set(refresh.tags(cell))
+
+
+def measure(twin: Path) -> Found:
+    """Execute a notebook in all arithmetics, and write its spreads."""
+    path = twin.with_suffix(".ipynb")
+    notebook, found = nbformat.read(path, as_version=4), Found(twin.stem)
+    began = time.perf_counter()
+    runs = {name: executed(notebook, run) for name, run in (RUNS | DISTURBED).items()}
+    for place, cell in enumerate(refresh.code_cells(notebook)):
+        if compared(cell):
+            each = {name: texts_[place] for name, (texts_, _) in runs.items()}
+            found.cells[cell["id"]] = spread(found, cell, list(printed(cell)), each)
+    kept = {
+        "arithmetics": list(RUNS),
+        "cells": {
+            name: {str(i): v for i, v in moved.items()} for name, moved in found.cells.items()
+        },
+    }
+    text = json.dumps(kept, indent=1)
+    text = re.sub(
+        r"\{\s+((?:\"\d+\": [\d.e-]+,?\s*)+)\}", lambda m: "{" + " ".join(m[1].split()) + "}", text
+    )
+    record(path).write_text(text + "\n", encoding="utf-8")
+    found.faults += near_misses({name: held for name, (_, held) in runs.items() if name in RUNS})
+    print(f"{twin.stem}: measured in {time.perf_counter() - began:.0f} s", flush=True)
+    return found
+
+
+def spread(
+    found: Found, cell: nbformat.NotebookNode, stored: list[str], each: dict[str, list[str]]
+) -> Spread:
+    """How far each number of a cell moved; those that never did are left out."""
+    first = cell.source.splitlines()[0][:60]
+    moved: Spread = {}
+    at = 0
+    for place, text in enumerate(stored):
+        values: dict[int, list[float]] = {i: [number(n).value] for i, n in enumerate(numbers(text))}
+        units = [number(n).unit for n in numbers(text)]
+        for name, said in each.items():
+            other = said[place] if place < len(said) else ""
+            if name in RUNS and words(other) != words(text):
+                found.faults.append(
+                    f"cell {first!r} prints other words, {name}:\n{other}\ninstead of\n{text}"
+                )
+            elif name in RUNS:
+                for i, n in enumerate(numbers(other)):
+                    values[i].append(number(n).value)
+            else:
+                moved |= {at + i: 0.0 for i in changed(other, text)}
+        for i, seen in values.items():
+            if (width := max(seen) - min(seen)) > 0:
+                moved[at + i] = round(width, 12)
+                found.wide.append(
+                    (width / units[i], f"{first!r}: {numbers(text)[i]} by {width:.3g}")
+                )
+        at += len(values)
+    return dict(sorted(moved.items()))
+
+
+def changed(new: str, stored: str) -> Iterator[int]:
+    """Places of the stored numbers that a new text prints in another way, line by line."""
+    ours, theirs = (text.splitlines() for text in (stored, new))
+    match = difflib.SequenceMatcher(
+        None, *([words(line) for line in lines] for lines in (ours, theirs)), autojunk=False
+    )
+    partner = {a + k: b + k for a, b, size in match.get_matching_blocks() for k in range(size)}
+    at = 0
+    for place, line in enumerate(ours):
+        mine = numbers(line)
+        other = numbers(theirs[partner[place]]) if place in partner else [None] * len(mine)
+        yield from (at + i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+        at += len(mine)
+
+
+def near_misses(held: dict[str, dict[str, float]]) -> Iterator[str]:
+    """Assertions that kept less than a quarter of the room that they had in another arithmetic."""
+    for key in held["avx2"]:
+        rooms = {name: room[key] for name, room in held.items() if key in room}
+        least, most = min(rooms.values()), max(rooms.values())
+        if least < QUARTER * most:
+            said = ", ".join(f"{name} {room:.4g}" for name, room in rooms.items())
+            yield f"near miss, cell {key}: room {said}"
+
+
+def is_stale(twin: Path) -> bool:
+    """Whether a notebook has cells that were never measured, or a record of cells that are gone."""
+    path = twin.with_suffix(".ipynb")
+    cells = refresh.code_cells(nbformat.read(path, as_version=4))
+    if not record(path).exists():
+        return True
+    known = json.loads(record(path).read_text("utf-8"))["cells"]
+    return set(known) != {cell["id"] for cell in cells if compared(cell)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="slugs such as toy; none means all")
+    parser.add_argument("--stale", action="store_true", help="only notebooks with unmeasured cells")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks at one time")
+    args = parser.parse_args()
+    chosen = refresh.chosen(args.names, parser.error)
+    if args.stale:
+        chosen = [twin for twin in chosen if is_stale(twin)]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(measure, chosen))
+    for found in results:
+        for fault in found.faults:
+            print(f"{found.name}: {fault}")
+    widest = sorted(
+        ((w, found.name, cell) for found in results for w, cell in found.wide), reverse=True
+    )
+    for width, name, cell in widest[:10]:
+        print(f"{width:6.0f} units of the last digit  {name}  {cell}")
+    return 1 if any(found.faults for found in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

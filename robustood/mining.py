@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
 from robustood.inputs import check_choice, check_count, check_number
-from robustood.models import frozen
+from robustood.models import declared, frozen
 
 Margins = Float[Tensor, " _"]
 
@@ -32,7 +32,7 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     Args:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
     """
-    detector = RejectClass(model) if getattr(model, "reject", 0) else MSP(model)
+    detector = RejectClass(model) if declared(model)[1] else MSP(model)
     device = next(model.parameters()).device
     with frozen(model):
         parts = [detector.score(pixels(part.to(device))) for part in pool.split(batch_size)]

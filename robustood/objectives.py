@@ -26,7 +26,7 @@ from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
-from robustood.models import batch_statistics, frozen
+from robustood.models import batch_statistics, declared, frozen
 from robustood.perturbations import Ball, Latent, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -283,7 +283,7 @@ class OutlierTraining:
         """The step's outliers, None where they have no weight."""
         if self.weight == 0:
             return None
-        if self.outlier_loss is to_reject and hasattr(model, "reject"):
+        if self.outlier_loss is to_reject:
             reject_outputs(model)
         return needed(batch.outliers)
 
@@ -408,10 +408,13 @@ def needed(outliers: Tensor | None) -> Tensor:
 
 def reject_outputs(model: nn.Module) -> tuple[int, int]:
     """Numbers of classes and of reject outputs, of which there must be some."""
-    rejects = int(getattr(model, "reject", 0))
-    if not rejects:
-        raise ValueError("model has no reject output; build it with reject=1")
-    return int(model.classes), rejects  # ty: ignore
+    classes, rejects = declared(model)
+    if classes is None or not rejects:
+        raise ValueError(
+            "model has no reject output; build it with reject=1, or wrap a network from elsewhere by "
+            "models.adapt(model, head=..., reject=1)"
+        )
+    return classes, rejects
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ from robustood.models import (
     Classifier,
     Normalise,
     adapt,
+    declared,
     densenet_bc,
     mlp,
     preact_resnet18,
     readout,
     resnet,
     small_cnn,
+    split,
     wide_resnet,
 )
 
@@ -706,3 +708,79 @@ def test_networks_that_do_not_exist_are_refused(untyped, call, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         call()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+# ---- what a network says of its outputs --------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """Somebody's own wrapper, which passes nothing on."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Twins(nn.Module):
+    """The mean of two networks."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.both = nn.ModuleList([first, second])
+
+    def forward(self, x):
+        return (self.both[0](x) + self.both[1](x)) / 2
+
+
+WRAPPERS = {
+    "itself": lambda net: net,
+    "DataParallel": nn.DataParallel,
+    "Sequential": lambda net: nn.Sequential(nn.Identity(), net),
+    "Holder": Holder,
+    "nested": lambda net: nn.Sequential(nn.DataParallel(Holder(net))),
+    "ensemble": lambda net: Twins(net, copy.deepcopy(net)),
+    "function": lambda net: lambda x: net(x),
+    "method": lambda net: Holder(net).forward,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_a_network_says_of_its_outputs_is_found_through_wrappers(wrap):
+    assert declared(wrap(small_cnn(classes=4, reject=2))) == (4, 2)
+    assert declared(wrap(small_cnn(classes=7))) == (7, 0)
+    z = torch.arange(12.0).view(2, 6)
+    classes, reject = split(wrap(small_cnn(classes=4, reject=2)), z)
+    assert torch.equal(classes, z[:, :4]) and torch.equal(reject, z[:, 4:])
+
+
+def test_a_network_that_says_nothing_has_classes_alone():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    assert declared(plain) == (None, 0)
+    z = torch.arange(10.0).view(2, 5)
+    assert torch.equal(split(plain, z)[0], z) and split(plain, z)[1].shape == (2, 0)
+    plain.reject = 1  # without the number of classes it follows from the width
+    assert torch.equal(split(plain, z)[0], z[:, :4])
+
+
+def test_what_a_wrapper_says_itself_comes_first():
+    outer = Holder(small_cnn(classes=4, reject=1))
+    outer.classes, outer.reject = 4, 0
+    assert declared(outer) == (4, 0)
+    named = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    named.classes, named.reject = ["cat", "dog", "eel"], True  # names and a switch are no numbers
+    assert declared(named) == (None, 0)
+
+
+def test_outputs_that_contradict_what_is_said_are_refused():
+    class First(Holder):
+        def forward(self, x):
+            return self.net(x)[:, :10]
+
+    for model, z in ((First(small_cnn(reject=1)), 10), (nn.Sequential(small_cnn()), 11)):
+        with pytest.raises(ValueError, match=rf"returns {z} outputs.*classes = 10.*models.adapt"):
+            split(model, torch.zeros(2, z))
+    with pytest.raises(ValueError, match=r"disagree about reject \(\[0, 1\]\).*Twins"):
+        declared(Twins(small_cnn(), small_cnn(reject=1)))

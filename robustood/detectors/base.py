@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from robustood.inputs import check_choice, check_labels, check_values
-from robustood.models import frozen
+from robustood.models import frozen, split
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -66,7 +66,7 @@ class Detector(nn.Module, ABC):
 
     def classes(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
         """Outputs without those that reject."""
-        return z[:, : getattr(self.model, "classes", None)]
+        return split(self.model, z)[0]
 
     def ready(self) -> None:
         """Refuse to score before fit."""

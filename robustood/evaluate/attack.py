@@ -16,7 +16,7 @@ from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
 from robustood.detectors.base import signed
 from robustood.inputs import check_choice, check_count, check_values
-from robustood.models import frozen
+from robustood.models import frozen, split
 from robustood.perturbations import PerturbationSet, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
@@ -204,7 +204,7 @@ def surrogate(
     if isinstance(detector, RejectClass):
 
         def reject(x: Tensor) -> Tensor:
-            log_f = detector.model(x).log_softmax(1)[:, detector.model.classes :].logsumexp(1)
+            log_f = split(detector.model, detector.model(x).log_softmax(1))[1].logsumexp(1)
             return -log_f if up else log_f
 
         return reject

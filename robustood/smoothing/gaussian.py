@@ -29,7 +29,7 @@ from torch.nn.functional import one_hot
 from robustood.data import drawn
 from robustood.inputs import check_count, check_labels, check_number, check_values
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
-from robustood.models import frozen
+from robustood.models import declared, frozen
 from robustood.perturbations import Batch, Linf, PerturbationSet
 
 Model = Callable[[Tensor], Tensor]
@@ -406,8 +406,7 @@ class Smoothed(nn.Module):
         super().__init__()
         check_count(draws, "draws", low=1)
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
-        self.classes = getattr(model, "classes", None)
-        self.reject = getattr(model, "reject", 0)
+        self.classes, self.reject = declared(model)
 
     def forward(self, x: Batch, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
         """Log-probabilities at the parameters z (default: of x itself)."""

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from robustood.data import Batch
 from robustood.inputs import check_images, check_number
-from robustood.models import Adapted, Classifier, Normalise
+from robustood.models import Adapted, Classifier, Normalise, declared
 
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
@@ -199,9 +199,10 @@ def box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     """The index of the one output that rejects, for each input."""
-    if getattr(model, "reject", 0) != 1:
+    classes, rejects = declared(model)
+    if classes is None or rejects != 1:
         raise ValueError(
-            f"model must have one reject output, got {getattr(model, 'reject', 0)}; "
-            "build it with reject=1"
+            f"model must have one reject output, got {rejects}; build it with reject=1, or wrap a network from "
+            "elsewhere by models.adapt(model, head=..., reject=1)"
         )
-    return torch.full((len(x),), int(model.classes), device=x.device)  # ty: ignore
+    return torch.full((len(x),), classes, device=x.device)

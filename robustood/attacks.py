@@ -34,7 +34,7 @@ from robustood.inputs import (
     check_values,
 )
 from robustood.metrics import Estimate, proportion
-from robustood.models import frozen
+from robustood.models import Watch, frozen, reading, slope
 from robustood.perturbations import Batch, PerturbationSet, per_sample
 
 Values = Float[Tensor, " batch"]
@@ -251,7 +251,7 @@ def uphill(
     else:
         z = z.detach().requires_grad_()
         value, (moved, climb, judge) = total(z)
-        (grad,) = torch.autograd.grad(value, z)
+        grad = slope(value, z)
     return moved.detach(), climb.detach(), judge.detach(), grad
 
 
@@ -356,7 +356,11 @@ def pgd(
 
     Raises:
         ValueError: for inputs outside the box, NaN, a wrong rank, an empty batch, labels out of
-            range, an unknown loss, or a loss that needs more classes.
+            range, an unknown loss, a loss that needs more classes, or a model that returns NaN.
+        TypeError, RuntimeError: for a model that returns no tensor, or one without a gradient.
+
+    Warns:
+        UserWarning: where the gradient is exactly zero at every step for every input.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
     box = getattr(within, "box", (0, 1))
@@ -365,19 +369,22 @@ def pgd(
     else:
         check_values(x, box)
     check_labels(y, x)
-    with torch.inference_mode(False), frozen(model):
+    watch = Watch()
+    with torch.inference_mode(False), frozen(model), reading(model) as read:
         y = y.clone() if y.is_inference() else y
-        logits = covering(model, int(y.max()))
+        logits = covering(read, int(y.max()))
         if loss == "targets":
-            objective = towards_each(logits, x, y)
+            climbed = towards_each(logits, x, y)
         elif keep == "best":
-            objective = away(logits, y, loss)
+            climbed = [away(logits, y, loss)]
         else:
-            objective = lambda moved: LOSSES[loss](logits(moved), y)  # noqa: E731
-        return maximise(
-            objective, x, within, steps=steps, step_size=step_size, restarts=restarts,
-            rule=rule, keep=keep, generator=generator, checked=True,
+            climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
+        found = maximise(
+            [watch.over(each) for each in climbed], x, within, steps=steps, step_size=step_size,
+            restarts=restarts, rule=rule, keep=keep, generator=generator, checked=True,
         )  # fmt: skip
+    watch.close(hidden=within.radius > 0)
+    return found
 
 
 def covering(model: Model, highest: int) -> Model:
@@ -453,10 +460,12 @@ def robust_accuracy(
     else:
         check_values(x, None)
     check_labels(y, x)
-    logits, right = covering(model, int(y.max())), 0
-    for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        inputs = [batch] if attack is None else [batch, attack(model, batch, labels)]
-        with frozen(model), torch.no_grad():
-            correct = [logits(given).argmax(1) == labels for given in inputs]
-        right += int(torch.stack(correct).all(0).sum())
+    right = 0
+    with reading(model) as read:
+        logits = covering(read, int(y.max()))
+        for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            inputs = [batch] if attack is None else [batch, attack(model, batch, labels)]
+            with frozen(model), torch.no_grad():
+                correct = [logits(given).argmax(1) == labels for given in inputs]
+            right += int(torch.stack(correct).all(0).sum())
     return proportion(right, len(x), confidence)

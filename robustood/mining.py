@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
 from robustood.inputs import check_choice, check_count, check_number
-from robustood.models import declared, frozen
+from robustood.models import check_finite, declared, frozen
 
 Margins = Float[Tensor, " _"]
 
@@ -36,7 +36,9 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     device = next(model.parameters()).device
     with frozen(model):
         parts = [detector.score(pixels(part.to(device))) for part in pool.split(batch_size)]
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    check_finite((~found.isfinite()).sum(), len(pool))
+    return found
 
 
 def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:

@@ -26,7 +26,7 @@ from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
-from robustood.models import batch_statistics, declared, frozen
+from robustood.models import batch_statistics, declared, frozen, read
 from robustood.perturbations import Ball, Latent, Linf, PerturbationSet
 
 Scalar = Float[Tensor, ""]
@@ -44,7 +44,7 @@ class Standard:
     r"""Empirical risk: $\frac1B \sum_i \ell(f(x_i), y_i)$ with the cross-entropy $\ell$."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        return cross_entropy(model(batch.x), batch.y)
+        return cross_entropy(read(model, batch.x), batch.y)
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class Adversarial(Attacked):
     clean: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
+        loss = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
         worst = self.worst(model, batch.x, loss, batch.generator, batch.progress)
         if self.clean:
             return torch.maximum(loss(batch.x), loss(worst)).mean()
-        return cross_entropy(model(worst), batch.y)
+        return cross_entropy(read(model, worst), batch.y)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ class TRADES(Attacked):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         with torch.no_grad(), frozen(model, self.mode):
-            anchor = log_softmax(model(batch.x), 1)
-        apart = lambda x: divergence(anchor, model(x)).sum(1)  # noqa: E731
+            anchor = log_softmax(read(model, batch.x), 1)
+        apart = lambda x: divergence(anchor, read(model, x)).sum(1)  # noqa: E731
         worst = self.worst(model, batch.x, apart, batch.generator, batch.progress)
-        clean = model(batch.x)
-        unstable = divergence(log_softmax(clean, 1), model(worst)).sum(1).mean()
+        clean = read(model, batch.x)
+        unstable = divergence(log_softmax(clean, 1), read(model, worst)).sum(1).mean()
         return cross_entropy(clean, batch.y) + self.beta * unstable
 
 
@@ -240,13 +240,13 @@ class OutlierTraining:
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         x, u = self.worst(model, batch)
         if u is None:
-            return cross_entropy(model(x), batch.y)
+            return cross_entropy(read(model, x), batch.y)
         if self.bn == "separate":
-            z_in = model(x)
+            z_in = read(model, x)
             with batch_statistics(model):
-                z_out = model(u)
+                z_out = read(model, u)
         else:
-            z_in, z_out = model(torch.cat([x, u])).split([len(x), len(u)])
+            z_in, z_out = read(model, torch.cat([x, u])).split([len(x), len(u)])
         return cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
 
     def worst(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -261,11 +261,11 @@ class OutlierTraining:
         if u is None or clean == len(u):
             outside = None
         rest = x[:0] if u is None else u[clean:]
-        on_labels = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
-        on_outliers = lambda u: self.outlier_loss(model(u))  # noqa: E731
+        on_labels = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
+        on_outliers = lambda u: self.outlier_loss(read(model, u))  # noqa: E731
 
         def on_both(v: Tensor) -> Tensor:
-            z_in, z_out = model(v).split([len(x), len(rest)])
+            z_in, z_out = read(model, v).split([len(x), len(rest)])
             return torch.cat([attacks.cross_entropy(z_in, batch.y), self.outlier_loss(z_out)])
 
         if inside and inside == outside and inside.mode == "eval":
@@ -387,9 +387,9 @@ class SOFL:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         if batch.progress < self.start or batch.outliers is None:
-            return cross_entropy(model(batch.x), batch.y)
+            return cross_entropy(read(model, batch.x), batch.y)
         classes, rejects = reject_outputs(model)
-        z = model(torch.cat([batch.x, batch.outliers]))
+        z = read(model, torch.cat([batch.x, batch.outliers]))
         z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
         answer = z_out.argmax(1)
         how: dict[str, Any] = {"device": z.device, "generator": batch.generator}
@@ -441,9 +441,9 @@ class ROWL:
         drawn = [each(lot, len(part), batch.generator) for part in (batch.x, y[len(batch.x) :])]
         wrong = (y + torch.cat(drawn)) % (classes + 1)
         inner = self.inner if isinstance(self.inner, Attacked) else Attacked(self.inner, self.steps)
-        toward = lambda v: -attacks.cross_entropy(model(v), wrong)  # noqa: E731
+        toward = lambda v: -attacks.cross_entropy(read(model, v), wrong)  # noqa: E731
         moved = inner.worst(model, x, toward, batch.generator, batch.progress)
-        return cross_entropy(model(torch.cat([x, moved])), torch.cat([y, y]))
+        return cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
 
 
 @dataclass(frozen=True)
@@ -468,6 +468,6 @@ class CCU:
             raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
         u = needed(batch.outliers)
         guard: Any = model
-        inside = cross_entropy(model(batch.x), batch.y) - guard.inside(batch.x).mean()
-        outside = to_uniform(model(u)).mean() - guard.outside(u).mean()
+        inside = cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()
+        outside = to_uniform(read(model, u)).mean() - guard.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

@@ -291,6 +291,10 @@ class Run:
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
             loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
+                )
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()

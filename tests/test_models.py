@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock
 
+from robustood import attacks, detectors, evaluate, mining, smoothing
 from robustood.detectors import Mahalanobis
 from robustood.models import (
     STATISTICS,
@@ -31,6 +32,7 @@ from robustood.models import (
     split,
     wide_resnet,
 )
+from robustood.perturbations import L2, Linf
 
 BUILDS = {
     "cnn": lambda seed=0: small_cnn(seed=seed),
@@ -784,3 +786,129 @@ def test_outputs_that_contradict_what_is_said_are_refused():
             split(model, torch.zeros(2, z))
     with pytest.raises(ValueError, match=r"disagree about reject \(\[0, 1\]\).*Twins"):
         declared(Twins(small_cnn(), small_cnn(reject=1)))
+
+
+# ---- what a network returns --------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A small network whose outputs are changed on their way out."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = small_cnn(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+Named = type("Named", (), {"__init__": lambda self, z: setattr(self, "logits", z)})
+SHAPES = {
+    "a dict": (lambda z: {"loss": 0.0, "scores": z}, TypeError, r"dict.*output='scores'"),
+    "a tuple": (lambda z: (z, z.mean()), TypeError, "tuple.*output=0"),
+    "an object": (Named, TypeError, 'Named.*output="logits"'),
+    "nothing": (lambda z: None, TypeError, "NoneType.*models.adapt"),
+    "labels": (lambda z: z.argmax(1), ValueError, r"torch.int64 of shape \(\d+,\).*argmax"),
+    "a map": (lambda z: z[..., None, None], ValueError, r"\(\d+, 10, 1, 1\).*pool or flatten"),
+    "one logit": (lambda z: z[:, :1], ValueError, r"one output.*torch.cat"),
+    "one row": (lambda z: z[:1], ValueError, r"shape \((\d+), outputs\) for \1 inputs.*\(1, 10\)"),
+    "NaN": (lambda z: z * torch.nan, ValueError, "NaN or infinity for .* inputs"),
+    "infinity": (lambda z: z + torch.inf, ValueError, "NaN or infinity for .* inputs"),
+}
+X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(6))
+Y = torch.arange(4)
+DOORS = {
+    "pgd": lambda m: attacks.pgd(m, X, Y, Linf(0.1), steps=2),
+    "fgsm": lambda m: attacks.fgsm(m, X, Y, Linf(0.1)),
+    "targets": lambda m: attacks.pgd(m, X, Y, Linf(0.1), steps=1, loss="targets"),
+    "robust_accuracy": lambda m: attacks.robust_accuracy(m, X, Y),
+    "scores": lambda m: evaluate.scores(detectors.MSP(m), X),
+    "attack_score": lambda m: evaluate.attack_score(
+        detectors.MSP(m), X, Linf(0.1), direction="raise", steps=2
+    ),
+    "paper_attack": lambda m: evaluate.paper_attack(
+        detectors.MSP(m), X, Linf(0.1), direction="raise", paper="atom"
+    ),
+    "ood_report": lambda m: evaluate.ood_report(detectors.Energy(m), X, {"a": X}),
+    "certify": lambda m: smoothing.certify(m, X, L2(0.1), sigma=0.1, n0=5, n=20, alpha=0.1),
+    "predict": lambda m: smoothing.predict(m, X, L2(0.1), sigma=0.1, n=20),
+    "mine": lambda m: mining.mine(m, X, 2, 0.0),
+}
+each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@each_door
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_door_refuses_what_is_no_output(untyped, door, name):
+    change, kind, message = SHAPES[name]
+    with pytest.raises(kind, match=message):
+        door(Returns(change))
+
+
+@each_door
+def test_every_door_says_which_number_format_the_weights_have(door):
+    with pytest.raises(ValueError, match=r"torch.float32 .*weights are torch.float64.*x.to\("):
+        door(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double())
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "targets", "attack_score", "paper_attack"])
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "detach"])
+def test_an_attack_that_meets_no_gradient_says_so(name, mode):
+    net = small_cnn()
+    hidden = {"no_grad": torch.no_grad()(net), "inference_mode": torch.inference_mode()(net)}
+    model = Returns(lambda z: z)
+    model.forward = hidden.get(mode, lambda x: net(x).detach())
+    with pytest.raises(RuntimeError, match=r"no gradient.*no_grad.*detached"):
+        DOORS[name](model)
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "targets", "attack_score", "paper_attack"])
+def test_an_attack_on_a_network_that_rounds_warns_of_its_zero_gradients(name):
+    class Rounding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_cnn()
+
+        def forward(self, x):
+            return self.net((x * 255).round() / 255)
+
+    with pytest.warns(UserWarning, match="exactly zero for 100 % of 4 inputs"):
+        DOORS[name](Rounding())
+    with pytest.warns(UserWarning, match="exactly zero"):  # one sample that has a gradient: no word
+        attacks.pgd(Rounding(), X[:1], Y[:1], Linf(0.1), steps=2)
+    sure = small_cnn()
+    with torch.no_grad():
+        sure.head.bias[3] += 300.0
+    assert attacks.pgd(sure, X, Y, Linf(0.1), steps=2).shape == X.shape  # flat for the fourth alone
+
+
+def test_a_network_that_returns_more_is_adapted():
+    net = small_cnn(reject=1)
+    expected = net(X)
+    where = [
+        (lambda z: {"loss": 0.0, "logits": z}, "logits"), (Named, "logits"), (lambda z: (z, 0), 0),
+        (lambda z: [None, z], 1), (lambda z: {"a": (z,)}, lambda found: found["a"][0]),
+    ]  # fmt: skip
+    for change, output in where:
+        outer = Returns(change)
+        outer.net = net
+        model = adapt(outer, head="net.head", reject=1, output=output)
+        assert torch.equal(model(X), expected)
+        assert torch.equal(model.features(X), net.features(X))
+        assert declared(model) == (10, 1)
+
+
+@pytest.mark.parametrize("kind", ["Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm"])
+def test_a_detector_says_which_part_a_network_does_not_show(kind):
+    how = {"k": 1} if kind == "KNN" else {}
+    detector = getattr(detectors, kind)(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), **how)
+    with pytest.raises(TypeError, match=rf"{kind} needs model\..*Sequential has not.*models.adapt"):
+        detector.fit(X, Y).score(X)
+
+
+def test_a_detector_is_not_fitted_to_nan():
+    net = small_cnn()
+    with torch.no_grad():
+        net.body[2][1].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity for 4 of 4 inputs"):
+        detectors.KNN(net, k=1).fit(X, Y)

@@ -21,7 +21,7 @@ from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score
 from robustood.inputs import check_choice, check_count, check_number, check_values
 from robustood.metrics import Estimate
-from robustood.models import frozen
+from robustood.models import check_finite, frozen
 from robustood.perturbations import Ball, PerturbationSet
 
 Inputs = Float[Tensor, "_ *shape"]  # each set has a size of its own
@@ -36,7 +36,9 @@ def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
     with frozen(detector):
         parts = [detector.score(part.to(detector.device(part))) for part in x.split(batch_size)]
-    return torch.cat(parts).double().cpu().numpy()
+    found = torch.cat(parts).double().cpu()
+    check_finite((~found.isfinite()).sum(), len(x))
+    return found.numpy()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustood.inputs import check_choice, check_count
+
+Output = str | int | Callable[[Any], Tensor] | None
 
 
 @contextmanager
@@ -237,9 +239,16 @@ def readout(
 class Adapted(nn.Module):
     """A network from elsewhere with the parts that detectors look for; made by :func:`adapt`."""
 
-    def __init__(self, inner: nn.Module, where: str, reject: int, normalise: nn.Module | None):
+    def __init__(
+        self,
+        inner: nn.Module,
+        where: str,
+        reject: int,
+        normalise: nn.Module | None,
+        output: Output = None,
+    ):
         super().__init__()
-        self.inner, self.where, self.reject = inner, where, reject
+        self.inner, self.where, self.reject, self.output = inner, where, reject, output
         self.normalise = normalise or nn.Identity()
         self.classes = self.head.out_features - reject
 
@@ -266,11 +275,24 @@ class Adapted(nn.Module):
         return [self.features(x)]
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
-        return self.inner(self.normalise(x))
+        return entry(self.inner(self.normalise(x)), self.output)
+
+
+def entry(returned: Any, output: Output) -> Tensor:
+    """The tensor among what a network returns."""
+    if output is None:
+        return returned
+    if isinstance(output, str) and not isinstance(returned, Mapping):
+        return getattr(returned, output)
+    return returned[output] if isinstance(output, (str, int)) else output(returned)
 
 
 def adapt(
-    module: nn.Module, head: str = "fc", reject: int = 0, normalise: nn.Module | None = None
+    module: nn.Module,
+    head: str = "fc",
+    reject: int = 0,
+    normalise: nn.Module | None = None,
+    output: Output = None,
 ) -> Adapted:
     """Give any network, such as torchvision's, the parts of a :class:`Classifier`.
 
@@ -279,6 +301,8 @@ def adapt(
         head: dotted name of its last linear layer, such as ``"fc"`` or ``"classifier.1"``.
         reject: how many of the outputs, the last ones, reject outliers.
         normalise: applied to pixels first, such as :class:`Normalise`.
+        output: where the outputs are, if the network returns more than a tensor: an attribute or a key such as
+            ``"logits"``, a place such as 0, or a function that takes them out.
 
     Raises:
         ValueError: if ``head`` is not the name of a linear layer.
@@ -287,7 +311,7 @@ def adapt(
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if head not in names:
         raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
-    return Adapted(module, head, reject, normalise)
+    return Adapted(module, head, reject, normalise, output)
 
 
 class Mixture(nn.Module):

@@ -29,7 +29,7 @@ from torch.nn.functional import one_hot
 from robustood.data import drawn
 from robustood.inputs import check_count, check_labels, check_number, check_values
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
-from robustood.models import declared, frozen
+from robustood.models import declared, frozen, read, reading
 from robustood.perturbations import Batch, Linf, PerturbationSet
 
 Model = Callable[[Tensor], Tensor]
@@ -128,10 +128,10 @@ def votes(
     """
 
     def ballots(v: Tensor) -> Tensor:
-        outputs = model(v)
+        outputs = logits(v)
         return one_hot(outputs.argmax(1), outputs.shape[1])
 
-    with frozen(model):
+    with frozen(model), reading(model) as logits:
         return Noise(within, sigma).total(ballots, x, n, at, batch_size, generator)
 
 
@@ -415,7 +415,7 @@ class Smoothed(nn.Module):
         generator = torch.Generator(x.device).manual_seed(self.seed)
         nu = torch.randn(m, *z.shape[1:], dtype=z.dtype, device=z.device, generator=generator)
         around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)
-        log_p = self.model(within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
+        log_p = read(self.model, within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
         return log_p.unflatten(0, (len(x), m)).logsumexp(1) - math.log(m)
 
 

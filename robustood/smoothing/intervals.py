@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from robustood.data import Batch
 from robustood.inputs import check_images, check_number
-from robustood.models import Adapted, Classifier, Normalise, declared
+from robustood.models import Adapted, Classifier, Normalise, declared, read
 
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
@@ -131,7 +131,7 @@ class IntervalOutliers:
         grown = min(1.0, batch.progress / self.ramp) if self.ramp else 1.0
         v = torch.cat([batch.x, batch.outliers])
         y = torch.cat([batch.y, reject(model, batch.outliers)])
-        plain = cross_entropy(model(v), y, reduction="none")
+        plain = cross_entropy(read(model, v), y, reduction="none")
         worst = worst_cross_entropy(model, *box(v, grown * self.eps), y)
         losses = (1 - grown * self.share) * plain + grown * self.share * worst
         inside, outside = losses.split([len(batch.x), len(batch.outliers)])

@@ -232,7 +232,7 @@ def ascent(
     if not best_of:
         return moved, moved.new_empty(0)
     with torch.no_grad():
-        best.update(moved, pair(objective(moved), len(x))[1])
+        best.update(moved, pair(objective(moved.clone()), len(x))[1])
     return best.inputs, cast(Tensor, best.values)
 
 
@@ -243,7 +243,7 @@ def uphill(
 
     def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         moved = within.apply(x, z)
-        climb, judge = pair(objective(moved), len(x))
+        climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite what it gets
         return climb.sum(), (moved, climb, judge)
 
     if torch.compiler.is_compiling():  # the same gradient in the form that a compiler can trace
@@ -464,7 +464,7 @@ def robust_accuracy(
     with reading(model) as read:
         logits = covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            inputs = [batch] if attack is None else [batch, attack(model, batch, labels)]
+            inputs = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
             with frozen(model), torch.no_grad():
                 correct = [logits(given).argmax(1) == labels for given in inputs]
             right += int(torch.stack(correct).all(0).sum())

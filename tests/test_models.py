@@ -1,6 +1,8 @@
 """Each network against its formula written out, and what a seed, a mode and a batch may change."""
 
 import copy
+import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock
 
-from robustood import attacks, detectors, evaluate, mining, smoothing
+from robustood import attacks, detectors, evaluate, mining, objectives, smoothing, training
 from robustood.detectors import Mahalanobis
 from robustood.models import (
     STATISTICS,
@@ -32,7 +34,7 @@ from robustood.models import (
     split,
     wide_resnet,
 )
-from robustood.perturbations import L2, Linf
+from robustood.perturbations import L2, Latent, Linf
 
 BUILDS = {
     "cnn": lambda seed=0: small_cnn(seed=seed),
@@ -912,3 +914,133 @@ def test_a_detector_is_not_fitted_to_nan():
         net.body[2][1].weight[0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity for 4 of 4 inputs"):
         detectors.KNN(net, k=1).fit(X, Y)
+
+
+# ---- what a network may do to its input, and what a door may do to a network -------------------
+
+
+class Shift(nn.Module):
+    """x - 1/2, in a new tensor or over the old one."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x.sub_(0.5) if self.inplace else x - 0.5
+
+
+def overwriting(inplace):
+    model = small_cnn(reject=1)
+    model.normalise = Shift(inplace)
+    return model
+
+
+MORE_DOORS = DOORS | {
+    "maximise": lambda m: attacks.maximise(
+        lambda v: m(v).logsumexp(1), X, Linf(0.1), steps=3, restarts=0
+    ),
+    "l2": lambda m: attacks.pgd(m, X, Y, L2(0.5), steps=3, keep="last"),
+    "attacked accuracy": lambda m: attacks.robust_accuracy(
+        m, X, Y, lambda m, x, y: attacks.pgd(m, x, y, Linf(0.1), steps=2)
+    ),
+    "report": lambda m: evaluate.ood_report(
+        detectors.RejectClass(m), X, {"a": X}, Linf(0.1), side="both", steps=2
+    ).scores["a"],
+    "post hoc": lambda m: [
+        d.score(X) for d in (
+            detectors.Mahalanobis(m, "all", 0.01).fit(X, Y // 2), detectors.KNN(m, 1).fit(X, Y),
+            detectors.ViM(m, 2).fit(X), detectors.ReAct(m).fit(X), detectors.GradNorm(m),
+            detectors.ODIN(m, step=0.01), detectors.RejectClass(m), detectors.Entropy(m),
+        )
+    ],
+    "certified_score": lambda m: smoothing.certified_score(
+        lambda v: 1 + detectors.RejectClass(m).published(v), X, L2(0.1), sigma=0.1, n=10
+    ).mean,
+}  # fmt: skip
+
+
+def numbers(found):
+    """What a door returns, as one row of numbers."""
+    if isinstance(found, list):
+        return torch.cat([numbers(each) for each in found])
+    if dataclasses.is_dataclass(found):
+        return numbers([v for v in vars(found).values() if isinstance(v, (torch.Tensor, float))])
+    return torch.as_tensor(found).detach().flatten().double()
+
+
+@pytest.mark.parametrize("name", [n for n in MORE_DOORS if n != "ood_report"])
+def test_a_network_that_works_in_place_gives_the_same_numbers_and_leaves_the_images(name):
+    before = X.clone()
+    expected = numbers(MORE_DOORS[name](overwriting(inplace=False)))
+    assert torch.equal(numbers(MORE_DOORS[name](overwriting(inplace=True))), expected)
+    assert torch.equal(X, before)
+
+
+@pytest.mark.parametrize("name", ["Standard", "Adversarial", "TRADES", "OutlierExposure", "ALOE", "ATOM", "SOFL",
+                                  "ROWL"])  # fmt: skip
+def test_a_network_that_works_in_place_is_trained_as_another(book, name):
+    rule = getattr(objectives, name)
+    objective = rule(0.1) if name in ("Adversarial", "TRADES", "ALOE", "ATOM", "ROWL") else rule()
+    data = dataclasses.replace(book, train=book.train[:128], outliers=book.outliers[:128])
+    before = data.train.x.clone(), data.outliers.clone()
+    trained = [overwriting(inplace) for inplace in (False, True)]
+    for model in trained:
+        training.fit(model, objective, data, epochs=1)
+    assert all(map(torch.equal, *(m.state_dict().values() for m in trained)))
+    assert torch.equal(data.train.x, before[0]) and torch.equal(data.outliers, before[1])
+
+
+def test_the_images_of_a_condition_are_not_overwritten():
+    class Greedy:
+        latent = 64
+
+        def generate(self, x, u):
+            return x.add_(u.mul_(0.1).view_as(x))
+
+    x = 0.2 + 0.6 * X
+    before = x.clone()
+    within = Latent(Greedy(), 1.0)
+    moved = attacks.maximise(lambda v: v.sum((1, 2, 3)), x, within, steps=3, restarts=0)
+    assert torch.equal(x, before)
+    assert torch.allclose((moved - x).flatten(1).norm(dim=1), torch.full((4,), 0.1), atol=1e-5)
+
+
+class Plain:
+    """A classifier that is no torch module."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.net(x)
+
+    def answer(self, x):
+        return self.net(x)
+
+
+CALLED = {
+    "function": lambda net: lambda x: net(x),
+    "method": lambda net: Plain(net).answer,
+    "object": Plain,
+    "partial": lambda net: functools.partial(Plain.answer, Plain(net)),
+}
+CALLED_DOORS = [n for n in DOORS if n != "mine"]
+
+
+@pytest.mark.parametrize("wrap", CALLED.values(), ids=CALLED)
+@pytest.mark.parametrize("name", CALLED_DOORS)
+def test_a_network_inside_a_callable_is_frozen_in_eval_mode_and_restored(untyped, wrap, name):
+    net = small_cnn(batch_norm=True)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    seen = []
+    handle = net.register_forward_hook(
+        lambda m, i, o: seen.append((m.training, any(p.requires_grad for p in m.parameters())))
+    )
+    found = DOORS[name](wrap(net))
+    handle.remove()
+    assert seen and not any(training or learns for training, learns in seen)
+    assert net.training and all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    if isinstance(found, torch.Tensor):
+        assert torch.equal(found, DOORS[name](net))

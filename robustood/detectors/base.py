@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from robustood.inputs import check_choice, check_labels, check_values
-from robustood.models import check_finite, frozen, read, slope, split
+from robustood.models import check_finite, frozen, networks, read, slope, split
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -65,8 +65,12 @@ class Detector(nn.Module, ABC):
         return self.classes(read(self.model, x))
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
-        """The network's penultimate features."""
-        return self.part("features")(x)
+        """The network's penultimate features; like all of its parts it gets a copy of x."""
+        return self.part("features")(x.clone())
+
+    def stages(self, x: Inputs) -> list[Tensor]:
+        """The network's maps after each stage."""
+        return self.part("stages")(x.clone())
 
     def part(self, name: str) -> Any:
         """A part of the network that not every network shows."""
@@ -89,7 +93,8 @@ class Detector(nn.Module, ABC):
 
     def device(self, x: Inputs) -> torch.device:
         """Where the network lives; where x does if it has no parameters."""
-        return next((p.device for p in self.model.parameters()), x.device)
+        found = (p.device for network in networks(self.model) for p in network.parameters())
+        return next(found, x.device)
 
     def stream(
         self, look: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None

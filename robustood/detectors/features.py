@@ -68,7 +68,7 @@ class Mahalanobis(Detector):
         """The feature vector of each layer."""
         if self.layers == "last":
             return [self.features(x)]
-        return [m.flatten(2).mean(2) if m.ndim > 2 else m for m in self.part("stages")(x)]
+        return [m.flatten(2).mean(2) if m.ndim > 2 else m for m in self.stages(x)]
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -35,7 +35,10 @@ SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
     with frozen(detector):
-        parts = [detector.score(part.to(detector.device(part))) for part in x.split(batch_size)]
+        parts = [
+            detector.score(part.to(detector.device(part), copy=True))
+            for part in x.split(batch_size)
+        ]
     found = torch.cat(parts).double().cpu()
     check_finite((~found.isfinite()).sum(), len(x))
     return found.numpy()
@@ -222,7 +225,7 @@ class Bench:
 
     def batch(self, x: Inputs, number: int, direction: Direction | None) -> Tensor:
         """The scores of one batch."""
-        x = x.to(self.detector.device(x))
+        x = x.to(self.detector.device(x), copy=True)
         if direction is not None:
             noise = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + number)
             how = {"direction": direction, "generator": noise, **self.how}

@@ -20,6 +20,7 @@ from robustood.models.base import (
     frozen,
     guarded,
     mlp,
+    networks,
     readout,
     seeded,
     small_cnn,
@@ -31,6 +32,6 @@ from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_
 __all__ = [
     "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
     "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
-    "mlp", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
+    "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
     "split", "wide_resnet",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustood.callables import modules
 from robustood.inputs import check_choice, check_count
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -43,6 +44,20 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
             norm.track_running_stats = True
 
 
+def networks(model: object) -> list[nn.Module]:
+    """The networks that a call of the model may reach, those inside functions that a network holds too."""
+    outer = modules(model)
+    held = [
+        value
+        for network in outer
+        for part in network.modules()
+        if not type(part).__module__.startswith("torch.")
+        for value in vars(part).values()
+        if callable(value) and not isinstance(value, type)
+    ]
+    return [*outer, *(network for value in held for network in modules(value))]
+
+
 @contextmanager
 def frozen(
     model: object, mode: Literal["eval", "train", "batch", "keep"] = "eval"
@@ -51,25 +66,24 @@ def frozen(
 
     In eval mode batch statistics do not leak between the samples of an attacked batch and
     running statistics do not move. Frozen parameters let autograd drop what only weight
-    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+    gradients would need. The networks inside a function, a bound method or another object are found
+    (:func:`robustood.callables.modules`).
 
     Args:
-        model: the network under attack.
+        model: the network under attack, or what calls it.
         mode: ``"eval"``, ``"train"`` (running statistics move), ``"batch"`` (train mode, running
             statistics stay) or ``"keep"``.
     """
     check_choice(mode, "mode", ("eval", "train", "batch", "keep"))
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = nn.ModuleList(networks(model))
+    modes = [(module, module.training) for module in found.modules()]
+    trainable = [p for p in found.parameters() if p.requires_grad]
     try:
         if mode != "keep":
-            model.train(mode != "eval")
+            found.train(mode != "eval")
         for p in trainable:
             p.requires_grad_(False)
-        with batch_statistics(model) if mode == "batch" else nullcontext():
+        with batch_statistics(found) if mode == "batch" else nullcontext():
             yield
     finally:
         for p in trainable:

@@ -81,6 +81,8 @@ def split(model: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 def read(model: Model, x: Tensor) -> Tensor:
     """The outputs for x: a float tensor (batch, outputs), of two outputs or more.
 
+    The model gets a copy, which it may overwrite.
+
     Raises:
         TypeError: for anything but a tensor.
         ValueError: for another shape or integers, and where x has not the weights' own type or device.
@@ -88,7 +90,7 @@ def read(model: Model, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return model(x)
     try:
-        z = model(x)
+        z = model(x.clone())
     except RuntimeError as error:
         raise unlike(model, x) or error from error
     if not isinstance(z, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
-from robustood.inputs import check_choice, check_count, check_number
+from robustood.inputs import check_choice, check_count, check_number, check_values
 from robustood.models import check_finite, declared, frozen
 
 Margins = Float[Tensor, " _"]
@@ -33,6 +33,8 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
     """
     detector = RejectClass(model) if declared(model)[1] else MSP(model)
+    if pool.dtype != torch.uint8:
+        check_values(pool, None, "pool")
     device = next(model.parameters()).device
     with frozen(model):
         parts = [detector.score(pixels(part.to(device))) for part in pool.split(batch_size)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +26,7 @@ from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
 from robustood.models import batch_statistics, declared, frozen, read
-from robustood.perturbations import Ball, Latent, Linf, PerturbationSet
+from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
 
 Scalar = Float[Tensor, ""]
 
@@ -82,19 +81,13 @@ class Attacked:
         check_choice(self.keep, "keep", ("last", "best"))
         if self.step_size is not None:
             check_number(self.step_size, "step_size", 0)
-        if not isinstance(self.within, (Real, PerturbationSet)):
-            raise ValueError(
-                "within must be a number or a perturbation set such as Linf(8/255), got "
-                f"{self.within!r}"
-            )
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
         if self.ramp and not isinstance(within, (Ball, Latent)):
             raise ValueError(f"ramp needs a ball such as Linf, L2 or Latent, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:
         """The set after a share ``progress`` of the training."""
-        given = self.within
-        within = given if isinstance(given, PerturbationSet) else Linf(float(given))
+        within = as_set(self.within)
         if self.ramp and isinstance(within, (Ball, Latent)):
             return within.scaled(min(1.0, progress / self.ramp))
         return within

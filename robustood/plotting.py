@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from robustood.inputs import check_choice, check_count
+from robustood.inputs import check_choice, check_count, finite
 from robustood.metrics import Estimate
 
 COLOURS = {
@@ -67,7 +67,7 @@ def image_grid(
     """Show images in rows, each with an optional title.
 
     Args:
-        images: grey (1 channel) or RGB (3 channels), in [0, 1].
+        images: grey (1 channel) or RGB (3 channels), in [0, 1] or 8-bit.
         titles: one text an image.
         columns: images a row.
         scale: width of one image in inches.
@@ -81,6 +81,7 @@ def image_grid(
             f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
             "add an axis with images[:, None] for grey ones"
         )
+    images = finite(images, "images")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"titles must be one an image, got {len(titles)} for {len(images)}")
     rows = -(-len(images) // columns)

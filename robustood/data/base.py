@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustood.inputs import pixels as pixels  # shown as data.pixels
+
 
 @dataclass(frozen=True)
 class Split:
@@ -79,11 +81,6 @@ class Data:
             **{name: value.to(device) for name, value in moved.items()},
             ood={name: x.to(device) for name, x in self.ood.items()},
         )
-
-
-def pixels(images: Tensor) -> Tensor:
-    """8-bit images as floats in [0, 1]; floats as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from robustood.inputs import check_choice, check_labels, check_values
+from robustood.inputs import check_choice, check_labels, finite, pixels
 from robustood.models import check_finite, frozen, networks, read, slope, split
 
 Inputs = Float[Tensor, "batch *shape"]
@@ -108,7 +108,7 @@ class Detector(nn.Module, ABC):
         y = torch.zeros(len(x), dtype=torch.int64) if y is None else y
         for part, labels in zip(x.split(FIT_BATCH), y.split(FIT_BATCH), strict=True):
             with frozen(self.model), torch.no_grad():
-                seen = look(part.to(device))
+                seen = look(pixels(part.to(device)))
             for h in seen if isinstance(seen, list) else [seen]:
                 bad = bad + (~h.isfinite()).flatten(1).any(1).sum()
             yield seen, labels.to(device)
@@ -155,7 +155,7 @@ def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs
 
 def check_fit(x: Inputs, y: Labels | None, labelled: bool = True) -> int:
     """Refuse to fit on nothing, on NaN, and without labels where they are needed; count the classes."""
-    check_values(x, None)
+    finite(x)
     if y is not None:
         check_labels(y, x)
         return int(y.max()) + 1

@@ -24,7 +24,7 @@ from robustood.detectors.base import (
     to_uniform,
 )
 from robustood.detectors.gaussian import Gaussian, Moments
-from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.inputs import check_choice, check_count, check_number, finite
 
 
 class Mahalanobis(Detector):
@@ -92,8 +92,7 @@ class Mahalanobis(Detector):
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
         """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
         self.ready()
-        both = torch.cat([x, outliers])
-        check_values(both, None, "x")
+        both = torch.cat([finite(x), finite(outliers, "outliers")])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
         scale = scores.std(0).clamp_min(1e-12)
         labels = torch.arange(len(both)) >= len(x)

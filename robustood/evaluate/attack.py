@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
 from robustood.detectors.base import signed
-from robustood.inputs import check_choice, check_count, check_values
+from robustood.inputs import check_choice, check_count, taken
 from robustood.models import Watch, frozen, read, split
-from robustood.perturbations import PerturbationSet, per_sample
+from robustood.perturbations import PerturbationSet, as_set, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
 
@@ -25,7 +25,7 @@ Inputs = Float[Tensor, "batch *shape"]
 def attack_score(
     detector: Detector,
     x: Inputs,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     direction: Direction,
     steps: int = 40,
@@ -44,7 +44,7 @@ def attack_score(
     Args:
         detector: fitted where it needs to be; its mode and its network's are restored.
         x: clean inputs (batch, ...).
-        within: the perturbation set, such as ``Linf(8/255)``; of a finite one every member is judged.
+        within: the perturbation set, such as ``Linf(8/255)`` or its radius alone; of a finite one all are judged.
         direction: ``"raise"`` for outliers that want to be accepted, ``"lower"`` for in-distribution
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
@@ -65,7 +65,8 @@ def attack_score(
     Warns:
         UserWarning: where the gradient is exactly zero at every step for every input.
     """
-    check_values(x, getattr(within, "box", (0, 1)))
+    within = as_set(within)
+    x = taken(x, getattr(within, "box", (0, 1)))
     check_choice(direction, "direction", ("raise", "lower"))
     check_count(batch_size, "batch_size", low=1)
     if targets is not None:
@@ -119,7 +120,7 @@ def objectives(
 def attack_in_turn(
     detector: Detector,
     x: Inputs,
-    within: Sequence[PerturbationSet],
+    within: Sequence[PerturbationSet | float],
     *,
     direction: Direction,
     **how: Any,
@@ -163,7 +164,7 @@ PAPERS = {
 def paper_attack(
     detector: Detector,
     x: Inputs,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     direction: Direction,
     paper: Literal["aloe", "atom"],
@@ -181,7 +182,8 @@ def paper_attack(
     """
     check_choice(paper, "paper", tuple(PAPERS))
     check_choice(direction, "direction", ("raise", "lower"))
-    check_values(x, getattr(within, "box", (0, 1)))
+    within = as_set(within)
+    x = taken(x, getattr(within, "box", (0, 1)))
     plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), Watch()
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []

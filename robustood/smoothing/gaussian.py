@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from robustood.data import drawn
-from robustood.inputs import check_count, check_labels, check_number, check_values
+from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
 from robustood.models import declared, frozen, read, reading
-from robustood.perturbations import Batch, Linf, PerturbationSet
+from robustood.perturbations import Batch, Linf, PerturbationSet, as_set
 
 Model = Callable[[Tensor], Tensor]
 Labels = Int[Tensor, " batch"]
@@ -58,6 +58,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_number(self.sigma, "sigma", 0, 1e6)
+        object.__setattr__(self, "within", as_set(self.within))
         finite = getattr(self.within, "finite", not self.within.ascendable)
         if isinstance(self.within, Linf) or finite:
             raise ValueError(
@@ -83,7 +84,7 @@ class Noise:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
-        check_values(x, getattr(self.within, "box", (0, 1)))
+        x = taken(x, getattr(self.within, "box", (0, 1)))
         check_count(n, "n", low=1)
         check_count(batch_size, "batch_size", low=1)
         generator = generator or torch.Generator(x.device).manual_seed(0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from robustood.data import Batch
-from robustood.inputs import check_images, check_number
+from robustood.inputs import check_images, check_number, taken
 from robustood.models import Adapted, Classifier, Normalise, declared, read
 
 Inputs = Float[Tensor, "batch *shape"]
@@ -90,6 +90,7 @@ def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Val
     Raises:
         ValueError: for a network that has not one reject output, and as :func:`interval_bounds`.
     """
+    x = taken(x)
     check_images(x)
     low, high = margin_bounds(model, *box(x, eps), reject(model, x))
     return low[:, :-1].logsumexp(1), high[:, :-1].logsumexp(1)

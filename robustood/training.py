@@ -28,7 +28,7 @@ from robustood.data import Batch, Data, Shared, draw
 from robustood.data.batches import Change
 from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
-from robustood.models import Average, Averaged
+from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
 
 Monitor = Callable[[nn.Module], dict[str, float]]
@@ -154,7 +154,7 @@ def fit(
                 f"data.{name} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
                 f"sample, got {tuple(images.shape[1:])}"
             )
-    check_targets(data.train.y, data.train.x, getattr(model, "classes", None))
+    check_targets(data.train.y, data.train.x, declared(model)[0])
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
@@ -291,6 +291,10 @@ class Run:
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
             loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
+                )
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()

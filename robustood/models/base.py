@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustood.callables import modules
 from robustood.inputs import (
     check_choice,
     check_count,
@@ -22,8 +23,10 @@ from robustood.inputs import (
     check_seed,
     check_several,
     check_values,
-    finite,
+    reals,
 )
+
+Output = str | int | Callable[[Any], Tensor] | None
 
 
 @contextmanager
@@ -51,6 +54,20 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
             norm.track_running_stats = True
 
 
+def networks(model: object) -> list[nn.Module]:
+    """The networks that a call of the model may reach, those inside functions that a network holds too."""
+    outer = modules(model)
+    held = [
+        value
+        for network in outer
+        for part in network.modules()
+        if not type(part).__module__.startswith("torch.")
+        for value in vars(part).values()
+        if callable(value) and not isinstance(value, type)
+    ]
+    return [*outer, *(network for value in held for network in modules(value))]
+
+
 @contextmanager
 def frozen(
     model: object, mode: Literal["eval", "train", "batch", "keep"] = "eval"
@@ -59,25 +76,24 @@ def frozen(
 
     In eval mode batch statistics do not leak between the samples of an attacked batch and
     running statistics do not move. Frozen parameters let autograd drop what only weight
-    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+    gradients would need. The networks inside a function, a bound method or another object are found
+    (:func:`robustood.callables.modules`).
 
     Args:
-        model: the network under attack.
+        model: the network under attack, or what calls it.
         mode: ``"eval"``, ``"train"`` (running statistics move), ``"batch"`` (train mode, running
             statistics stay) or ``"keep"``.
     """
     check_choice(mode, "mode", ("eval", "train", "batch", "keep"))
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = nn.ModuleList(networks(model))
+    modes = [(module, module.training) for module in found.modules()]
+    trainable = [p for p in found.parameters() if p.requires_grad]
     try:
         if mode != "keep":
-            model.train(mode != "eval")
+            found.train(mode != "eval")
         for p in trainable:
             p.requires_grad_(False)
-        with batch_statistics(model) if mode == "batch" else nullcontext():
+        with batch_statistics(found) if mode == "batch" else nullcontext():
             yield
     finally:
         for p in trainable:
@@ -94,7 +110,7 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        mean, std = finite(mean, "mean").tolist(), finite(std, "std").tolist()
+        mean, std = reals(mean, "mean").tolist(), reals(std, "std").tolist()
         check_several(mean, "mean", "numbers, one a channel")
         check_several(std, "std", "numbers, one a channel")
         if len(mean) != len(std) or min(std) <= 0:
@@ -243,7 +259,7 @@ def readout(
     reject = check_count(reject, "reject")
     if not isinstance(weight, Tensor):
         check_several(weight, "weight", "rows, one an output")
-        weight = torch.tensor(finite(weight, "weight").tolist())
+        weight = torch.tensor(reals(weight, "weight").tolist())
     check_values(weight, None, "weight")
     if weight.ndim != 2:
         raise ValueError(f"weight must be (outputs, width), got shape {tuple(weight.shape)}")
@@ -265,9 +281,16 @@ def readout(
 class Adapted(nn.Module):
     """A network from elsewhere with the parts that detectors look for; made by :func:`adapt`."""
 
-    def __init__(self, inner: nn.Module, where: str, reject: int, normalise: nn.Module | None):
+    def __init__(
+        self,
+        inner: nn.Module,
+        where: str,
+        reject: int,
+        normalise: nn.Module | None,
+        output: Output = None,
+    ):
         super().__init__()
-        self.inner, self.where, self.reject = inner, where, reject
+        self.inner, self.where, self.reject, self.output = inner, where, reject, output
         self.normalise = normalise or nn.Identity()
         self.classes = self.head.out_features - reject
 
@@ -294,11 +317,24 @@ class Adapted(nn.Module):
         return [self.features(x)]
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
-        return self.inner(self.normalise(x))
+        return entry(self.inner(self.normalise(x)), self.output)
+
+
+def entry(returned: Any, output: Output) -> Tensor:
+    """The tensor among what a network returns."""
+    if output is None:
+        return returned
+    if isinstance(output, str) and not isinstance(returned, Mapping):
+        return getattr(returned, output)
+    return returned[output] if isinstance(output, (str, int)) else output(returned)
 
 
 def adapt(
-    module: nn.Module, head: str = "fc", reject: int = 0, normalise: nn.Module | None = None
+    module: nn.Module,
+    head: str = "fc",
+    reject: int = 0,
+    normalise: nn.Module | None = None,
+    output: Output = None,
 ) -> Adapted:
     """Give any network, such as torchvision's, the parts of a :class:`Classifier`.
 
@@ -307,6 +343,8 @@ def adapt(
         head: dotted name of its last linear layer, such as ``"fc"`` or ``"classifier.1"``.
         reject: how many of the outputs, the last ones, reject outliers.
         normalise: applied to pixels first, such as :class:`Normalise`.
+        output: where the outputs are, if the network returns more than a tensor: an attribute or a key such as
+            ``"logits"``, a place such as 0, or a function that takes them out.
 
     Raises:
         ValueError: if ``head`` is not the name of a linear layer.
@@ -315,7 +353,7 @@ def adapt(
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if head not in names:
         raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
-    return Adapted(module, head, reject, normalise)
+    return Adapted(module, head, reject, normalise, output)
 
 
 class Mixture(nn.Module):

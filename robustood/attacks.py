@@ -31,11 +31,11 @@ from robustood.inputs import (
     check_images,
     check_labels,
     check_number,
-    check_values,
+    taken,
 )
 from robustood.metrics import Estimate, proportion
-from robustood.models import frozen
-from robustood.perturbations import Batch, PerturbationSet, per_sample
+from robustood.models import Watch, frozen, reading, slope
+from robustood.perturbations import Batch, PerturbationSet, as_set, per_sample
 
 Values = Float[Tensor, " batch"]
 Logits = Float[Tensor, "batch classes"]
@@ -135,7 +135,7 @@ class APGD:
 def maximise(
     objective: Objective | Sequence[Objective],
     x: Batch,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     steps: int,
     step_size: float | None = None,
@@ -161,7 +161,7 @@ def maximise(
             The model inside keeps its mode: call this within
             :func:`~robustood.models.frozen`.
         x: clean inputs (batch, ...).
-        within: the perturbation set.
+        within: the perturbation set; a number means ``Linf(number)``.
         steps: number of steps; 0 judges the starts alone.
         step_size: in the unit of ``within.radius``; default the rule's own.
         restarts: number of starts: the first at random, the second x itself, the others at
@@ -187,8 +187,9 @@ def maximise(
     check_choice(keep, "keep", ("best", "last"))
     if step_size is not None:
         check_number(step_size, "step_size", 0)
+    within = as_set(within)
     if not checked:
-        check_values(x, getattr(within, "box", (0, 1)))
+        x = taken(x, getattr(within, "box", (0, 1)))
     steps = steps if within.ascendable else 0
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
@@ -232,7 +233,7 @@ def ascent(
     if not best_of:
         return moved, moved.new_empty(0)
     with torch.no_grad():
-        best.update(moved, pair(objective(moved), len(x))[1])
+        best.update(moved, pair(objective(moved.clone()), len(x))[1])
     return best.inputs, cast(Tensor, best.values)
 
 
@@ -243,7 +244,7 @@ def uphill(
 
     def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         moved = within.apply(x, z)
-        climb, judge = pair(objective(moved), len(x))
+        climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite what it gets
         return climb.sum(), (moved, climb, judge)
 
     if torch.compiler.is_compiling():  # the same gradient in the form that a compiler can trace
@@ -251,7 +252,7 @@ def uphill(
     else:
         z = z.detach().requires_grad_()
         value, (moved, climb, judge) = total(z)
-        (grad,) = torch.autograd.grad(value, z)
+        grad = slope(value, z)
     return moved.detach(), climb.detach(), judge.detach(), grad
 
 
@@ -313,12 +314,13 @@ def dlr(logits: Logits, y: Labels) -> Values:
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet) -> Batch:
+def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet | float) -> Batch:
     """Fast gradient sign method: one full step from the clean input (Goodfellow et al. 2015).
 
     Args and errors as in :func:`pgd`. For ``Linf`` the step is eps times the sign of the
     gradient, for ``L2`` eps times the unit gradient.
     """
+    within = as_set(within)
     return pgd(model, x, y, within, steps=1, step_size=within.radius, restarts=0, keep="last")
 
 
@@ -326,7 +328,7 @@ def pgd(
     model: Model,
     x: Batch,
     y: Labels,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     steps: int = 10,
     step_size: float | None = None,
@@ -345,7 +347,7 @@ def pgd(
         model: inputs to logits (batch, classes).
         x: clean inputs; images (batch, channel, height, width) in [0, 1] unless the set has no box.
         y: labels (batch,).
-        within: the perturbation set, such as ``Linf(8/255)``.
+        within: the perturbation set, such as ``Linf(8/255)`` or, which is the same, ``8/255``.
         steps, step_size, restarts, rule, keep, generator: as in :func:`maximise`.
         loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"targets"``: the margin towards each wrong
             class in turn (the nine likeliest where there are more), which is exact for a linear
@@ -356,28 +358,35 @@ def pgd(
 
     Raises:
         ValueError: for inputs outside the box, NaN, a wrong rank, an empty batch, labels out of
-            range, an unknown loss, or a loss that needs more classes.
+            range, an unknown loss, a loss that needs more classes, or a model that returns NaN.
+        TypeError, RuntimeError: for a model that returns no tensor, or one without a gradient.
+
+    Warns:
+        UserWarning: where the gradient is exactly zero at every step for every input.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
+    within = as_set(within)
     box = getattr(within, "box", (0, 1))
+    x = taken(x, box)
     if box == (0, 1):
         check_images(x)
-    else:
-        check_values(x, box)
     check_labels(y, x)
-    with torch.inference_mode(False), frozen(model):
+    watch = Watch()
+    with torch.inference_mode(False), frozen(model), reading(model) as read:
         y = y.clone() if y.is_inference() else y
-        logits = covering(model, int(y.max()))
+        logits = covering(read, int(y.max()))
         if loss == "targets":
-            objective = towards_each(logits, x, y)
+            climbed = towards_each(logits, x, y)
         elif keep == "best":
-            objective = away(logits, y, loss)
+            climbed = [away(logits, y, loss)]
         else:
-            objective = lambda moved: LOSSES[loss](logits(moved), y)  # noqa: E731
-        return maximise(
-            objective, x, within, steps=steps, step_size=step_size, restarts=restarts,
-            rule=rule, keep=keep, generator=generator, checked=True,
+            climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
+        found = maximise(
+            [watch.over(each) for each in climbed], x, within, steps=steps, step_size=step_size,
+            restarts=restarts, rule=rule, keep=keep, generator=generator, checked=True,
         )  # fmt: skip
+    watch.close(hidden=within.radius > 0)
+    return found
 
 
 def covering(model: Model, highest: int) -> Model:
@@ -448,15 +457,14 @@ def robust_accuracy(
     """
     check_count(batch_size, "batch_size", low=1)
     check_confidence(confidence)
-    if isinstance(x, Tensor) and x.ndim == 4:
-        check_images(x)
-    else:
-        check_values(x, None)
+    x = taken(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
-    logits, right = covering(model, int(y.max())), 0
-    for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        inputs = [batch] if attack is None else [batch, attack(model, batch, labels)]
-        with frozen(model), torch.no_grad():
-            correct = [logits(given).argmax(1) == labels for given in inputs]
-        right += int(torch.stack(correct).all(0).sum())
+    right = 0
+    with reading(model) as read:
+        logits = covering(read, int(y.max()))
+        for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            inputs = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
+            with frozen(model), torch.no_grad():
+                correct = [logits(given).argmax(1) == labels for given in inputs]
+            right += int(torch.stack(correct).all(0).sum())
     return proportion(right, len(x), confidence)

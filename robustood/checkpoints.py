@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustood.inputs import check_instance, check_path, check_several, check_text
+
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -101,6 +103,7 @@ def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -
 
 
 def _weights_path(path: str | Path) -> Path:
+    check_path(path, "path")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -111,6 +114,7 @@ def _weights_path(path: str | Path) -> Path:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     return dict(model.state_dict(keep_vars=True))
 
 
@@ -190,6 +194,13 @@ def read_json(
     Raises:
         ValueError: for a damaged file, or one without these keys, naming it.
     """
+    check_path(path, "path")
+    check_several(keys, "keys", "names", 0)
+    for key in keys:
+        check_text(key, "keys: each")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file; a run's folder holds its JSON files")
     try:
         return from_json(path.read_text("utf-8-sig"), keys)
     except (ValueError, RecursionError) as error:

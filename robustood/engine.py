@@ -32,10 +32,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood.attacks import ascent
-from robustood.inputs import check_choice
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_device,
+    check_flag,
+    check_instance,
+    check_mapping,
+    check_number,
+    check_several,
+)
 
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
+
+
+def _check_backend(compile: bool | str) -> None:
+    """Refuse what is neither a flag nor the name of a backend."""
+    if isinstance(compile, str):
+        check_choice(compile, "compile", torch.compiler.list_backends(exclude_tags=()))
+    else:
+        check_flag(compile, "compile")
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,11 @@ class Engine:
 
     def __post_init__(self) -> None:
         check_choice(self.precision, "precision", ("float32", "bf16"))
+        check_flag(self.channels_last, "channels_last")
+        _check_backend(self.compile)
+        check_mapping(self.measured, "measured", "{name: images a second}")
+        for name, rate in self.measured.items():
+            check_number(rate, f"measured[{name!r}]", 0)
 
     def run(self, model: nn.Module) -> nn.Module:
         """The model as training calls it; itself where nothing is to be done."""
@@ -260,6 +282,16 @@ def choose(
         batch_size: of the measurement.
     """
     check_choice(precision, "precision", ("auto", "float32", "bf16"))
+    check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
+    check_several(shape, "shape", "whole numbers, those of one input such as (3, 32, 32)")
+    shape = tuple(check_count(side, "shape: each", low=1) for side in shape)
+    if not (isinstance(channels_last, str) and channels_last == "auto"):
+        check_flag(channels_last, "channels_last")
+    if not (isinstance(compile, str) and compile == "auto"):
+        _check_backend(compile)
+    batch_size = check_count(batch_size, "batch_size", low=1)
+    if device is not None:
+        check_device(device)
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

@@ -49,6 +49,31 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
         )
 
 
+def pixels(images: Tensor) -> Tensor:
+    """8-bit images as floats in [0, 1]; all else as it is."""
+    check_instance(images, "images", Tensor, "a tensor of images, in 8 bits or in [0, 1]")
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> Tensor:
+    """Inputs as a door takes them: 8-bit pixels as floats in [0, 1], all else checked and as it is.
+
+    In any other box than that of pixels, 8-bit numbers are refused like all integers.
+    """
+    if isinstance(x, Tensor) and box == (0, 1):
+        x = pixels(x)
+    check_values(x, box, name)
+    return x
+
+
+def finite(x: Tensor, name: str = "x") -> Tensor:
+    """Inputs as a door without a box takes them: 8-bit images as floats in [0, 1], all else checked for NaN."""
+    if isinstance(x, Tensor) and x.ndim == 4:
+        x = pixels(x)
+    check_values(x, None, name)
+    return x
+
+
 def check_images(x: Tensor, name: str = "x") -> None:
     """Refuse what is not a float batch (batch, channel, height, width) in [0, 1]."""
     if isinstance(x, Tensor) and x.ndim != 4:
@@ -210,9 +235,11 @@ def numbers(values: object, name: str) -> np.ndarray:
     return found.astype(np.float64, copy=False)
 
 
-def finite(values: object, name: str) -> np.ndarray:
+def reals(values: object, name: str, axes: int | None = None) -> np.ndarray:
     """Real numbers as float64, without NaN and infinity, at least one."""
     found = numbers(values, name)
+    if axes is not None and found.ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes, got shape {found.shape}; use [None]")
     if found.size == 0 or not np.isfinite(found).all():
         raise ValueError(f"{name} must be finite numbers, at least one, got {values!r:.80}")
     return found

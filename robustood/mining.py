@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
-from robustood.inputs import check_choice, check_count, check_number
-from robustood.models import frozen
+from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.models import check_finite, declared, frozen
 
 Margins = Float[Tensor, " _"]
 
@@ -32,11 +32,15 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     Args:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
     """
-    detector = RejectClass(model) if getattr(model, "reject", 0) else MSP(model)
+    detector = RejectClass(model) if declared(model)[1] else MSP(model)
+    if pool.dtype != torch.uint8:
+        check_values(pool, None, "pool")
     device = next(model.parameters()).device
     with frozen(model):
         parts = [detector.score(pixels(part.to(device))) for part in pool.split(batch_size)]
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    check_finite((~found.isfinite()).sum(), len(pool))
+    return found
 
 
 def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:

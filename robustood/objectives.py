@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -26,8 +25,8 @@ from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
-from robustood.models import batch_statistics, frozen
-from robustood.perturbations import Ball, Latent, Linf, PerturbationSet
+from robustood.models import batch_statistics, declared, frozen, read
+from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
 
 Scalar = Float[Tensor, ""]
 
@@ -44,7 +43,7 @@ class Standard:
     r"""Empirical risk: $\frac1B \sum_i \ell(f(x_i), y_i)$ with the cross-entropy $\ell$."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        return cross_entropy(model(batch.x), batch.y)
+        return cross_entropy(read(model, batch.x), batch.y)
 
 
 @dataclass(frozen=True)
@@ -82,19 +81,13 @@ class Attacked:
         check_choice(self.keep, "keep", ("last", "best"))
         if self.step_size is not None:
             check_number(self.step_size, "step_size", 0)
-        if not isinstance(self.within, (Real, PerturbationSet)):
-            raise ValueError(
-                "within must be a number or a perturbation set such as Linf(8/255), got "
-                f"{self.within!r}"
-            )
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
         if self.ramp and not isinstance(within, (Ball, Latent)):
             raise ValueError(f"ramp needs a ball such as Linf, L2 or Latent, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:
         """The set after a share ``progress`` of the training."""
-        given = self.within
-        within = given if isinstance(given, PerturbationSet) else Linf(float(given))
+        within = as_set(self.within)
         if self.ramp and isinstance(within, (Ball, Latent)):
             return within.scaled(min(1.0, progress / self.ramp))
         return within
@@ -137,11 +130,11 @@ class Adversarial(Attacked):
     clean: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        loss = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
+        loss = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
         worst = self.worst(model, batch.x, loss, batch.generator, batch.progress)
         if self.clean:
             return torch.maximum(loss(batch.x), loss(worst)).mean()
-        return cross_entropy(model(worst), batch.y)
+        return cross_entropy(read(model, worst), batch.y)
 
 
 @dataclass(frozen=True)
@@ -167,11 +160,11 @@ class TRADES(Attacked):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         with torch.no_grad(), frozen(model, self.mode):
-            anchor = log_softmax(model(batch.x), 1)
-        apart = lambda x: divergence(anchor, model(x)).sum(1)  # noqa: E731
+            anchor = log_softmax(read(model, batch.x), 1)
+        apart = lambda x: divergence(anchor, read(model, x)).sum(1)  # noqa: E731
         worst = self.worst(model, batch.x, apart, batch.generator, batch.progress)
-        clean = model(batch.x)
-        unstable = divergence(log_softmax(clean, 1), model(worst)).sum(1).mean()
+        clean = read(model, batch.x)
+        unstable = divergence(log_softmax(clean, 1), read(model, worst)).sum(1).mean()
         return cross_entropy(clean, batch.y) + self.beta * unstable
 
 
@@ -240,13 +233,13 @@ class OutlierTraining:
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         x, u = self.worst(model, batch)
         if u is None:
-            return cross_entropy(model(x), batch.y)
+            return cross_entropy(read(model, x), batch.y)
         if self.bn == "separate":
-            z_in = model(x)
+            z_in = read(model, x)
             with batch_statistics(model):
-                z_out = model(u)
+                z_out = read(model, u)
         else:
-            z_in, z_out = model(torch.cat([x, u])).split([len(x), len(u)])
+            z_in, z_out = read(model, torch.cat([x, u])).split([len(x), len(u)])
         return cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
 
     def worst(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -261,11 +254,11 @@ class OutlierTraining:
         if u is None or clean == len(u):
             outside = None
         rest = x[:0] if u is None else u[clean:]
-        on_labels = lambda x: attacks.cross_entropy(model(x), batch.y)  # noqa: E731
-        on_outliers = lambda u: self.outlier_loss(model(u))  # noqa: E731
+        on_labels = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
+        on_outliers = lambda u: self.outlier_loss(read(model, u))  # noqa: E731
 
         def on_both(v: Tensor) -> Tensor:
-            z_in, z_out = model(v).split([len(x), len(rest)])
+            z_in, z_out = read(model, v).split([len(x), len(rest)])
             return torch.cat([attacks.cross_entropy(z_in, batch.y), self.outlier_loss(z_out)])
 
         if inside and inside == outside and inside.mode == "eval":
@@ -283,7 +276,7 @@ class OutlierTraining:
         """The step's outliers, None where they have no weight."""
         if self.weight == 0:
             return None
-        if self.outlier_loss is to_reject and hasattr(model, "reject"):
+        if self.outlier_loss is to_reject:
             reject_outputs(model)
         return needed(batch.outliers)
 
@@ -387,9 +380,9 @@ class SOFL:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         if batch.progress < self.start or batch.outliers is None:
-            return cross_entropy(model(batch.x), batch.y)
+            return cross_entropy(read(model, batch.x), batch.y)
         classes, rejects = reject_outputs(model)
-        z = model(torch.cat([batch.x, batch.outliers]))
+        z = read(model, torch.cat([batch.x, batch.outliers]))
         z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
         answer = z_out.argmax(1)
         how: dict[str, Any] = {"device": z.device, "generator": batch.generator}
@@ -408,10 +401,13 @@ def needed(outliers: Tensor | None) -> Tensor:
 
 def reject_outputs(model: nn.Module) -> tuple[int, int]:
     """Numbers of classes and of reject outputs, of which there must be some."""
-    rejects = int(getattr(model, "reject", 0))
-    if not rejects:
-        raise ValueError("model has no reject output; build it with reject=1")
-    return int(model.classes), rejects  # ty: ignore
+    classes, rejects = declared(model)
+    if classes is None or not rejects:
+        raise ValueError(
+            "model has no reject output; build it with reject=1, or wrap a network from elsewhere by "
+            "models.adapt(model, head=..., reject=1)"
+        )
+    return classes, rejects
 
 
 @dataclass(frozen=True)
@@ -438,9 +434,9 @@ class ROWL:
         drawn = [each(lot, len(part), batch.generator) for part in (batch.x, y[len(batch.x) :])]
         wrong = (y + torch.cat(drawn)) % (classes + 1)
         inner = self.inner if isinstance(self.inner, Attacked) else Attacked(self.inner, self.steps)
-        toward = lambda v: -attacks.cross_entropy(model(v), wrong)  # noqa: E731
+        toward = lambda v: -attacks.cross_entropy(read(model, v), wrong)  # noqa: E731
         moved = inner.worst(model, x, toward, batch.generator, batch.progress)
-        return cross_entropy(model(torch.cat([x, moved])), torch.cat([y, y]))
+        return cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
 
 
 @dataclass(frozen=True)
@@ -465,6 +461,6 @@ class CCU:
             raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
         u = needed(batch.outliers)
         guard: Any = model
-        inside = cross_entropy(model(batch.x), batch.y) - guard.inside(batch.x).mean()
-        outside = to_uniform(model(u)).mean() - guard.outside(u).mean()
+        inside = cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()
+        outside = to_uniform(read(model, u)).mean() - guard.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

@@ -16,16 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from robustood.data import pixels
 from robustood.inputs import (
     check_choice,
     check_count,
-    check_images,
     check_instance,
     check_number,
     check_several,
     check_text,
-    finite,
+    reals,
+    taken,
 )
 from robustood.metrics import Estimate
 
@@ -93,8 +92,7 @@ def image_grid(
             f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
             "add an axis with images[:, None] for grey ones"
         )
-    images = pixels(images.detach())
-    check_images(images, "images")
+    images = taken(images.detach(), name="images")
     if titles is not None:
         check_several(titles, "titles", "texts, one an image", 0)
         for title in titles:
@@ -137,7 +135,7 @@ def band(
     check_instance(axis, "axis", Axes, "Matplotlib's Axes, such as plt.figure().gca()")
     check_several(x, "x", "positions")
     check_several(estimates, "estimates", "Estimate, one a position")
-    places = finite(x, "x")
+    places = reals(x, "x")
     for each in estimates:
         check_instance(each, "estimates: each", Estimate, "an Estimate with value, low and high")
     if label is not None:

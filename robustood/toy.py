@@ -31,8 +31,8 @@ from robustood.inputs import (
     check_number,
     check_seed,
     check_values,
-    finite,
     numbers,
+    reals,
 )
 
 Values = np.ndarray | float  # a number for a number, an array for an array
@@ -41,7 +41,7 @@ Phi = ndtr  # the standard normal distribution function, written as in the formu
 
 def phi(x: ArrayLike) -> Values:
     """Standard normal density."""
-    return np.exp(-0.5 * np.square(finite(x, "x"))) / np.sqrt(2 * np.pi)
+    return np.exp(-0.5 * np.square(reals(x, "x"))) / np.sqrt(2 * np.pi)
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ class TsiprasDistribution:
         check_values(x, box=None)
         if x.ndim != 2 or x.shape[1] != self.d + 1:
             raise ValueError(
-                f"x must have d + 1 = {self.d + 1} features, got shape {tuple(x.shape)}; "
-                "draw points with sample(n, seed)"
+                f"x must have d + 1 = {self.d + 1} features, got {tuple(x.shape)}; use sample(n, seed)"
             )
         check_number(t, "t", 0, np.inf, "inf stands for sign(x1)")
         if np.isinf(t):
@@ -236,7 +235,7 @@ def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: floa
     Given x1 the worst margin is N(m, s^2), and E max(0, 1 - m - s xi) is elementary.
     """
     _check_dist(dist)
-    w1, s = finite(w1, "w1"), _inside(s, "s", np.finfo(float).max)
+    w1, s = reals(w1, "w1"), _inside(s, "s", np.finfo(float).max)
     noise = np.maximum(s, 1e-100)  # keeps the formula's limit at s = 0
 
     def hinge(m: Values) -> Values:
@@ -417,7 +416,7 @@ class GaussianOutliers:
         return float(Phi((-theta.sum() + reach) / (self.sigma * size)))
 
     def _weights(self, theta: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
-        theta = finite(theta, "theta")
+        theta = reals(theta, "theta")
         if theta.shape != (self.d,) or not theta.any():
             raise ValueError(
                 f"theta must be d = {self.d} weights, not all 0, got shape {theta.shape}"
@@ -461,7 +460,10 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, " d"]:
         r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
-        inside, outliers = _points(inside, "inside"), _points(outliers, "outliers")
+        inside, outliers = (
+            reals(inside, "inside", 2),
+            reals(outliers, "outliers", 2),
+        )
         return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
 
     @staticmethod
@@ -469,7 +471,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
     ) -> Int[np.ndarray, " n_kept"]:
         r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most alike first."""
-        inside, pool = _points(inside, "inside"), _points(pool, "pool")
+        inside, pool = reals(inside, "inside", 2), reals(pool, "pool", 2)
         check_count(n, "n", 1)
         check_number(q, "q", 0, 1, "a share of the pool")
         order = np.argsort(-(pool @ inside.mean(0)), kind="stable")
@@ -479,12 +481,3 @@ class GaussianOutliers:
 def _check_draw(n: int, rng: np.random.Generator) -> None:
     check_count(n, "n", 1)
     check_instance(rng, "rng", np.random.Generator, "np.random.default_rng(seed)")
-
-
-def _points(values: ArrayLike, name: str) -> Float[np.ndarray, "n d"]:
-    points = finite(values, name)
-    if points.ndim != 2:
-        raise ValueError(
-            f"{name} must be (points, d), got shape {points.shape}; use [None] for one"
-        )
-    return points

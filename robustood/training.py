@@ -29,7 +29,7 @@ from robustood.data.batches import Change
 from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
 from robustood.identity import check_identity, identity
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
-from robustood.models import Average, Averaged
+from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
 
 Monitor = Callable[[nn.Module], dict[str, float]]
@@ -146,7 +146,7 @@ def fit(
     check_count(outlier_batch_size, "outlier_batch_size", low=1)
     check_number(lr, "lr", 0)
     check_number(warmup, "warmup", 0, 1)
-    check_number(minutes, "minutes", 0)
+    check_number(minutes, "minutes", 0, math.inf)
     if average is not None:
         check_number(average, "average", 0, 1)
     for place, images in (("train.x", data.train.x), ("outliers", data.outliers)):
@@ -159,7 +159,7 @@ def fit(
                 f"data.{place} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
                 f"sample, got {tuple(images.shape[1:])}"
             )
-    check_targets(data.train.y, data.train.x, getattr(model, "classes", None))
+    check_targets(data.train.y, data.train.x, declared(model)[0])
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
@@ -300,6 +300,10 @@ class Run:
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
             loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
+                )
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()

@@ -6,7 +6,6 @@ its object stands under ``self``. What is not here stands in ``EXEMPT`` with the
 """
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -87,7 +86,13 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.GradNorm.logs": PARTS,
     "detectors.KNN.nearest": PARTS,
     "detectors.KNN.query": PARTS,
-    "detectors.Mahalanobis.*": PARTS,
+    "detectors.Mahalanobis.by_class": PARTS,
+    "detectors.Mahalanobis.distances": PARTS,
+    "detectors.Mahalanobis.layer_scores": PARTS,
+    "detectors.Mahalanobis.parts": PARTS,
+    "detectors.Mahalanobis.plain": PARTS,
+    "detectors.Mahalanobis.unmoved": PARTS,
+    "detectors.Mahalanobis.weighed": PARTS,
     "detectors.ODIN.stepped": PARTS,
     "detectors.ReAct.outputs": PARTS,
     "detectors.RejectClass.halves": PARTS,
@@ -241,6 +246,7 @@ def grey(n, seed):
 
 
 X, U = grey(6, 0), grey(6, 1)
+COLOURED = (255 * X).byte().repeat(1, 3, 1, 1)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 MANY, MANY_Y = grey(60, 2), torch.arange(60) % 3  # enough to fit every detector
 NET, REJECT = small_cnn(3).eval(), small_cnn(3, reject=1).eval()
@@ -262,20 +268,17 @@ def fitted():
     return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT)}
 
 
-def pack(root):
-    x = (255 * X).byte().repeat(1, 3, 1, 1)
-    data.write_pack(root / "mine_test.npz", x, Y, ["a", "b", "c"])
-    return root
-
-
-def tree(root):
-    """Folders of pictures, one a class."""
+def prepare(tmp: Path):
+    """The files that the table names."""
+    save_weights(tmp / "net.safetensors", NET, seed=0)
+    (tmp / "made.json").write_text(json.dumps({"a": 1}))
+    data.write_pack(tmp / "mine_test.npz", COLOURED, Y, ["a", "b", "c"])
     for name, each in zip("abc", X, strict=False):
-        (root / "tree" / name).mkdir(parents=True, exist_ok=True)
+        (tmp / "tree" / name).mkdir(parents=True)
         for i in range(2):
             picture = Image.fromarray((255 * each[0]).byte().numpy() // (1 + i))
-            picture.resize((16, 16)).save(root / "tree" / name / f"{i}.png")
-    return root / "tree"
+            picture.resize((16, 16)).save(tmp / "tree" / name / f"{i}.png")
+    return tmp
 
 
 def drawing(a):
@@ -286,9 +289,6 @@ def drawing(a):
 
 def calls(tmp: Path):
     """The table; everything in it is made anew, or is left as it was by every function."""
-    save_weights(tmp / "net.safetensors", NET, seed=0)
-    (tmp / "made.json").write_text(json.dumps({"a": 1}))
-    pack(tmp), tree(tmp)
     scene = data.scenes(2, seed=0, size=8)
     light = data.random_lights(2, 3, source())
     kept = sorted(
@@ -339,12 +339,12 @@ def calls(tmp: Path):
         ),
         "data.available": dict(root=tmp),
         "data.check": dict(name="mine", split="test", root=tmp),
-        "data.compress": dict(images=(255 * X).byte().repeat(1, 3, 1, 1), quality=80),
+        "data.compress": dict(images=COLOURED, quality=80),
         "data.corrupted": dict(split=data.Split(X, Y), names=["fog", "contrast"], severity=2, seed=0),
         "data.counted_as": dict(
-            loaded=data.load("mine", "test", tmp), names=["x", *data.load("mine", "test", tmp).names], by="others"
+            loaded=data.Loaded(COLOURED, Y, "mine", names=("a", "b", "c")), names=["x", "a", "b", "c"], by="others"
         ),
-        "data.digest": dict(images=(255 * X).byte().repeat(1, 3, 1, 1)),
+        "data.digest": dict(images=COLOURED),
         "data.digits": dict(train=50, seed=0),
         "data.draw": dict(data=DATA, batch_size=3, outlier_batch_size=2, generator=source(), augment=data.Augment(1)),
         "data.folder": dict(path=tmp / "tree", name="tree", size=8, root=tmp, split="test"),
@@ -368,17 +368,19 @@ def calls(tmp: Path):
         "data.root": dict(path=tmp),
         "data.scenes": dict(n=2, seed=0, size=8),
         "data.without_overlap": dict(
-            outliers=replace(data.load("mine", "test", tmp), name="tinyimagenet", names=(), ids=("n01641577", "n1", "n2")),
+            outliers=data.Loaded(
+                (255 * X).byte(), torch.arange(6) % 2, "tinyimagenet", ids=("n01641577", "n00000001")
+            ),
             known="cifar10",
         ),
         "data.write_pack": dict(
-            path=tmp / "new_test.npz", images=(255 * X).byte().repeat(1, 3, 1, 1), labels=Y,
+            path=tmp / "new_test.npz", images=COLOURED, labels=Y,
             names=["a", "b", "c"], ids=["1", "2", "3"], jpeg=90, per=4, source="drawn",
         ),
         "detectors.post_hoc": dict(model=NET, x=MANY, y=MANY_Y),
         "engine.Engine": dict(precision="float32", channels_last=True, compile=False, measured={"compiled": 1.0}),
         "engine.choose": dict(
-            model=NET, shape=(1, 8, 8), device="cpu", precision="auto", channels_last="auto", compile="auto",
+            model=NET, shape=(1, 8, 8), device="cpu", precision="float32", channels_last=True, compile="auto",
             batch_size=4,
         ),
         "evaluate.Report.from_json": dict(self=evaluate.Report, text=report().to_json()),
@@ -393,13 +395,13 @@ def calls(tmp: Path):
         ),
         "evaluate.epsilon_curve": dict(
             detector=MSP(NET), x_in=X, x_out=U, within=WITHIN, radii=[0.01, 0.02], side="both",
-            run_dir=None, steps=1,
+            run_dir=tmp / "report", steps=1,
         ),
         "evaluate.four_sides": dict(detector=MSP(NET), x_in=X, x_out={"u": U}, within=WITHIN, steps=1),
         "evaluate.measure": dict(clean=A, scores_in=A, scores_out=B, tpr=0.8, confidence=0.9),
         "evaluate.ood_report": dict(
             detector=MSP(NET), x_in=X, x_out={"u": U}, within=WITHIN, side="out", attack=attack_score, tpr=0.8,
-            confidence=0.9, batch_size=4, seed=0, run_dir=None, steps=1,
+            confidence=0.9, batch_size=4, seed=0, run_dir=tmp / "report", steps=1,
         ),
         "evaluate.paper_attack": dict(
             detector=MSP(NET), x=X[:2], within=WITHIN, direction="raise", paper="atom", batch_size=4, generator=source()
@@ -579,4 +581,5 @@ def calls(tmp: Path):
         table[f"detectors.{name}.climbs"] = dict(self=detector, x=X, direction="lower")
         table[f"detectors.{name}.published"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
+    table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

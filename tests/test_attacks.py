@@ -454,7 +454,7 @@ LABELS = torch.tensor([0, 1])
         (GOOD * torch.nan, LABELS, ["x", "NaN"]),
         (GOOD * torch.inf, LABELS, ["x", "infinity"]),
         (GOOD[:0], LABELS[:0], ["x", "empty"]),
-        ((GOOD * 255).byte(), LABELS, ["x", "uint8", "255"]),
+        ((GOOD * 255).short(), LABELS, ["x", "int16", "255"]),
         (GOOD, torch.tensor([0, 10]), ["y", "10", "(2, 10)"]),
         (GOOD, torch.tensor([0, -1]), ["y", "-1"]),
         (GOOD, torch.tensor([0, 1, 2]), ["y", "(2,)", "(3,)"]),

@@ -52,6 +52,26 @@ each_detector = pytest.mark.parametrize("name", NAMES)
 both_directions = pytest.mark.parametrize("direction", ["raise", "lower"])
 
 
+# --- the networks
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: nn.Sequential(nn.Identity(), net)])
+def test_a_wrapped_network_is_measured_as_the_network_itself(book, wrap):
+    model = small_cnn(reject=1)
+    for build in (MSP, Energy, RejectClass):
+        own, outer = build(model), build(wrap(model))
+        x = book.test.x[:20]
+        assert torch.equal(own.score(x), outer.score(x))
+        assert torch.equal(own.published(x), outer.published(x))
+        how = {"within": Linf(0.1), "direction": "lower"}
+        assert torch.equal(
+            attack_score(own, x, steps=3, **how), attack_score(outer, x, steps=3, **how)
+        )
+        for paper in ("aloe", "atom"):
+            found = [paper_attack(d, x, paper=paper, **how) for d in (own, outer)]
+            assert torch.equal(*found)
+
+
 # --- the adaptive attack
 
 

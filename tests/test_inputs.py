@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustood import data
+from robustood import attacks, data, detectors, evaluate, mining, plotting, smoothing
 from robustood.inputs import (
     TOLERANCE,
     check_choice,
@@ -19,6 +19,8 @@ from robustood.inputs import (
     check_number,
     check_values,
 )
+from robustood.models import small_cnn
+from robustood.perturbations import L2, Linf
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3])
@@ -218,3 +220,90 @@ def test_an_unknown_choice_is_told_which_exist():
 )
 def test_the_data_refuse_what_they_cannot_give(untyped, call, parts):
     refuses(call, *parts)
+
+
+# ---- a number for a set, and 8-bit images --------------------------------------------------------
+
+
+NET = small_cnn(reject=1)
+BYTES = (X * 255).round().to(torch.uint8)
+PIXELS = BYTES.float() / 255
+WITHIN = {
+    "pgd": lambda x, w: attacks.pgd(NET, x, Y, w, steps=2),
+    "fgsm": lambda x, w: attacks.fgsm(NET, x, Y, w),
+    "maximise": lambda x, w: attacks.maximise(lambda v: NET(v)[:, 0], x, w, steps=2),
+    "attack_score": lambda x, w: evaluate.attack_score(
+        detectors.MSP(NET), x, w, direction="raise", steps=2
+    ),
+    "in turn": lambda x, w: evaluate.attack_in_turn(
+        detectors.MSP(NET), x, [w, w], direction="raise", steps=2
+    ),
+    "paper_attack": lambda x, w: evaluate.paper_attack(
+        detectors.RejectClass(NET), x, w, direction="raise", paper="atom"
+    ),
+    "ood_report": lambda x, w: evaluate.ood_report(
+        detectors.MSP(NET), x, {"a": x}, w, side="both", steps=2
+    ),
+    "four_sides": lambda x, w: evaluate.four_sides(detectors.MSP(NET), x, {"a": x}, w, steps=2),
+    "curve": lambda x, w: evaluate.epsilon_curve(detectors.MSP(NET), x, x, w, [0.0, 0.05], steps=2),
+}
+TAKES = {
+    "robust_accuracy": lambda x: attacks.robust_accuracy(NET, x, Y),
+    "scores": lambda x: evaluate.scores(detectors.MSP(NET), x),
+    "certify": lambda x: smoothing.certify(NET, x, L2(0.1), sigma=0.1, n0=5, n=20, alpha=0.1),
+    "interval": lambda x: smoothing.interval_score(NET, x, 0.01)[0],
+    "mine": lambda x: mining.mine(NET, x, 2, 0.0),
+    "combine": lambda x: detectors.Mahalanobis(NET).fit(x, Y // 2).combine(x, x).score(X),
+    "KNN": lambda x: detectors.KNN(NET, 1).fit(x, Y).score(X),
+    "ReAct": lambda x: detectors.ReAct(NET).fit(x, Y).score(X),
+    "image_grid": lambda x: torch.tensor(
+        plotting.image_grid(x, columns=4).axes[0].images[0].get_array().data
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_a_number_is_the_radius_of_linf_wherever_a_set_is_taken(name):
+    assert str(WITHIN[name](PIXELS, 0.05)) == str(WITHIN[name](PIXELS, Linf(0.05)))
+
+
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("bad", ["0.1", True, (0.1,), -0.1, NAN])
+def test_what_is_neither_a_set_nor_a_radius_is_refused(untyped, name, bad):
+    refuses(
+        lambda: WITHIN[name](PIXELS, bad),
+        "within" if not isinstance(bad, float) else "eps",
+        repr(bad),
+    )
+
+
+def test_smoothing_refuses_a_number_as_the_linf_that_it_means(untyped):
+    refuses(lambda: smoothing.certify(NET, X, 0.1, sigma=0.1), "Euclidean", "Linf(eps=0.1")
+
+
+DOORS = {n: lambda x, f=f: f(x, Linf(0.05)) for n, f in WITHIN.items()} | TAKES
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_eight_bit_images_are_pixels_at_every_door(untyped, name):
+    torch.manual_seed(0)
+    expected = DOORS[name](PIXELS)
+    found = DOORS[name](BYTES)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+    else:
+        assert str(found) == str(expected)
+
+
+@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
+def test_other_integers_are_no_images(untyped, name, dtype):
+    refuses(lambda: DOORS[name](BYTES.to(dtype)), "floating point", str(dtype))
+
+
+def test_eight_bit_vectors_without_a_box_are_refused(untyped):
+    flat = BYTES.flatten(1)
+    free = Linf(0.05, box=None)
+    refuses(lambda: attacks.pgd(NET, flat, Y, free), "floating point", "torch.uint8")
+    refuses(lambda: attacks.maximise(NET, flat, free, steps=1), "floating point", "torch.uint8")
+    refuses(lambda: evaluate.scores(detectors.MSP(NET), flat), "floating point", "torch.uint8")

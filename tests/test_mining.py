@@ -11,7 +11,7 @@ from robustood import training
 from robustood.data import Data, Split, digits, glyphs
 from robustood.mining import Mining, contamination, margins, mine
 from robustood.models import readout, small_cnn
-from robustood.objectives import NTOM, Standard
+from robustood.objectives import ATOM, NTOM, Standard
 from robustood.training import fit
 
 
@@ -201,3 +201,22 @@ def test_a_data_set_keeps_its_notes_on_another_device(book):
     noted = Data(book.train, book.val, book.test, book.outliers, notes={"q": 0.5})
     assert noted.to("cpu").notes == {"q": 0.5}
     assert isinstance(noted.to("cpu").train, Split)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: nn.Sequential(nn.Identity(), net)])
+def test_a_wrapped_network_is_mined_and_trained_as_the_network_itself(book, wrap):
+    net = small_cnn(reject=1)
+    pool = book.outliers[:60]
+    assert torch.equal(margins(wrap(net), pool), margins(net, pool))
+    for objective in (NTOM(), ATOM(0.05, steps=1)):
+        own, inner = small_cnn(reject=1), small_cnn(reject=1)
+        fit(own, objective, book, epochs=1)
+        fit(wrap(inner), objective, book, epochs=1)
+        for a, b in zip(own.parameters(), inner.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rejection_is_not_taught_to_a_network_that_names_no_reject_output(book):
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(64, 11))
+    with pytest.raises(ValueError, match=r"no reject output.*reject=1.*models.adapt"):
+        fit(bare, NTOM(), book, epochs=1)

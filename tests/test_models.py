@@ -1,6 +1,8 @@
 """Each network against its formula written out, and what a seed, a mode and a batch may change."""
 
 import copy
+import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -15,20 +17,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock
 
+from robustood import attacks, detectors, evaluate, mining, objectives, smoothing, training
 from robustood.detectors import Mahalanobis
 from robustood.models import (
     STATISTICS,
     Classifier,
     Normalise,
     adapt,
+    declared,
     densenet_bc,
     mlp,
     preact_resnet18,
     readout,
     resnet,
     small_cnn,
+    split,
     wide_resnet,
 )
+from robustood.perturbations import L2, Latent, Linf
 
 BUILDS = {
     "cnn": lambda seed=0: small_cnn(seed=seed),
@@ -706,3 +712,335 @@ def test_networks_that_do_not_exist_are_refused(untyped, call, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         call()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+# ---- what a network says of its outputs --------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """Somebody's own wrapper, which passes nothing on."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Twins(nn.Module):
+    """The mean of two networks."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.both = nn.ModuleList([first, second])
+
+    def forward(self, x):
+        return (self.both[0](x) + self.both[1](x)) / 2
+
+
+WRAPPERS = {
+    "itself": lambda net: net,
+    "DataParallel": nn.DataParallel,
+    "Sequential": lambda net: nn.Sequential(nn.Identity(), net),
+    "Holder": Holder,
+    "nested": lambda net: nn.Sequential(nn.DataParallel(Holder(net))),
+    "ensemble": lambda net: Twins(net, copy.deepcopy(net)),
+    "function": lambda net: lambda x: net(x),
+    "method": lambda net: Holder(net).forward,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_a_network_says_of_its_outputs_is_found_through_wrappers(wrap):
+    assert declared(wrap(small_cnn(classes=4, reject=2))) == (4, 2)
+    assert declared(wrap(small_cnn(classes=7))) == (7, 0)
+    z = torch.arange(12.0).view(2, 6)
+    classes, reject = split(wrap(small_cnn(classes=4, reject=2)), z)
+    assert torch.equal(classes, z[:, :4]) and torch.equal(reject, z[:, 4:])
+
+
+def test_a_network_that_says_nothing_has_classes_alone():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    assert declared(plain) == (None, 0)
+    z = torch.arange(10.0).view(2, 5)
+    assert torch.equal(split(plain, z)[0], z) and split(plain, z)[1].shape == (2, 0)
+    plain.reject = 1  # without the number of classes it follows from the width
+    assert torch.equal(split(plain, z)[0], z[:, :4])
+
+
+def test_what_a_wrapper_says_itself_comes_first():
+    outer = Holder(small_cnn(classes=4, reject=1))
+    outer.classes, outer.reject = 4, 0
+    assert declared(outer) == (4, 0)
+    named = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    named.classes, named.reject = ["cat", "dog", "eel"], True  # names and a switch are no numbers
+    assert declared(named) == (None, 0)
+
+
+def test_outputs_that_contradict_what_is_said_are_refused():
+    class First(Holder):
+        def forward(self, x):
+            return self.net(x)[:, :10]
+
+    for model, z in ((First(small_cnn(reject=1)), 10), (nn.Sequential(small_cnn()), 11)):
+        with pytest.raises(ValueError, match=rf"returns {z} outputs.*classes = 10.*models.adapt"):
+            split(model, torch.zeros(2, z))
+    with pytest.raises(ValueError, match=r"disagree about reject \(\[0, 1\]\).*Twins"):
+        declared(Twins(small_cnn(), small_cnn(reject=1)))
+
+
+# ---- what a network returns --------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A small network whose outputs are changed on their way out."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = small_cnn(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+Named = type("Named", (), {"__init__": lambda self, z: setattr(self, "logits", z)})
+SHAPES = {
+    "a dict": (lambda z: {"loss": 0.0, "scores": z}, TypeError, r"dict.*output='scores'"),
+    "a tuple": (lambda z: (z, z.mean()), TypeError, "tuple.*output=0"),
+    "an object": (Named, TypeError, 'Named.*output="logits"'),
+    "nothing": (lambda z: None, TypeError, "NoneType.*models.adapt"),
+    "labels": (lambda z: z.argmax(1), ValueError, r"torch.int64 of shape \(\d+,\).*argmax"),
+    "a map": (lambda z: z[..., None, None], ValueError, r"\(\d+, 10, 1, 1\).*pool or flatten"),
+    "one logit": (lambda z: z[:, :1], ValueError, r"one output.*torch.cat"),
+    "one row": (lambda z: z[:1], ValueError, r"shape \((\d+), outputs\) for \1 inputs.*\(1, 10\)"),
+    "NaN": (lambda z: z * torch.nan, ValueError, "NaN or infinity for .* inputs"),
+    "infinity": (lambda z: z + torch.inf, ValueError, "NaN or infinity for .* inputs"),
+}
+X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(6))
+Y = torch.arange(4)
+DOORS = {
+    "pgd": lambda m: attacks.pgd(m, X, Y, Linf(0.1), steps=2),
+    "fgsm": lambda m: attacks.fgsm(m, X, Y, Linf(0.1)),
+    "targets": lambda m: attacks.pgd(m, X, Y, Linf(0.1), steps=1, loss="targets"),
+    "robust_accuracy": lambda m: attacks.robust_accuracy(m, X, Y),
+    "scores": lambda m: evaluate.scores(detectors.MSP(m), X),
+    "attack_score": lambda m: evaluate.attack_score(
+        detectors.MSP(m), X, Linf(0.1), direction="raise", steps=2
+    ),
+    "paper_attack": lambda m: evaluate.paper_attack(
+        detectors.MSP(m), X, Linf(0.1), direction="raise", paper="atom"
+    ),
+    "ood_report": lambda m: evaluate.ood_report(detectors.Energy(m), X, {"a": X}),
+    "certify": lambda m: smoothing.certify(m, X, L2(0.1), sigma=0.1, n0=5, n=20, alpha=0.1),
+    "predict": lambda m: smoothing.predict(m, X, L2(0.1), sigma=0.1, n=20),
+    "mine": lambda m: mining.mine(m, X, 2, 0.0),
+}
+each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@each_door
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_door_refuses_what_is_no_output(untyped, door, name):
+    change, kind, message = SHAPES[name]
+    with pytest.raises(kind, match=message):
+        door(Returns(change))
+
+
+@each_door
+def test_every_door_says_which_number_format_the_weights_have(door):
+    with pytest.raises(ValueError, match=r"torch.float32 .*weights are torch.float64.*x.to\("):
+        door(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double())
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "targets", "attack_score", "paper_attack"])
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "detach"])
+def test_an_attack_that_meets_no_gradient_says_so(name, mode):
+    net = small_cnn()
+    hidden = {"no_grad": torch.no_grad()(net), "inference_mode": torch.inference_mode()(net)}
+    model = Returns(lambda z: z)
+    model.forward = hidden.get(mode, lambda x: net(x).detach())
+    with pytest.raises(RuntimeError, match=r"no gradient.*no_grad.*detached"):
+        DOORS[name](model)
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "targets", "attack_score", "paper_attack"])
+def test_an_attack_on_a_network_that_rounds_warns_of_its_zero_gradients(name):
+    class Rounding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_cnn()
+
+        def forward(self, x):
+            return self.net((x * 255).round() / 255)
+
+    with pytest.warns(UserWarning, match="exactly zero for 100 % of 4 inputs"):
+        DOORS[name](Rounding())
+    with pytest.warns(UserWarning, match="exactly zero"):  # one sample that has a gradient: no word
+        attacks.pgd(Rounding(), X[:1], Y[:1], Linf(0.1), steps=2)
+    sure = small_cnn()
+    with torch.no_grad():
+        sure.head.bias[3] += 300.0
+    assert attacks.pgd(sure, X, Y, Linf(0.1), steps=2).shape == X.shape  # flat for the fourth alone
+
+
+def test_a_network_that_returns_more_is_adapted():
+    net = small_cnn(reject=1)
+    expected = net(X)
+    where = [
+        (lambda z: {"loss": 0.0, "logits": z}, "logits"), (Named, "logits"), (lambda z: (z, 0), 0),
+        (lambda z: [None, z], 1), (lambda z: {"a": (z,)}, lambda found: found["a"][0]),
+    ]  # fmt: skip
+    for change, output in where:
+        outer = Returns(change)
+        outer.net = net
+        model = adapt(outer, head="net.head", reject=1, output=output)
+        assert torch.equal(model(X), expected)
+        assert torch.equal(model.features(X), net.features(X))
+        assert declared(model) == (10, 1)
+
+
+@pytest.mark.parametrize("kind", ["Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm"])
+def test_a_detector_says_which_part_a_network_does_not_show(kind):
+    how = {"k": 1} if kind == "KNN" else {}
+    detector = getattr(detectors, kind)(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), **how)
+    with pytest.raises(TypeError, match=rf"{kind} needs model\..*Sequential has not.*models.adapt"):
+        detector.fit(X, Y).score(X)
+
+
+def test_a_detector_is_not_fitted_to_nan():
+    net = small_cnn()
+    with torch.no_grad():
+        net.body[2][1].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity for 4 of 4 inputs"):
+        detectors.KNN(net, k=1).fit(X, Y)
+
+
+# ---- what a network may do to its input, and what a door may do to a network -------------------
+
+
+class Shift(nn.Module):
+    """x - 1/2, in a new tensor or over the old one."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x.sub_(0.5) if self.inplace else x - 0.5
+
+
+def overwriting(inplace):
+    model = small_cnn(reject=1)
+    model.normalise = Shift(inplace)
+    return model
+
+
+MORE_DOORS = DOORS | {
+    "maximise": lambda m: attacks.maximise(
+        lambda v: m(v).logsumexp(1), X, Linf(0.1), steps=3, restarts=0
+    ),
+    "l2": lambda m: attacks.pgd(m, X, Y, L2(0.5), steps=3, keep="last"),
+    "attacked accuracy": lambda m: attacks.robust_accuracy(
+        m, X, Y, lambda m, x, y: attacks.pgd(m, x, y, Linf(0.1), steps=2)
+    ),
+    "report": lambda m: evaluate.ood_report(
+        detectors.RejectClass(m), X, {"a": X}, Linf(0.1), side="both", steps=2
+    ).scores["a"],
+    "post hoc": lambda m: [
+        d.score(X) for d in (
+            detectors.Mahalanobis(m, "all", 0.01).fit(X, Y // 2), detectors.KNN(m, 1).fit(X, Y),
+            detectors.ViM(m, 2).fit(X), detectors.ReAct(m).fit(X), detectors.GradNorm(m),
+            detectors.ODIN(m, step=0.01), detectors.RejectClass(m), detectors.Entropy(m),
+        )
+    ],
+    "certified_score": lambda m: smoothing.certified_score(
+        lambda v: 1 + detectors.RejectClass(m).published(v), X, L2(0.1), sigma=0.1, n=10
+    ).mean,
+}  # fmt: skip
+
+
+def numbers(found):
+    """What a door returns, as one row of numbers."""
+    if isinstance(found, list):
+        return torch.cat([numbers(each) for each in found])
+    if dataclasses.is_dataclass(found):
+        return numbers([v for v in vars(found).values() if isinstance(v, (torch.Tensor, float))])
+    return torch.as_tensor(found).detach().flatten().double()
+
+
+@pytest.mark.parametrize("name", [n for n in MORE_DOORS if n != "ood_report"])
+def test_a_network_that_works_in_place_gives_the_same_numbers_and_leaves_the_images(name):
+    before = X.clone()
+    expected = numbers(MORE_DOORS[name](overwriting(inplace=False)))
+    assert torch.equal(numbers(MORE_DOORS[name](overwriting(inplace=True))), expected)
+    assert torch.equal(X, before)
+
+
+@pytest.mark.parametrize("name", ["Standard", "Adversarial", "TRADES", "OutlierExposure", "ALOE", "ATOM", "SOFL",
+                                  "ROWL"])  # fmt: skip
+def test_a_network_that_works_in_place_is_trained_as_another(book, name):
+    rule = getattr(objectives, name)
+    objective = rule(0.1) if name in ("Adversarial", "TRADES", "ALOE", "ATOM", "ROWL") else rule()
+    data = dataclasses.replace(book, train=book.train[:128], outliers=book.outliers[:128])
+    before = data.train.x.clone(), data.outliers.clone()
+    trained = [overwriting(inplace) for inplace in (False, True)]
+    for model in trained:
+        training.fit(model, objective, data, epochs=1)
+    assert all(map(torch.equal, *(m.state_dict().values() for m in trained)))
+    assert torch.equal(data.train.x, before[0]) and torch.equal(data.outliers, before[1])
+
+
+def test_the_images_of_a_condition_are_not_overwritten():
+    class Greedy:
+        latent = 64
+
+        def generate(self, x, u):
+            return x.add_(u.mul_(0.1).view_as(x))
+
+    x = 0.2 + 0.6 * X
+    before = x.clone()
+    within = Latent(Greedy(), 1.0)
+    moved = attacks.maximise(lambda v: v.sum((1, 2, 3)), x, within, steps=3, restarts=0)
+    assert torch.equal(x, before)
+    assert torch.allclose((moved - x).flatten(1).norm(dim=1), torch.full((4,), 0.1), atol=1e-5)
+
+
+class Plain:
+    """A classifier that is no torch module."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.net(x)
+
+    def answer(self, x):
+        return self.net(x)
+
+
+CALLED = {
+    "function": lambda net: lambda x: net(x),
+    "method": lambda net: Plain(net).answer,
+    "object": Plain,
+    "partial": lambda net: functools.partial(Plain.answer, Plain(net)),
+}
+CALLED_DOORS = [n for n in DOORS if n != "mine"]
+
+
+@pytest.mark.parametrize("wrap", CALLED.values(), ids=CALLED)
+@pytest.mark.parametrize("name", CALLED_DOORS)
+def test_a_network_inside_a_callable_is_frozen_in_eval_mode_and_restored(untyped, wrap, name):
+    net = small_cnn(batch_norm=True)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    seen = []
+    handle = net.register_forward_hook(
+        lambda m, i, o: seen.append((m.training, any(p.requires_grad for p in m.parameters())))
+    )
+    found = DOORS[name](wrap(net))
+    handle.remove()
+    assert seen and not any(training or learns for training, learns in seen)
+    assert net.training and all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    if isinstance(found, torch.Tensor):
+        assert torch.equal(found, DOORS[name](net))

@@ -366,3 +366,19 @@ def test_images_outside_the_box_and_strange_outliers_are_refused(data):
 def test_a_split_of_unequal_lengths_is_refused(data):
     with pytest.raises(ValueError, match="x and y must be of one length, got 320 and 3"):
         Split(data.train.x, data.train.y[:3])
+
+
+def test_a_network_whose_outputs_have_no_gradient_is_not_trained(book):
+    net = small_cnn()
+    hidden = net.forward
+    net.forward = lambda x: hidden(x).detach()
+    with pytest.raises(RuntimeError, match=r"loss has no gradient.*no_grad.*detached"):
+        fit(net, Standard(), book, epochs=1)
+
+
+def test_a_network_that_returns_a_tuple_is_not_trained(book):
+    net = small_cnn()
+    hidden = net.forward
+    net.forward = lambda x: (hidden(x), x)
+    with pytest.raises(TypeError, match=r"tuple; take one out of it by models.adapt.*output=0"):
+        fit(net, Standard(), book, epochs=1)

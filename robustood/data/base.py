@@ -22,6 +22,7 @@ from robustood.inputs import (
     check_seed,
     check_text,
 )
+from robustood.inputs import pixels as pixels  # shown as data.pixels
 
 S = TypeVar("S", bound="Split")
 
@@ -199,12 +200,6 @@ class Data:
             **{name: value.to(device) for name, value in moved.items()},
             ood={name: x.to(device) for name, x in self.ood.items()},
         )
-
-
-def pixels(images: Tensor) -> Tensor:
-    """8-bit images as floats in [0, 1]; floats as they are."""
-    check_instance(images, "images", Tensor, "a tensor of images, in 8 bits or in [0, 1]")
-    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True)

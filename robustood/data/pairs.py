@@ -154,7 +154,7 @@ def check_views(views: Tensor, pairing: Pairing) -> None:
     check_choice(pairing, "pairing", PAIRINGS)
     check_instance(views, "views", Tensor, "a tensor of images, float or 8 bits")
     needed = 3 if pairing == "others" else 2
-    if views.ndim != 5 or len(views) == 0 or views.shape[1] < needed:
+    if views.ndim != 5 or views.shape[1] < needed:
         raise ValueError(
             f"views must be (samples, views, channel, height, width) with at least {needed} views "
             f"for pairing {pairing!r}, got shape {tuple(views.shape)}"

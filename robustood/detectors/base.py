@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from robustood.inputs import check_choice, check_labels, check_values
-from robustood.models import frozen
+from robustood.inputs import check_choice, check_labels, finite, pixels
+from robustood.models import check_finite, frozen, networks, read, slope, split
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -62,11 +62,28 @@ class Detector(nn.Module, ABC):
 
     def logits(self, x: Inputs) -> Tensor:
         """The class outputs (batch, classes)."""
-        return self.classes(self.model(x))
+        return self.classes(read(self.model, x))
+
+    def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
+        """The network's penultimate features; like all of its parts it gets a copy of x."""
+        return self.part("features")(x.clone())
+
+    def stages(self, x: Inputs) -> list[Tensor]:
+        """The network's maps after each stage."""
+        return self.part("stages")(x.clone())
+
+    def part(self, name: str) -> Any:
+        """A part of the network that not every network shows."""
+        if (found := getattr(self.model, name, None)) is None:
+            raise TypeError(
+                f"{type(self).__name__} needs model.{name}, which {type(self.model).__name__} has not; wrap it by "
+                'models.adapt(model, head="name of its last linear layer")'
+            )
+        return found
 
     def classes(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
         """Outputs without those that reject."""
-        return z[:, : getattr(self.model, "classes", None)]
+        return split(self.model, z)[0]
 
     def ready(self) -> None:
         """Refuse to score before fit."""
@@ -76,21 +93,26 @@ class Detector(nn.Module, ABC):
 
     def device(self, x: Inputs) -> torch.device:
         """Where the network lives; where x does if it has no parameters."""
-        return next((p.device for p in self.model.parameters()), x.device)
+        found = (p.device for network in networks(self.model) for p in network.parameters())
+        return next(found, x.device)
 
     def stream(
-        self, read: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None
+        self, look: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """What ``read`` sees in each batch, with the labels; on the network's device.
+        """What ``look`` sees in each batch, with the labels; on the network's device.
 
-        Nothing stays switched off between batches: a fit that fails half-way leaves no trace.
+        Nothing stays switched off between batches: a fit that fails half-way leaves no trace. NaN and
+        infinity are refused after the last.
         """
-        device = self.device(x)
+        device, bad = self.device(x), 0
         y = torch.zeros(len(x), dtype=torch.int64) if y is None else y
         for part, labels in zip(x.split(FIT_BATCH), y.split(FIT_BATCH), strict=True):
             with frozen(self.model), torch.no_grad():
-                seen = read(part.to(device))
+                seen = look(pixels(part.to(device)))
+            for h in seen if isinstance(seen, list) else [seen]:
+                bad = bad + (~h.isfinite()).flatten(1).any(1).sum()
             yield seen, labels.to(device)
+        check_finite(bad, len(x))
 
 
 def signed(values: Tensor, direction: Direction) -> Tensor:
@@ -101,6 +123,10 @@ def signed(values: Tensor, direction: Direction) -> Tensor:
 
 def log_odds(z: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
     r"""$\log \frac{p_t}{1 - p_t} = z_t - \mathrm{LSE}_{j \ne t}(z_j)$ of every class, without cancellation."""
+    if z.shape[1] < 2:
+        raise ValueError(
+            "log-odds compare a class with the others, but the model has one class alone"
+        )
     top = one_hot(z.argmax(1), z.shape[1]).bool()
     # 1 - p_t cancels for the largest alone; the others' p_t is at most 1/2.
     p = z.softmax(1).masked_fill(top, 0)
@@ -123,13 +149,13 @@ def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs
         return x
     with torch.inference_mode(False), torch.enable_grad():
         probe = x.detach().clone().requires_grad_()
-        (grad,) = torch.autograd.grad(loss(probe), probe)
+        grad = slope(loss(probe), probe)
     return x - step * (2 * (grad >= 0).to(x) - 1)
 
 
 def check_fit(x: Inputs, y: Labels | None, labelled: bool = True) -> int:
     """Refuse to fit on nothing, on NaN, and without labels where they are needed; count the classes."""
-    check_values(x, None)
+    finite(x)
     if y is not None:
         check_labels(y, x)
         return int(y.max()) + 1

@@ -24,7 +24,7 @@ from robustood.detectors.base import (
     to_uniform,
 )
 from robustood.detectors.gaussian import Gaussian, Moments
-from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.inputs import check_choice, check_count, check_number, finite
 
 
 class Mahalanobis(Detector):
@@ -67,8 +67,8 @@ class Mahalanobis(Detector):
     def parts(self, x: Inputs) -> list[Tensor]:
         """The feature vector of each layer."""
         if self.layers == "last":
-            return [self.model.features(x)]
-        return [m.flatten(2).mean(2) if m.ndim > 2 else m for m in self.model.stages(x)]
+            return [self.features(x)]
+        return [m.flatten(2).mean(2) if m.ndim > 2 else m for m in self.stages(x)]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -92,8 +92,7 @@ class Mahalanobis(Detector):
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
         """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
         self.ready()
-        both = torch.cat([x, outliers])
-        check_values(both, None, "x")
+        both = torch.cat([finite(x), finite(outliers, "outliers")])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
         scale = scores.std(0).clamp_min(1e-12)
         labels = torch.arange(len(both)) >= len(x)
@@ -189,7 +188,7 @@ class KNN(Detector):
         classes = check_fit(x, y)
         if len(x) < self.k:
             raise ValueError(f"x must hold at least k = {self.k} samples, got {len(x)}")
-        parts = [(normalize(h), c) for h, c in self.stream(self.model.features, x, y)]
+        parts = [(normalize(h), c) for h, c in self.stream(self.features, x, y)]
         self.bank, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         means = self.bank.new_zeros(classes, self.bank.shape[1]).index_add_(0, labels, self.bank)
         self.prototypes = normalize(means)
@@ -197,7 +196,7 @@ class KNN(Detector):
 
     def query(self, x: Inputs) -> Float[Tensor, "batch width"]:
         self.ready()
-        return normalize(self.model.features(x))
+        return normalize(self.features(x))
 
     def nearest(self, q: Tensor) -> tuple[Values, Float[Tensor, "batch k"]]:
         r"""Distance to the k-th neighbour, and cosines with the k nearest.
@@ -263,7 +262,7 @@ class ViM(Detector):
     def fit(self, x: Inputs, y: Labels | None = None) -> ViM:
         """Two passes over x: the principal subspace, then the scale; labels are not used."""
         check_fit(x, y, labelled=False)
-        head = self.model.head
+        head = self.part("head")
         width = head.in_features
         dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
         if dims > width:
@@ -271,7 +270,7 @@ class ViM(Detector):
         weight, bias = self.classes(head.weight.T).T.double(), self.classes(head.bias[None])[0]
         origin = -torch.linalg.pinv(weight) @ bias.double()
         second = origin.new_zeros(width, width)
-        for h, _ in self.stream(self.model.features, x):
+        for h, _ in self.stream(self.features, x):
             own = h.double() - origin
             second += own.T @ own
         energy, axes = torch.linalg.eigh(second)
@@ -283,7 +282,7 @@ class ViM(Detector):
         self.outside = axes[:, : width - dims].to(head.weight)
         self.origin, self.alpha = origin.to(head.weight), head.weight.new_ones(())
         total = origin.new_zeros(2)
-        for h, _ in self.stream(self.model.features, x):
+        for h, _ in self.stream(self.features, x):
             top = self.of(h)[0].amax(1)
             total += torch.stack([top.double().sum(), self.residual(h).double().sum()])
         ratio = total[0] / total[1] if dims < width else origin.new_zeros(())
@@ -292,7 +291,7 @@ class ViM(Detector):
 
     def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Class outputs and the virtual logit of features."""
-        z = self.classes(self.model.head(h))
+        z = self.classes(self.part("head")(h))
         return z, self.alpha * self.residual(h)
 
     def residual(self, h: Float[Tensor, "batch width"]) -> Values:
@@ -301,7 +300,7 @@ class ViM(Detector):
 
     def score(self, x: Inputs) -> Values:
         self.ready()
-        z, virtual = self.of(self.model.features(x))
+        z, virtual = self.of(self.features(x))
         return z.logsumexp(1) - virtual
 
     def published(self, x: Inputs) -> Values:
@@ -310,7 +309,7 @@ class ViM(Detector):
     def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score and its two terms; to raise it, also each class output minus the virtual one."""
         self.ready()
-        z, virtual = self.of(self.model.features(x))
+        z, virtual = self.of(self.features(x))
         energy = z.logsumexp(1)
         columns = torch.stack([energy - virtual, energy, -virtual], 1)
         if direction == "raise":
@@ -351,7 +350,7 @@ class ReAct(Detector):
     def fit(self, x: Inputs, y: Labels | None = None) -> ReAct:
         """The quantile of all activations, up to a millionth of their range, in two passes."""
         check_fit(x, y, labelled=False)
-        features = lambda: (h.float() for h, _ in self.stream(self.model.features, x))  # noqa: E731
+        features = lambda: (h.float() for h, _ in self.stream(self.features, x))  # noqa: E731
         ends = torch.stack([torch.stack(h.aminmax()) for h in features()])
         low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
         bins, count = 2**20, torch.zeros(2**20, dtype=torch.float64)
@@ -365,10 +364,10 @@ class ReAct(Detector):
     def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class outputs of clipped features: with the gradient passed through the clip, and as is."""
         self.ready()
-        h = self.model.features(x)
+        h = self.features(x)
         clipped = h.minimum(self.clip.to(h))
         through = clipped.detach() + (h - h.detach())  # the values exactly, h's gradient
-        return self.classes(self.model.head(through)), self.classes(self.model.head(clipped))
+        return self.classes(self.part("head")(through)), self.classes(self.part("head")(clipped))
 
     def score(self, x: Inputs) -> Values:
         return self.outputs(x)[0].logsumexp(1)
@@ -401,8 +400,8 @@ class GradNorm(Detector):
 
     def factors(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         r"""$\|h\|_1$, $\|p - 1/K\|_1$ and the class outputs."""
-        h = self.model.features(x)
-        z = self.classes(self.model.head(h))
+        h = self.features(x)
+        z = self.classes(self.part("head")(h))
         return h.abs().sum(1), (z.softmax(1) - 1 / z.shape[1]).abs().sum(1), z
 
     def logs(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:

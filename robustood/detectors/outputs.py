@@ -20,6 +20,7 @@ from robustood.detectors.base import (
     to_uniform,
 )
 from robustood.inputs import check_number
+from robustood.models import declared, read, split
 
 
 class MSP(Detector):
@@ -217,23 +218,24 @@ class RejectClass(Detector):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        if not getattr(model, "reject", 0):
+        if not declared(model)[1]:
             raise ValueError(
                 "model must have reject outputs (model.reject of at least 1), got a network for "
-                "classes alone; build it with reject=1"
+                "classes alone; build it with reject=1, or wrap a network from elsewhere by "
+                "models.adapt(model, head=..., reject=1)"
             )
 
     def halves(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class outputs, and the LSE of the reject outputs (batch, 1)."""
-        z = self.model(x)
-        return z[:, : self.model.classes], z[:, self.model.classes :].logsumexp(1, keepdim=True)
+        z, reject = split(self.model, read(self.model, x))
+        return z, reject.logsumexp(1, keepdim=True)
 
     def score(self, x: Inputs) -> Values:
         z, reject = self.halves(x)
         return z.logsumexp(1) - reject[:, 0]
 
     def published(self, x: Inputs) -> Values:
-        return -self.model(x).softmax(1)[:, self.model.classes :].sum(1)
+        return -split(self.model, read(self.model, x).softmax(1))[1].sum(1)
 
     def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each class over rejection, to lower it, the largest class."""

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
 from robustood.detectors.base import signed
-from robustood.inputs import check_choice, check_count, check_values
-from robustood.models import frozen
-from robustood.perturbations import PerturbationSet, per_sample
+from robustood.inputs import check_choice, check_count, taken
+from robustood.models import Watch, frozen, read, split
+from robustood.perturbations import PerturbationSet, as_set, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
 
@@ -25,7 +25,7 @@ Inputs = Float[Tensor, "batch *shape"]
 def attack_score(
     detector: Detector,
     x: Inputs,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     direction: Direction,
     steps: int = 40,
@@ -44,7 +44,7 @@ def attack_score(
     Args:
         detector: fitted where it needs to be; its mode and its network's are restored.
         x: clean inputs (batch, ...).
-        within: the perturbation set, such as ``Linf(8/255)``; of a finite one every member is judged.
+        within: the perturbation set, such as ``Linf(8/255)`` or its radius alone; of a finite one all are judged.
         direction: ``"raise"`` for outliers that want to be accepted, ``"lower"`` for in-distribution
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
@@ -61,8 +61,12 @@ def attack_score(
     Raises:
         ValueError: for inputs outside the set's box, or bad settings.
         RuntimeError: for a detector that is not fitted.
+
+    Warns:
+        UserWarning: where the gradient is exactly zero at every step for every input.
     """
-    check_values(x, getattr(within, "box", (0, 1)))
+    within = as_set(within)
+    x = taken(x, getattr(within, "box", (0, 1)))
     check_choice(direction, "direction", ("raise", "lower"))
     check_count(batch_size, "batch_size", low=1)
     if targets is not None:
@@ -72,17 +76,23 @@ def attack_score(
         maximise, within=within, steps=steps, restarts=restarts, step_size=step_size,
         rule=rule or APGD(), generator=generator, checked=True,
     )  # fmt: skip
+    watch = Watch()
     if not within.ascendable:  # nothing is climbed: one look at each member is enough
-        climbed = lambda v: signed(detector.score(v), direction)  # noqa: E731
+        climbed = watch.over(lambda v: signed(detector.score(v), direction))
         with torch.no_grad(), frozen(detector):
-            return torch.cat([search(climbed, v) for v in x.split(batch_size)])
+            found = [search(climbed, v) for v in x.split(batch_size)]
+        watch.close(hidden=False)
+        return torch.cat(found)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            moved = search(objectives(detector, part, direction, targets), part)
+            climbed = objectives(detector, part, direction, targets)
+            moved = search([watch.over(each) for each in climbed], part)
             with torch.no_grad():  # a failed search leaves the clean input
                 gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
             found.append(torch.where(per_sample(gained, part), moved, part))
+            watch.next()
+    watch.close(hidden=within.radius > 0)
     return torch.cat(found)
 
 
@@ -110,7 +120,7 @@ def objectives(
 def attack_in_turn(
     detector: Detector,
     x: Inputs,
-    within: Sequence[PerturbationSet],
+    within: Sequence[PerturbationSet | float],
     *,
     direction: Direction,
     **how: Any,
@@ -154,7 +164,7 @@ PAPERS = {
 def paper_attack(
     detector: Detector,
     x: Inputs,
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     *,
     direction: Direction,
     paper: Literal["aloe", "atom"],
@@ -172,14 +182,15 @@ def paper_attack(
     """
     check_choice(paper, "paper", tuple(PAPERS))
     check_choice(direction, "direction", ("raise", "lower"))
-    check_values(x, getattr(within, "box", (0, 1)))
-    plan, climbed = PAPERS[paper], surrogate(detector, direction, paper)
+    within = as_set(within)
+    x = taken(x, getattr(within, "box", (0, 1)))
+    plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), Watch()
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
             moved = maximise(
-                climbed, part, within, steps=plan.steps, step_size=plan.share * within.radius,
+                watch.over(climbed), part, within, steps=plan.steps, step_size=plan.share * within.radius,
                 restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator, checked=True,
             )  # fmt: skip
             if plan.keep == "best":  # the clean image competes, and wins ties
@@ -187,6 +198,9 @@ def paper_attack(
                     gained = climbed(moved) > climbed(part)
                 moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
+            watch.next()
+    flat = isinstance(detector, Mahalanobis)  # whose surrogate is flat by itself
+    watch.close(hidden=within.radius > 0 and not flat)
     return torch.cat(found)
 
 
@@ -204,7 +218,7 @@ def surrogate(
     if isinstance(detector, RejectClass):
 
         def reject(x: Tensor) -> Tensor:
-            log_f = detector.model(x).log_softmax(1)[:, detector.model.classes :].logsumexp(1)
+            log_f = split(detector.model, read(detector.model, x).log_softmax(1))[1].logsumexp(1)
             return -log_f if up else log_f
 
         return reject

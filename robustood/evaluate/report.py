@@ -26,10 +26,10 @@ from robustood.checkpoints import (
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score
 from robustood.identity import check_identity, describe, identity
-from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.inputs import check_choice, check_count, check_number, finite, taken
 from robustood.metrics import Estimate
-from robustood.models import frozen
-from robustood.perturbations import Ball, PerturbationSet
+from robustood.models import check_finite, frozen
+from robustood.perturbations import Ball, PerturbationSet, as_set
 
 Inputs = Float[Tensor, "_ *shape"]  # each set has a size of its own
 Attack = Callable[..., Tensor]
@@ -41,9 +41,15 @@ SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 @torch.no_grad()
 def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
+    x = finite(x)
     with frozen(detector):
-        parts = [detector.score(part.to(detector.device(part))) for part in x.split(batch_size)]
-    return torch.cat(parts).double().cpu().numpy()
+        parts = [
+            detector.score(part.to(detector.device(part), copy=True))
+            for part in x.split(batch_size)
+        ]
+    found = torch.cat(parts).double().cpu()
+    check_finite((~found.isfinite()).sum(), len(x))
+    return found.numpy()
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def ood_report(
     detector: Detector,
     x_in: Inputs,
     x_out: Mapping[str, Inputs],
-    within: PerturbationSet | None = None,
+    within: PerturbationSet | float | None = None,
     *,
     side: Side = "none",
     attack: Attack = attack_score,
@@ -184,7 +190,7 @@ def four_sides(
     detector: Detector,
     x_in: Inputs,
     x_out: Mapping[str, Inputs],
-    within: PerturbationSet,
+    within: PerturbationSet | float,
     **settings: Any,
 ) -> dict[Side, Report]:
     """The reports of all four sides, each input attacked once.
@@ -206,7 +212,7 @@ class Bench:
     detector: Detector
     x_in: Inputs
     x_out: dict[str, Inputs]
-    within: PerturbationSet | None
+    within: PerturbationSet | float | None
     attack: Attack
     tpr: float
     confidence: float
@@ -221,9 +227,10 @@ class Bench:
         check_count(self.batch_size, "batch_size", low=1)
         if not self.x_out:
             raise ValueError("x_out is empty; pass at least one set of outliers, {name: images}")
-        named = {"x_in": self.x_in, **{f"x_out[{k!r}]": v for k, v in self.x_out.items()}}
-        for name, x in named.items():
-            check_values(x, getattr(self.within, "box", (0, 1)), name)
+        self.within = None if self.within is None else as_set(self.within)
+        box = getattr(self.within, "box", (0, 1))
+        self.x_in = taken(self.x_in, box, "x_in")
+        self.x_out = {k: taken(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
         self.settings = {
             "detector": type(self.detector).__name__, "within": describe(self.within),
             "attack": describe(self.attack), "how": describe(self.how), "seed": self.seed,
@@ -250,7 +257,7 @@ class Bench:
 
     def batch(self, x: Inputs, number: int, direction: Direction | None) -> Tensor:
         """The scores of one batch."""
-        x = x.to(self.detector.device(x))
+        x = x.to(self.detector.device(x), copy=True)
         if direction is not None:
             noise = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + number)
             how = {"direction": direction, "generator": noise, **self.how}
@@ -337,7 +344,7 @@ def epsilon_curve(
     detector: Detector,
     x_in: Inputs,
     x_out: Inputs,
-    within: Ball,
+    within: Ball | float,
     radii: Sequence[float],
     *,
     side: Side = "both",
@@ -360,12 +367,15 @@ def epsilon_curve(
     """
     if list(radii) != sorted(radii) or not len(radii) or radii[0] < 0:
         raise ValueError(f"radii must be at least 0 and increasing, got {list(radii)}")
-    rows = []
+    ball, rows = as_set(within), []
+    if not isinstance(ball, Ball) or not ball.eps:
+        raise ValueError(
+            f"within must be a ball of a radius above 0, such as Linf(0.1), got {within!r}"
+        )
     low, high = None, None
     for eps in radii:
-        ball = within.scaled(eps / within.eps)
         part = ood_report(
-            detector, x_in, {"out": x_out}, ball, side=side if eps else "none",
+            detector, x_in, {"out": x_out}, ball.scaled(eps / ball.eps), side=side if eps else "none",
             run_dir=run_dir and Path(run_dir) / f"eps_{eps:.6f}", **how,
         )  # fmt: skip
         low = part.scores["in"] if low is None else np.minimum(low, part.scores["in"])

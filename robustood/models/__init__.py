@@ -3,7 +3,7 @@
 Every model maps inputs in [0, 1] to logits and shows its parts: ``model.stages(x)`` the feature
 map after each stage, ``model.features(x)`` the penultimate features, ``model.head`` the last
 linear layer, ``model.classes`` and ``model.reject`` how many of its outputs are classes and how
-many reject outliers.
+many reject outliers; :func:`declared` finds these two through wrappers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from robustood.models.base import (
     frozen,
     guarded,
     mlp,
+    networks,
     readout,
     seeded,
     small_cnn,
 )
 from robustood.models.dense import densenet_bc
+from robustood.models.reading import Watch, check_finite, declared, read, reading, slope, split
 from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
-    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise", "adapt",
-    "batch_statistics", "densenet_bc", "frozen", "guarded", "mlp", "preact_resnet18", "readout",
-    "resnet", "seeded", "small_cnn", "wide_resnet",
+    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
+    "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
+    "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
+    "split", "wide_resnet",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,7 +14,19 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustood.inputs import check_choice, check_count, check_seed
+from robustood.callables import modules
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_seed,
+    check_several,
+    check_values,
+    reals,
+)
+
+Output = str | int | Callable[[Any], Tensor] | None
 
 
 @contextmanager
@@ -42,6 +54,20 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
             norm.track_running_stats = True
 
 
+def networks(model: object) -> list[nn.Module]:
+    """The networks that a call of the model may reach, those inside functions that a network holds too."""
+    outer = modules(model)
+    held = [
+        value
+        for network in outer
+        for part in network.modules()
+        if not type(part).__module__.startswith("torch.")
+        for value in vars(part).values()
+        if callable(value) and not isinstance(value, type)
+    ]
+    return [*outer, *(network for value in held for network in modules(value))]
+
+
 @contextmanager
 def frozen(
     model: object, mode: Literal["eval", "train", "batch", "keep"] = "eval"
@@ -50,25 +76,24 @@ def frozen(
 
     In eval mode batch statistics do not leak between the samples of an attacked batch and
     running statistics do not move. Frozen parameters let autograd drop what only weight
-    gradients would need. Anything that is not a ``torch.nn.Module`` passes through.
+    gradients would need. The networks inside a function, a bound method or another object are found
+    (:func:`robustood.callables.modules`).
 
     Args:
-        model: the network under attack.
+        model: the network under attack, or what calls it.
         mode: ``"eval"``, ``"train"`` (running statistics move), ``"batch"`` (train mode, running
             statistics stay) or ``"keep"``.
     """
     check_choice(mode, "mode", ("eval", "train", "batch", "keep"))
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = nn.ModuleList(networks(model))
+    modes = [(module, module.training) for module in found.modules()]
+    trainable = [p for p in found.parameters() if p.requires_grad]
     try:
         if mode != "keep":
-            model.train(mode != "eval")
+            found.train(mode != "eval")
         for p in trainable:
             p.requires_grad_(False)
-        with batch_statistics(model) if mode == "batch" else nullcontext():
+        with batch_statistics(found) if mode == "batch" else nullcontext():
             yield
     finally:
         for p in trainable:
@@ -85,6 +110,9 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        mean, std = reals(mean, "mean").tolist(), reals(std, "std").tolist()
+        check_several(mean, "mean", "numbers, one a channel")
+        check_several(std, "std", "numbers, one a channel")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(
                 f"mean and std need one entry a channel, std above 0; got {mean}, {std}"
@@ -119,8 +147,8 @@ class Classifier(nn.Module):
         pool: bool = False,
     ):
         super().__init__()
-        check_count(reject, "reject")
-        check_count(classes, "classes", low=1 if reject else 2)
+        reject = check_count(reject, "reject")
+        classes = check_count(classes, "classes", low=1 if reject else 2)
         self.classes, self.reject, self.pool = classes, reject, pool
         self.normalise = normalise or nn.Identity()
         self.body = nn.ModuleList(stages)
@@ -169,9 +197,9 @@ def small_cnn(
     Returns:
         Model from (batch, channels, size, size) in [0, 1] to (batch, classes + reject).
     """
-    check_count(channels, "channels", low=1)
-    check_count(size, "size", low=2)
-    check_count(width, "width", low=1)
+    channels, size = check_count(channels, "channels", low=1), check_count(size, "size", low=2)
+    width = check_count(width, "width", low=1)
+    check_flag(batch_norm, "batch_norm")
 
     def convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
@@ -206,7 +234,10 @@ def mlp(
     Returns:
         Model from (batch, ...) to (batch, classes + reject).
     """
-    check_count(inputs, "inputs", low=1)
+    check_several(hidden, "hidden", "widths, () for none", 0)
+    for width in hidden:
+        check_count(width, "hidden: each width", low=1)
+    inputs = check_count(inputs, "inputs", low=1)
     with seeded(seed):
         widths = [inputs, *hidden]
         layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
@@ -225,8 +256,20 @@ def readout(
     >>> readout([[1.0, 0.0], [0.0, 2.0]])(torch.tensor([[3.0, 1.0]])).tolist()
     [[3.0, 2.0]]
     """
-    weight = torch.as_tensor(weight)
+    reject = check_count(reject, "reject")
+    if not isinstance(weight, Tensor):
+        check_several(weight, "weight", "rows, one an output")
+        weight = torch.tensor(reals(weight, "weight").tolist())
+    check_values(weight, None, "weight")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (outputs, width), got shape {tuple(weight.shape)}")
     outputs, width = weight.shape
+    if bias is not None:
+        check_values(bias, None, "bias")
+        if bias.shape != (outputs,):
+            raise ValueError(
+                f"bias must be ({outputs},), one an output, got shape {tuple(bias.shape)}"
+            )
     with seeded(0):
         model = Classifier([nn.Flatten()], width, outputs - reject, reject).to(weight.dtype)
     with torch.no_grad():
@@ -238,9 +281,16 @@ def readout(
 class Adapted(nn.Module):
     """A network from elsewhere with the parts that detectors look for; made by :func:`adapt`."""
 
-    def __init__(self, inner: nn.Module, where: str, reject: int, normalise: nn.Module | None):
+    def __init__(
+        self,
+        inner: nn.Module,
+        where: str,
+        reject: int,
+        normalise: nn.Module | None,
+        output: Output = None,
+    ):
         super().__init__()
-        self.inner, self.where, self.reject = inner, where, reject
+        self.inner, self.where, self.reject, self.output = inner, where, reject, output
         self.normalise = normalise or nn.Identity()
         self.classes = self.head.out_features - reject
 
@@ -267,11 +317,24 @@ class Adapted(nn.Module):
         return [self.features(x)]
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
-        return self.inner(self.normalise(x))
+        return entry(self.inner(self.normalise(x)), self.output)
+
+
+def entry(returned: Any, output: Output) -> Tensor:
+    """The tensor among what a network returns."""
+    if output is None:
+        return returned
+    if isinstance(output, str) and not isinstance(returned, Mapping):
+        return getattr(returned, output)
+    return returned[output] if isinstance(output, (str, int)) else output(returned)
 
 
 def adapt(
-    module: nn.Module, head: str = "fc", reject: int = 0, normalise: nn.Module | None = None
+    module: nn.Module,
+    head: str = "fc",
+    reject: int = 0,
+    normalise: nn.Module | None = None,
+    output: Output = None,
 ) -> Adapted:
     """Give any network, such as torchvision's, the parts of a :class:`Classifier`.
 
@@ -280,6 +343,8 @@ def adapt(
         head: dotted name of its last linear layer, such as ``"fc"`` or ``"classifier.1"``.
         reject: how many of the outputs, the last ones, reject outliers.
         normalise: applied to pixels first, such as :class:`Normalise`.
+        output: where the outputs are, if the network returns more than a tensor: an attribute or a key such as
+            ``"logits"``, a place such as 0, or a function that takes them out.
 
     Raises:
         ValueError: if ``head`` is not the name of a linear layer.
@@ -288,7 +353,7 @@ def adapt(
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if head not in names:
         raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
-    return Adapted(module, head, reject, normalise)
+    return Adapted(module, head, reject, normalise, output)
 
 
 class Mixture(nn.Module):
@@ -355,7 +420,21 @@ def guarded(
         components: of each mixture; the paper takes 100.
         seed: of k-means.
     """
-    check_count(components, "components", low=1)
+    check_instance(base, "base", nn.Module, "a network with classes, such as small_cnn()")
+    components, seed = check_count(components, "components", low=1), check_seed(seed)
+    for name, images in (("x", x), ("outliers", outliers)):
+        check_values(images, name=name)
+        if images.ndim < 2 or len(images) < components:
+            raise ValueError(
+                f"{name} must be at least as many images as components, {components}, got shape "
+                f"{tuple(images.shape)}"
+            )
+        if images.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"{name} must be shaped like x, {tuple(x.shape[1:])} an image, got "
+                f"{tuple(images.shape[1:])}"
+            )
+    x, outliers = x.detach().float(), outliers.detach().float()
     flat = x.flatten(1).double()
     _, values, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     spread = values / math.sqrt(len(x))

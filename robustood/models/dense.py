@@ -64,7 +64,7 @@ def densenet_bc(
         ValueError: for another depth or init, or a number below 1.
     """
     n = repeats(depth, 4)
-    check_count(growth, "growth", low=1)
+    growth, channels = check_count(growth, "growth", low=1), check_count(channels, "channels", 1)
     check_choice(init, "init", ("he", "papers"))
     shift = normaliser(normalise, channels)
     with seeded(seed):

@@ -38,7 +38,7 @@ def normaliser(normalise: str | nn.Module | None, channels: int) -> nn.Module | 
 
 def repeats(depth: int, extra: int) -> int:
     """$n$ of depth $= 6 n +$ extra: three groups of n blocks with two convolutions each."""
-    check_count(depth, "depth", low=6 + extra)
+    depth = check_count(depth, "depth", low=6 + extra)
     n, rest = divmod(depth - extra, 6)
     if rest:
         raise ValueError(
@@ -162,7 +162,7 @@ def resnet(
     n = repeats(depth, 2)
     # With fewer inputs, torch 2.15's weight gradient of the shortcut (1x1, stride 2, channels_last,
     # float32, on a CPU) writes beyond its memory and may end the process.
-    check_count(width, "width", low=8)
+    width, channels = check_count(width, "width", low=8), check_count(channels, "channels", 1)
     shift = normaliser(normalise, channels)
     with seeded(seed):
         stem = nn.Sequential(convolution(channels, width), *activation(width))
@@ -182,6 +182,7 @@ def preactivated(
 ) -> Classifier:
     """A convolution, groups of n pre-activated blocks, and the activation that these leave to do."""
     shift = normaliser(normalise, channels)
+    channels = int(channels)
     with seeded(seed):
         stages = groups(PreBlock, stem, widths, n)
         stages[-1].extend(activation(widths[-1]))
@@ -219,7 +220,7 @@ def wide_resnet(
         ValueError: for another depth, or a number below 1.
     """
     n = repeats(depth, 4)
-    check_count(width, "width", low=1)
+    width = check_count(width, "width", low=1)
     widths = (16 * width, 32 * width, 64 * width)
     return preactivated(16, widths, n, classes, reject, seed, normalise, channels)
 

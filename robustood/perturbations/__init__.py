@@ -11,7 +11,7 @@ valid images is part of the set (Madry et al. 2018, eq. 2.1 and section 2.2).
 
 from __future__ import annotations
 
-from robustood.perturbations.balls import L2, Ball, Linf
+from robustood.perturbations.balls import L2, Ball, Linf, as_set
 from robustood.perturbations.base import (
     Batch,
     Drawable,
@@ -28,5 +28,5 @@ from robustood.perturbations.spatial import Spatial
 
 __all__ = [
     "L2", "Ball", "Batch", "Corruption", "Drawable", "Generator", "Latent", "Linf", "Members",
-    "PerturbationSet", "Random", "Spatial", "Then", "norms", "per_sample", "places", "sized",
+    "PerturbationSet", "Random", "Spatial", "Then", "as_set", "norms", "per_sample", "places", "sized",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from robustood.data import drawn
 from robustood.inputs import TOLERANCE, check_number
-from robustood.perturbations.base import Batch, check_box, norms, per_sample, places, sized
+from robustood.perturbations.base import (
+    Batch,
+    PerturbationSet,
+    check_box,
+    norms,
+    per_sample,
+    places,
+    sized,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,21 @@ class Linf(Ball):
 
     def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
         return self.project(x, grad.sign().mul_(sized(step_size, x)).add_(z))
+
+
+def as_set(within: PerturbationSet | float) -> PerturbationSet:
+    """A perturbation set, or a number as the radius of :class:`Linf`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(within, Real) and not isinstance(within, bool):
+        return Linf(float(within))
+    if not isinstance(within, PerturbationSet):
+        raise ValueError(
+            f"within must be a number or a perturbation set such as Linf(8/255), got {within!r}"
+        )
+    return within
 
 
 class L2(Ball):

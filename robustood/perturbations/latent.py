@@ -93,7 +93,7 @@ class Latent:
 
     def apply(self, x: Batch, z: Latents) -> Batch:
         with frozen(self.generator):
-            return self.generator.generate(x, z)
+            return self.generator.generate(x.clone(), z.clone())
 
     def ascend(self, x: Batch, z: Latents, grad: Latents, step_size: float | Tensor) -> Latents:
         """A step along the unit gradient of each row, then back into the ball, row by row."""

@@ -24,6 +24,7 @@ import torch
 
 from robustood.checkpoints import read_json
 from robustood.data import Data
+from robustood.inputs import check_path, check_several, check_text
 from robustood.objectives import Objective
 from robustood.recipes import pairs, running, schema, testing
 from robustood.recipes.schema import SECTIONS, Section
@@ -123,6 +124,11 @@ def read(name_or_path: str | Path, changes: Changes = (), plan: str = "") -> Rec
         ValueError: for an unknown recipe, section, key or name, or a wrong value; the message says
             which recipe and key, what was seen and what there is.
     """
+    check_path(name_or_path, "name_or_path")
+    check_several(changes, "changes", 'texts such as "training.epochs=3"', 0)
+    for change in changes:
+        check_text(change, "changes: each")
+    check_text(plan, "plan")
     path = Path(name_or_path).expanduser()
     whole = path.suffix == ".json"
     if whole and not path.is_file():

@@ -23,6 +23,7 @@ from robustood.checkpoints import check_same, load_weights, read_json, save_weig
 from robustood.data import Augment, Data, Loaded, Split, digest, pixels
 from robustood.engine import Engine
 from robustood.metrics import Estimate
+from robustood.models import declared, split
 from robustood.objectives import OutlierTraining
 from robustood.recipes.schema import Section, recorded, uses_outliers
 from robustood.results import RECORDED
@@ -396,10 +397,10 @@ class Classes(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.classes, self.reject = model, declared(model)[0], 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)[:, : self.model.classes]
+        return split(self.model, self.model(x))[0]
 
 
 def accuracy(

@@ -31,6 +31,7 @@ from robustood.evaluate import (
 )
 from robustood.identity import identity
 from robustood.metrics import Estimate
+from robustood.models import declared
 from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.recipes.running import (
     Root,
@@ -128,8 +129,9 @@ def evaluate(
 
 def detectors_of(wanted: list[str], model: nn.Module) -> list[str]:
     """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
-    alone = "RejectClass" if model.reject else "MSP"
-    by_network = [alone] if model.reject else ["MSP", "ODIN"]
+    reject = declared(model)[1]
+    alone = "RejectClass" if reject else "MSP"
+    by_network = [alone] if reject else ["MSP", "ODIN"]
     return [alone if name == "auto" else name for name in wanted or by_network]
 
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from robustood.data import drawn
-from robustood.inputs import check_count, check_labels, check_number, check_values
+from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
-from robustood.models import frozen
-from robustood.perturbations import Batch, Linf, PerturbationSet
+from robustood.models import declared, frozen, read, reading
+from robustood.perturbations import Batch, Linf, PerturbationSet, as_set
 
 Model = Callable[[Tensor], Tensor]
 Labels = Int[Tensor, " batch"]
@@ -58,6 +58,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_number(self.sigma, "sigma", 0, 1e6)
+        object.__setattr__(self, "within", as_set(self.within))
         finite = getattr(self.within, "finite", not self.within.ascendable)
         if isinstance(self.within, Linf) or finite:
             raise ValueError(
@@ -83,7 +84,7 @@ class Noise:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
-        check_values(x, getattr(self.within, "box", (0, 1)))
+        x = taken(x, getattr(self.within, "box", (0, 1)))
         check_count(n, "n", low=1)
         check_count(batch_size, "batch_size", low=1)
         generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -128,10 +129,10 @@ def votes(
     """
 
     def ballots(v: Tensor) -> Tensor:
-        outputs = model(v)
+        outputs = logits(v)
         return one_hot(outputs.argmax(1), outputs.shape[1])
 
-    with frozen(model):
+    with frozen(model), reading(model) as logits:
         return Noise(within, sigma).total(ballots, x, n, at, batch_size, generator)
 
 
@@ -406,8 +407,7 @@ class Smoothed(nn.Module):
         super().__init__()
         check_count(draws, "draws", low=1)
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
-        self.classes = getattr(model, "classes", None)
-        self.reject = getattr(model, "reject", 0)
+        self.classes, self.reject = declared(model)
 
     def forward(self, x: Batch, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
         """Log-probabilities at the parameters z (default: of x itself)."""
@@ -416,7 +416,7 @@ class Smoothed(nn.Module):
         generator = torch.Generator(x.device).manual_seed(self.seed)
         nu = torch.randn(m, *z.shape[1:], dtype=z.dtype, device=z.device, generator=generator)
         around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)
-        log_p = self.model(within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
+        log_p = read(self.model, within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
         return log_p.unflatten(0, (len(x), m)).logsumexp(1) - math.log(m)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from robustood.data import Batch
-from robustood.inputs import check_images, check_number
-from robustood.models import Adapted, Classifier, Normalise
+from robustood.inputs import check_images, check_number, taken
+from robustood.models import Adapted, Classifier, Normalise, declared, read
 
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
@@ -90,6 +90,7 @@ def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Val
     Raises:
         ValueError: for a network that has not one reject output, and as :func:`interval_bounds`.
     """
+    x = taken(x)
     check_images(x)
     low, high = margin_bounds(model, *box(x, eps), reject(model, x))
     return low[:, :-1].logsumexp(1), high[:, :-1].logsumexp(1)
@@ -131,7 +132,7 @@ class IntervalOutliers:
         grown = min(1.0, batch.progress / self.ramp) if self.ramp else 1.0
         v = torch.cat([batch.x, batch.outliers])
         y = torch.cat([batch.y, reject(model, batch.outliers)])
-        plain = cross_entropy(model(v), y, reduction="none")
+        plain = cross_entropy(read(model, v), y, reduction="none")
         worst = worst_cross_entropy(model, *box(v, grown * self.eps), y)
         losses = (1 - grown * self.share) * plain + grown * self.share * worst
         inside, outside = losses.split([len(batch.x), len(batch.outliers)])
@@ -199,9 +200,10 @@ def box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     """The index of the one output that rejects, for each input."""
-    if getattr(model, "reject", 0) != 1:
+    classes, rejects = declared(model)
+    if classes is None or rejects != 1:
         raise ValueError(
-            f"model must have one reject output, got {getattr(model, 'reject', 0)}; "
-            "build it with reject=1"
+            f"model must have one reject output, got {rejects}; build it with reject=1, or wrap a network from "
+            "elsewhere by models.adapt(model, head=..., reject=1)"
         )
-    return torch.full((len(x),), int(model.classes), device=x.device)  # ty: ignore
+    return torch.full((len(x),), classes, device=x.device)

@@ -26,7 +26,17 @@ from tqdm import tqdm
 from robustood.checkpoints import check_same, describe, read_state, write_state, write_whole
 from robustood.data import Batch, Data, Shared, draw
 from robustood.data.batches import Change
-from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
+from robustood.engine import (
+    Engine,
+    Meter,
+    check_parts,
+    mean_of_all,
+    noted,
+    rank,
+    release_statistics,
+    waited,
+    world,
+)
 from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
 from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
@@ -132,10 +142,12 @@ def fit(
         that of one process up to rounding, and the first process writes.
 
     Raises:
+        TypeError: for parts of the wrong kind, such as an optimiser that is made already.
         ValueError: for invalid data or settings, or a ``run_dir`` of another run, before any step.
         FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
+    check_parts(model, objective, data, optimiser)
     check_count(epochs, "epochs", low=1)
     check_count(batch_size, "batch_size", low=1)
     check_count(outlier_batch_size, "outlier_batch_size", low=1)
@@ -372,7 +384,7 @@ class Run:
         self.model.eval()
         if monitor:
             with Averaged(self.model, self.mean):
-                seen = {name: float(value) for name, value in monitor(self.model).items()}
+                seen = noted(monitor(self.model))
             if clash := seen.keys() & {*row, "seconds"}:
                 raise ValueError(f"monitor must choose other names than {sorted(clash)}")
             row |= seen

@@ -32,15 +32,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood.attacks import ascent
+from robustood.data import Data
 from robustood.inputs import (
     check_choice,
     check_count,
     check_device,
     check_flag,
+    check_images,
     check_instance,
+    check_labels,
     check_mapping,
     check_number,
     check_several,
+    check_values,
 )
 
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
@@ -132,6 +136,78 @@ class Running(nn.Module):
         low = self.engine.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             return network(x).float()
+
+
+# --- what a run is asked for
+
+
+def check_parts(model: object, objective: object, data: object, optimiser: object) -> None:
+    """Refuse what cannot be trained, or not be trained by, before any work.
+
+    Raises:
+        TypeError: for parts of the wrong kind; the message says what to pass.
+        ValueError: for a network without a parameter that learns.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model has no parameter that requires a gradient, so there is nothing to learn; call "
+            "model.requires_grad_(True), or pass a network that has parameters"
+        )
+    if isinstance(objective, type) or not callable(objective):
+        name = objective.__name__ if isinstance(objective, type) else "Standard"
+        raise TypeError(f"objective must be an instance such as {name}(...), got {objective!r}")
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"data must be a robustood.data.Data, got {type(data).__name__}; make one of tensors by "
+            "Data(train=Split(x, y), val=Split(x, y), test=Split(x, y), outliers=u)"
+        )
+    if isinstance(optimiser, torch.optim.Optimizer) or not callable(optimiser):
+        raise TypeError(
+            "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
+            f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
+        )
+
+
+def check_data(data: Data, classes: int | None) -> None:
+    """Refuse inputs, outliers and targets that no step could use."""
+    for place, images in (("train.x", data.train.x), ("outliers", data.outliers)):
+        if len(images) == 0 and place == "outliers":
+            continue
+        if images.dtype != torch.uint8:
+            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{place}")
+        if images.shape[1:] != data.train.x.shape[1:]:
+            raise ValueError(
+                f"data.{place} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
+                f"sample, got {tuple(images.shape[1:])}"
+            )
+    check_targets(data.train.y, data.train.x, classes)
+
+
+def check_anything(x: Tensor, name: str) -> None:
+    """Vectors have no box."""
+    check_values(x, None, name)
+
+
+def check_targets(y: Tensor, x: Tensor, classes: int | None) -> None:
+    """Targets are labels, numbers, or images of 8 bits or in [0, 1]."""
+    if y.ndim == 4 and y.dtype != torch.uint8:
+        check_images(y, "data.train.y")
+    elif y.is_floating_point():
+        check_anything(y, "data.train.y")
+    elif y.ndim != 4:
+        check_labels(y, x, classes, "data.train.y")
+
+
+def noted(found: object) -> dict[str, float]:
+    """What a monitor returned, as numbers by name."""
+    try:
+        return {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f'monitor must return numbers by name, such as {{"accuracy": 0.9}}, got {found!r}'
+        ) from error
 
 
 # --- several processes

@@ -88,7 +88,12 @@ def contamination(margins_in: Margins, margins_pool: Margins) -> float:
     Args:
         margins_in: of held-out in-distribution images.
         margins_pool: of the pool, by the same network.
+
+    Raises:
+        ValueError: if one of them is empty or not finite.
     """
+    for name, given in (("margins_in", margins_in), ("margins_pool", margins_pool)):
+        check_values(given, None, name)
     return min(1.0, 2 * float((margins_pool >= margins_in.median()).double().mean()))
 
 
@@ -123,6 +128,10 @@ class Mining:
     def __call__(self, model: nn.Module, data: Data, generator: torch.Generator) -> Data:
         """The data with the mined outliers, and notes on the pool for the run's log."""
         pool = data.outliers
+        if self.q == "auto" and not len(data.val.x):
+            raise ValueError(
+                'q="auto" is measured on held-out images, but data.val is empty; hold some back, or give q as a number'
+            )
         if self.sample is not None and self.sample < len(pool):
             order = torch.randperm(len(pool), generator=generator, device=generator.device)
             pool = pool[order[: self.sample].to(pool.device)]

@@ -26,9 +26,20 @@ from tqdm import tqdm
 from robustood.checkpoints import check_same, read_state, write_state, write_whole
 from robustood.data import Batch, Data, Shared, draw
 from robustood.data.batches import Change
-from robustood.engine import Engine, Meter, mean_of_all, rank, release_statistics, waited, world
+from robustood.engine import (
+    Engine,
+    Meter,
+    check_data,
+    check_parts,
+    mean_of_all,
+    noted,
+    rank,
+    release_statistics,
+    waited,
+    world,
+)
 from robustood.identity import check_identity, identity
-from robustood.inputs import check_count, check_images, check_labels, check_number, check_values
+from robustood.inputs import check_count, check_number
 from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
 
@@ -136,11 +147,13 @@ def fit(
         that of one process up to rounding, and the first process writes.
 
     Raises:
+        TypeError: for parts of the wrong kind, such as an optimiser that is made already.
         ValueError: for invalid data or settings, a ``run_dir`` of another run, or one without a ``name`` where it
             is needed, before any step.
         FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
+    check_parts(model, objective, data, optimiser)
     check_count(epochs, "epochs", low=1)
     check_count(batch_size, "batch_size", low=1)
     check_count(outlier_batch_size, "outlier_batch_size", low=1)
@@ -149,17 +162,7 @@ def fit(
     check_number(minutes, "minutes", 0, math.inf)
     if average is not None:
         check_number(average, "average", 0, 1)
-    for place, images in (("train.x", data.train.x), ("outliers", data.outliers)):
-        if len(images) == 0 and place == "outliers":
-            continue
-        if images.dtype != torch.uint8:
-            (check_images if images.ndim == 4 else check_anything)(images, name=f"data.{place}")
-        if images.shape[1:] != data.train.x.shape[1:]:
-            raise ValueError(
-                f"data.{place} must be shaped like data.train.x, {tuple(data.train.x.shape[1:])} a "
-                f"sample, got {tuple(images.shape[1:])}"
-            )
-    check_targets(data.train.y, data.train.x, declared(model)[0])
+    check_data(data, declared(model)[0])
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     batch_size = min(batch_size, len(data.train))
@@ -381,7 +384,7 @@ class Run:
         self.model.eval()
         if monitor:
             with Averaged(self.model, self.mean):
-                seen = {name: float(value) for name, value in monitor(self.model).items()}
+                seen = noted(monitor(self.model))
             if clash := seen.keys() & {*row, "seconds"}:
                 raise ValueError(f"monitor must choose other names than {sorted(clash)}")
             row |= seen
@@ -463,18 +466,3 @@ class Run:
         """Median seconds a step over the epochs, or their parts where the run was stopped inside."""
         each = sorted(took / steps for steps, took in self.paces if steps)
         return each[len(each) // 2] if each else 0.0
-
-
-def check_anything(x: Tensor, name: str) -> None:
-    """Vectors have no box."""
-    check_values(x, None, name)
-
-
-def check_targets(y: Tensor, x: Tensor, classes: int | None) -> None:
-    """Targets are labels, numbers, or images of 8 bits or in [0, 1]."""
-    if y.ndim == 4 and y.dtype != torch.uint8:
-        check_images(y, "data.train.y")
-    elif y.is_floating_point():
-        check_anything(y, "data.train.y")
-    elif y.ndim != 4:
-        check_labels(y, x, classes, "data.train.y")

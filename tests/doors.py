@@ -229,8 +229,9 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "training.Run": PARTS,
     "training.Run.*": PARTS,
     "training.History": RESULT,
-    "training.check_anything": CHECK,
-    "training.check_targets": CHECK,
+    "engine.check_anything": CHECK,
+    "engine.check_data": CHECK,
+    "engine.check_targets": CHECK,
     "training.learning_rate": PARTS,
     "widgets.listed": PARTS,
 }

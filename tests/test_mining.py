@@ -1,5 +1,7 @@
 """The mining rule by hand, its window, its choice of q, and its place in a training run."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,13 @@ def test_rejection_is_not_taught_to_a_network_that_names_no_reject_output(book):
     bare = nn.Sequential(nn.Flatten(), nn.Linear(64, 11))
     with pytest.raises(ValueError, match=r"no reject output.*reject=1.*models.adapt"):
         fit(bare, NTOM(), book, epochs=1)
+
+
+def test_automatic_q_needs_held_out_images(book, untyped):
+    none = dataclasses.replace(book, val=book.val[:0])
+    with pytest.raises(ValueError, match=r'q="auto".*data.val is empty.*give q as a number'):
+        fit(small_cnn(reject=1), NTOM("auto"), none, epochs=1)
+    with pytest.raises(ValueError, match="margins_in is empty"):
+        contamination(torch.zeros(0), torch.zeros(3))
+    with pytest.raises(ValueError, match="margins_pool contains NaN"):
+        contamination(torch.zeros(3), torch.full((3,), torch.nan))

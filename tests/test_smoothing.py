@@ -748,3 +748,15 @@ class Odd(nn.Module):
 def test_bad_input_of_intervals_is_refused(untyped, book, call, words):
     with pytest.raises(ValueError, match=words):
         call(book.test.x[:3])
+
+
+@pytest.mark.parametrize(("alpha", "fewest"), [(0.001, 10), (0.05, 5), (0.25, 3)])
+def test_too_few_draws_to_certify_anything_are_refused(alpha, fewest):
+    model, x = readout(torch.tensor([[1.0], [-1.0]])), torch.full((2, 1), 0.9)
+    how = {"sigma": 0.01, "n0": 1, "alpha": alpha}
+    with pytest.raises(
+        ValueError, match=f"n must be at least {fewest} .*alpha {alpha:g}, got {fewest - 1}"
+    ):
+        certify(model, x, L2(0.1), n=fewest - 1, **how)
+    found = certify(model, x, L2(0.1), n=fewest, **how)  # all agree: the least number suffices
+    assert (found.label == 0).all() and (found.radius > 0).all()

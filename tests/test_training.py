@@ -382,3 +382,28 @@ def test_a_network_that_returns_a_tuple_is_not_trained(book):
     net.forward = lambda x: (hidden(x), x)
     with pytest.raises(TypeError, match=r"tuple; take one out of it by models.adapt.*output=0"):
         fit(net, Standard(), book, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"),
+    [
+        ({"model": lambda x: x}, TypeError, "model must be a torch.nn.Module"),
+        ({"model": nn.Identity()}, ValueError, r"no parameter that requires a gradient.*requires_grad_\(True\)"),
+        ({"model": small_cnn().requires_grad_(False)}, ValueError, "nothing to learn"),
+        ({"objective": Standard}, TypeError, r"an instance such as Standard\(\.\.\.\), got <class"),
+        ({"objective": None}, TypeError, r"objective must be an instance.*got None"),
+        ({"data": [(0, 1)]}, TypeError, r"data.Data, got list; make one of tensors by Data\(train=Split"),
+        ({"data": torch.utils.data.DataLoader([0, 1])}, TypeError, r"got DataLoader; make one"),
+        ({"optimiser": torch.optim.SGD(small_cnn().parameters(), 0.1)}, TypeError, r"partial.*got SGD"),
+        ({"optimiser": "adam"}, TypeError, "optimiser must make an optimiser.*got str"),
+        ({"monitor": lambda model: None}, TypeError, r"monitor must return numbers by name.*got None"),
+        ({"monitor": lambda model: 0.9}, TypeError, r"numbers by name.*got 0\.9"),
+        ({"monitor": lambda model: {"a": "high"}}, TypeError, r"numbers by name.*got \{'a': 'high'\}"),
+    ],
+)  # fmt: skip
+def test_parts_of_the_wrong_kind_are_refused_with_what_to_pass(
+    untyped, book, changed, kind, message
+):
+    how = {"model": small_cnn(), "objective": Standard(), "data": book, "epochs": 1} | changed
+    with pytest.raises(kind, match=message):
+        fit(**how)

@@ -179,7 +179,7 @@ def certify(
     """
     check_alpha(alpha)
     check_count(n0, "n0", low=1)
-    check_count(n, "n", low=1)
+    check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)
     how = {"sigma": sigma, "at": at, "batch_size": batch_size, "generator": generator}
     label = votes(model, x, within, n=n0, **how).argmax(1)
@@ -245,12 +245,7 @@ def sigma_for(radius: float, n: int = 10_000, alpha: float = 0.001) -> float:
     """
     check_number(radius, "radius", 0, 1e6)
     check_alpha(alpha)
-    check_count(n, "n", low=1)
-    if alpha ** (1 / n) <= 0.5:
-        fewest = math.floor(math.log2(1 / alpha)) + 1
-        raise ValueError(
-            f"n must be at least {fewest} to certify anything at alpha {alpha:g}, got {n}"
-        )
+    check_draws(n, alpha)
     return radius / float(ndtri(alpha ** (1 / n)))
 
 
@@ -418,6 +413,16 @@ class Smoothed(nn.Module):
         around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)
         log_p = read(self.model, within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)
         return log_p.unflatten(0, (len(x), m)).logsumexp(1) - math.log(m)
+
+
+def check_draws(n: int, alpha: float) -> None:
+    """Refuse so few draws that no answer could be certified, were they all alike."""
+    check_count(n, "n", low=1)
+    if alpha ** (1 / n) <= 0.5:
+        fewest = math.floor(math.log2(1 / alpha)) + 1
+        raise ValueError(
+            f"n must be at least {fewest} to certify anything at alpha {alpha:g}, got {n}"
+        )
 
 
 def check_alpha(alpha: float) -> None:

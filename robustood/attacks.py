@@ -25,12 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from robustood.inputs import (
+    check_callable,
     check_choice,
     check_confidence,
     check_count,
+    check_flag,
+    check_generator,
     check_images,
+    check_instance,
     check_labels,
+    check_model,
     check_number,
+    check_several,
     taken,
 )
 from robustood.metrics import Estimate, proportion
@@ -85,6 +91,10 @@ class APGD:
 
     momentum: float = 0.75
     rising: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_number(self.momentum, "momentum", 0, 1)
+        check_number(self.rising, "rising", 0, 1)
 
     def checkpoints(self, steps: int) -> set[int]:
         """The steps at which the size is reconsidered: at shares 0.22, 0.41, 0.57, .. of all."""
@@ -188,9 +198,19 @@ def maximise(
     if step_size is not None:
         check_number(step_size, "step_size", 0)
     within = as_set(within)
+    check_flag(checked, "checked")
+    for each in objective if isinstance(objective, Sequence) else [objective]:
+        check_callable(each, "objective", "objective(x)")
+    check_rule(rule, generator)
     if not checked:
         x = taken(x, getattr(within, "box", (0, 1)))
-    steps = steps if within.ascendable else 0
+    if parts is not None:
+        check_several(parts, "parts", "whole numbers that sum to the size of the batch")
+        parts = [check_count(part, "parts: each", 1) for part in parts]
+        if sum(parts) != len(x):
+            raise ValueError(f"parts must sum to the size of the batch, {len(x)}, got {parts}")
+    steps = check_count(steps, "steps") if within.ascendable else 0
+    restarts = int(restarts)
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
     rule, search = rule or Ascent(), search or ascent
@@ -207,6 +227,13 @@ def maximise(
                 else:
                     best.inputs = found[0]
     return best.inputs.detach()
+
+
+def check_rule(rule: Rule | None, generator: torch.Generator | None) -> None:
+    """Refuse what neither proposes points nor draws starts."""
+    if rule is not None:
+        check_instance(rule, "rule", Rule, "a rule such as Ascent() or APGD()")
+    check_generator(generator)
 
 
 def ascent(
@@ -321,6 +348,7 @@ def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet | float) -> 
     gradient, for ``L2`` eps times the unit gradient.
     """
     within = as_set(within)
+    check_model(model)
     return pgd(model, x, y, within, steps=1, step_size=within.radius, restarts=0, keep="last")
 
 
@@ -365,6 +393,9 @@ def pgd(
         UserWarning: where the gradient is exactly zero at every step for every input.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
+    check_choice(keep, "keep", ("best", "last"))
+    check_model(model)
+    check_rule(rule, generator)
     within = as_set(within)
     box = getattr(within, "box", (0, 1))
     x = taken(x, box)
@@ -455,8 +486,11 @@ def robust_accuracy(
         ValueError: for an empty or invalid x, labels that do not fit it or the model's output,
             or bad settings, before any work.
     """
-    check_count(batch_size, "batch_size", low=1)
+    batch_size = check_count(batch_size, "batch_size", low=1)
     check_confidence(confidence)
+    check_model(model)
+    if attack is not None:
+        check_callable(attack, "attack", "attack(model, x, y)")
     x = taken(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
     right = 0

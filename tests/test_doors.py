@@ -59,7 +59,8 @@ def public(module):
     home = importlib.import_module(f"robustood.{module}")
     for name in getattr(home, "__all__", None) or vars(home):
         value = getattr(home, name)
-        own = getattr(value, "__module__", "").startswith(f"robustood.{module}")
+        listed = "" if hasattr(home, "__all__") else f".{module}"
+        own = getattr(value, "__module__", "").startswith(f"robustood{listed}")
         if name.startswith("_") or not own or not callable(value) or isinstance(value, nn.Module):
             continue
         yield f"{module}.{name}"
@@ -357,7 +358,17 @@ READ = {
     "checkpoints.read_json",
     "results.load",
 }
-FREE = {"label", "alt", "html", "source", "text", "name", "ids"}  # texts of any content
+FREE = {
+    "by",
+    "fix",
+    "label",
+    "alt",
+    "html",
+    "source",
+    "text",
+    "name",
+    "ids",
+}  # texts of any content
 
 
 def kinds(name, argument, value, parameter):
@@ -425,7 +436,14 @@ def kinds(name, argument, value, parameter):
 
 
 ALIASES = {
+    "clean": ("scores_in", "scores"),
+    "detector": ("model",),
+    "known": ("list",),
     "name": ("set", "recipe"),
+    "outliers": ("x",),
+    "pool": ("x",),
+    "x_in": ("x",),
+    "x_out": ("x",),
     "name_or_path": ("recipe",),
     "split": ("set",),
     "within": ("eps", "perturbation set"),
@@ -440,10 +458,27 @@ HELD = {  # by a container: judged by what reads it, as `fit` does
     ),
     "empty": ANY,
 }
+VECTORS = {"negative inside": ANY, "times 255": ANY}  # no set says that there is a box
 SIGNED = {"negative": ANY}
 ARRAYS = {"list": ANY, "two": ANY}  # an array for an array
 ENDLESS = {"infinity": ANY}
 ACCEPTED = {
+    # a score stands in an attack's loop: kinds are refused, values are judged by what attacks and measures
+    **{
+        f"detectors.{kind}.{method}.x": HELD | {"uint8": EITHER, "int64": REFUSED, "bool": REFUSED}
+        for kind in doors.DETECTORS
+        for method in ("climbs", "published", "score")
+    },
+    **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
+    **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},
+    "detectors.Mahalanobis.combine.x": VECTORS,
+    "detectors.Mahalanobis.combine.outliers": VECTORS,
+    "detectors.post_hoc.x": VECTORS,
+    "detectors.post_hoc.y": {"too large": ANY},
+    "evaluate.scores.x": VECTORS,
+    "mining.margins.pool": VECTORS,
+    "mining.mine.pool": VECTORS,
+    "objectives": {"number": ANY, "float32": ANY},
     "data.Data.notes": {"numbers": ANY},
     "data.folder.split": {"unknown": ANY, "empty": ANY},
     "engine.Engine.measured": {"numbers": ANY},
@@ -515,10 +550,10 @@ def tries(name, arguments):
             for label, make, accepted in KINDS[kind]:
                 if label == "None" and optional:
                     accepted = ANY
-                own = ACCEPTED.get(f"{name}.{argument}", {}) | ACCEPTED.get(argument, {})
+                own = ACCEPTED.get(f"{name}.{argument}", {}) | ACCEPTED.get(name.split(".")[0], {})
                 yield argument, label, make, own.get(label, own.get("*", accepted))
     if parameters and not (swallows and name in TAKES_NAMES):
-        yield next(iter(given(name, arguments))), "misspelt", None, REFUSED
+        yield list(given(name, arguments))[-1], "misspelt", None, REFUSED
 
 
 TAKES_NAMES = {"widgets.explore", "widgets.live", "checkpoints.save_weights", "plotting.band"}

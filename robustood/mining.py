@@ -83,6 +83,7 @@ def check_window(n: int, q: float, pool: int) -> None:
     """Refuse a window that does not fit into the pool, before the pool is scored."""
     check_count(n, "n", low=1)
     check_number(q, "q", 0, 1)
+    check_count(pool, "number of images in the pool", low=1)
     if int(q * pool) + n > pool:
         raise ValueError(
             f"q + n/N must be at most 1, got {q:g} + {n}/{pool}; take q of at most "

@@ -55,6 +55,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "attacks.towards_each": PARTS,
     "attacks.uphill": LOOP,
     "callables.codes": PARTS,
+    "callables.kept": PARTS,
     "checkpoints.as_json": PARTS,
     "checkpoints.check_same": CHECK,
     "checkpoints.from_json": PARTS,
@@ -108,6 +109,8 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "engine.SumOfAll": LAYER,
     "engine.SumOfAll.*": LAYER,
     "engine.bare_update": PARTS,
+    "engine.check_parts": CHECK,
+    "engine.noted": PARTS,
     "engine.flops": PARTS,
     "engine.join": PARTS,
     "engine.mean_of_all": LOOP,
@@ -262,6 +265,7 @@ def grey(n, seed):
 
 X, U = grey(6, 0), grey(6, 1)
 COLOURED = (255 * X).byte().repeat(1, 3, 1, 1)
+LOWER = (0.9 * 255 * X).floor() / 255
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 MANY, MANY_Y = grey(60, 2), torch.arange(60) % 3  # enough to fit every detector
 NET, REJECT = small_cnn(3).eval(), small_cnn(3, reject=1).eval()
@@ -332,7 +336,6 @@ def calls(tmp: Path):
         ),
         "callables.modules": dict(value=NET),
         "callables.parts": dict(value=partial(max, 2)),
-        "checkpoints.describe": dict(value=WITHIN),
         "checkpoints.load_weights": dict(path=tmp / "net.safetensors", model=small_cnn(3)),
         "checkpoints.read_json": dict(path=tmp / "made.json", keys=["a"]),
         "checkpoints.save_weights": dict(path=tmp / "again.safetensors", model=NET),
@@ -540,10 +543,10 @@ def calls(tmp: Path):
         "smoothing.guaranteed_auroc": dict(
             lower=lambda r: torch.tensor(A), upper=lambda r: torch.tensor(B), radii=[0.1], confidence=0.9
         ),
-        "smoothing.interval_bounds": dict(model=NET, lower=X * 0.9, upper=X),
+        "smoothing.interval_bounds": dict(model=NET, lower=LOWER, upper=X),
         "smoothing.interval_score": dict(model=REJECT, x=X, eps=0.1),
         "smoothing.lower_bound": dict(hits=torch.tensor([3, 4]), n=8, alpha=0.01),
-        "smoothing.margin_bounds": dict(model=NET, lower=X * 0.9, upper=X, y=Y),
+        "smoothing.margin_bounds": dict(model=NET, lower=LOWER, upper=X, y=Y),
         "smoothing.mean_bound": dict(mean=torch.tensor([0.5, 0.9]), n=8, alpha=0.01),
         "smoothing.predict": dict(
             model=NET, x=X, within=L2(1.0), sigma=0.25, **many, alpha=0.01, at=torch.zeros_like(X), generator=source()
@@ -552,7 +555,7 @@ def calls(tmp: Path):
         "smoothing.votes": dict(
             model=NET, x=X, within=L2(1.0), sigma=0.25, **many, at=torch.zeros_like(X), generator=source()
         ),
-        "smoothing.worst_cross_entropy": dict(model=NET, lower=X * 0.9, upper=X, y=Y),
+        "smoothing.worst_cross_entropy": dict(model=NET, lower=LOWER, upper=X, y=Y),
         "toy.GaussianOutliers": dict(d=6, sigma=5.0, eps=0.5, nu=1.0, rho=0.3, a=2.0, b=9.0),
         "toy.GaussianOutliers.estimate": dict(self=FAR, inside=POOL, outliers=POOL + 1),
         "toy.GaussianOutliers.fnr": dict(self=FAR, theta=np.arange(1.0, 7)),

@@ -20,6 +20,7 @@ from robustood.inputs import (
     check_mapping,
     check_number,
     check_seed,
+    check_several,
     check_text,
 )
 from robustood.inputs import pixels as pixels  # shown as data.pixels

@@ -186,6 +186,8 @@ def read_pack(path: str | Path) -> Loaded:
     """
     check_path(path, "path")
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file; robustood data pack FOLDER makes one")
     held = _held(path)
     with _whole(path):
         return _loaded(path.stem, held)
@@ -299,7 +301,7 @@ def compress(
     for image, twin in zip(rows, out):
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
-            buffer, "JPEG", quality=quality
+            buffer, "JPEG", quality=int(quality)
         )
         twin[:] = np.asarray(Image.open(buffer)).reshape(twin.shape)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
@@ -316,7 +318,7 @@ def _pillows() -> np.ndarray:
     tables = []
     for quality in range(1, 101):
         buffer = io.BytesIO()
-        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=quality)
+        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=int(quality))
         with Image.open(buffer) as image:
             tables.append(_tables(image)[0])
     return np.array(tables)

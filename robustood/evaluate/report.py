@@ -247,6 +247,8 @@ class Bench:
         check_detector(self.detector)
         check_callable(self.attack, "attack", "attack(detector, x, within, direction=..., ...)")
         check_keywords(self.attack, self.how, "ood_report()")
+        plain = {k: v.item() for k, v in self.how.items() if isinstance(v, np.number)}
+        self.how = {**self.how, **plain}
         check_number(self.tpr, "tpr", 1e-9, 1)
         self.batch_size = check_count(self.batch_size, "batch_size", low=1)
         self.seed = check_seed(self.seed)
@@ -322,8 +324,8 @@ def measure(
     moved = metrics.threshold_at_tpr(scores_in, tpr)
     kept = metrics.acceptance(scores_in, fixed, confidence)
     return {
-        "n_in": len(scores_in),
-        "n_out": len(scores_out),
+        "n_in": scores_in.size,
+        "n_out": scores_out.size,
         "auroc": metrics.confidence_interval(
             metrics.auroc, scores_in, scores_out, confidence=confidence
         ),

@@ -460,10 +460,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, " d"]:
         r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
-        inside, outliers = (
-            reals(inside, "inside", 2),
-            reals(outliers, "outliers", 2),
-        )
+        inside, outliers = reals(inside, "inside", 2), reals(outliers, "outliers", 2)
         return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
 
     @staticmethod

@@ -24,21 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from robustood.inputs import (
-    check_callable,
-    check_choice,
-    check_confidence,
-    check_count,
-    check_flag,
-    check_generator,
-    check_images,
-    check_instance,
-    check_labels,
-    check_model,
-    check_number,
-    check_several,
-    taken,
-)
+from robustood import inputs
+from robustood.inputs import check_choice, check_count, check_labels, check_number, taken
 from robustood.metrics import Estimate, proportion
 from robustood.models import Watch, frozen, reading, slope
 from robustood.perturbations import Batch, PerturbationSet, as_set, per_sample
@@ -193,24 +180,24 @@ def maximise(
             or step size.
     """
     check_count(steps, "steps")
-    check_count(restarts, "restarts")
+    restarts = check_count(restarts, "restarts")
     check_choice(keep, "keep", ("best", "last"))
     if step_size is not None:
         check_number(step_size, "step_size", 0)
     within = as_set(within)
-    check_flag(checked, "checked")
-    for each in objective if isinstance(objective, Sequence) else [objective]:
-        check_callable(each, "objective", "objective(x)")
-    check_rule(rule, generator)
+    inputs.check_flag(checked, "checked")
+    objectives = objective if isinstance(objective, Sequence) else [objective]
+    for each in objectives:
+        inputs.check_callable(each, "objective", "objective(x)")
+    inputs.check_instance(rule or Ascent(), "rule", Rule, "a rule such as Ascent() or APGD()")
+    inputs.check_generator(generator)
     if not checked:
         x = taken(x, getattr(within, "box", (0, 1)))
     if parts is not None:
-        check_several(parts, "parts", "whole numbers that sum to the size of the batch")
+        inputs.check_several(parts, "parts", "whole numbers that sum to the size of the batch")
         parts = [check_count(part, "parts: each", 1) for part in parts]
-        if sum(parts) != len(x):
-            raise ValueError(f"parts must sum to the size of the batch, {len(x)}, got {parts}")
+        check_number(sum(parts), "parts: their sum", len(x), len(x), "it is the size of the batch")
     steps = check_count(steps, "steps") if within.ascendable else 0
-    restarts = int(restarts)
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
     rule, search = rule or Ascent(), search or ascent
@@ -218,7 +205,7 @@ def maximise(
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         best = Best(x)
-        for climbed in objective if isinstance(objective, Sequence) else [objective]:
+        for climbed in objectives:
             whole = [within.starts(v, restarts, generator) for v in x.split(parts or [len(x)])]
             for z in map(torch.cat, zip(*whole, strict=True)):
                 found = search(climbed, x, z, within, rule, steps, step_size, keep == "best")
@@ -227,13 +214,6 @@ def maximise(
                 else:
                     best.inputs = found[0]
     return best.inputs.detach()
-
-
-def check_rule(rule: Rule | None, generator: torch.Generator | None) -> None:
-    """Refuse what neither proposes points nor draws starts."""
-    if rule is not None:
-        check_instance(rule, "rule", Rule, "a rule such as Ascent() or APGD()")
-    check_generator(generator)
 
 
 def ascent(
@@ -348,7 +328,6 @@ def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet | float) -> 
     gradient, for ``L2`` eps times the unit gradient.
     """
     within = as_set(within)
-    check_model(model)
     return pgd(model, x, y, within, steps=1, step_size=within.radius, restarts=0, keep="last")
 
 
@@ -394,13 +373,12 @@ def pgd(
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
     check_choice(keep, "keep", ("best", "last"))
-    check_model(model)
-    check_rule(rule, generator)
+    inputs.check_model(model)
     within = as_set(within)
     box = getattr(within, "box", (0, 1))
     x = taken(x, box)
     if box == (0, 1):
-        check_images(x)
+        inputs.check_images(x)
     check_labels(y, x)
     watch = Watch()
     with torch.inference_mode(False), frozen(model), reading(model) as read:
@@ -487,18 +465,17 @@ def robust_accuracy(
             or bad settings, before any work.
     """
     batch_size = check_count(batch_size, "batch_size", low=1)
-    check_confidence(confidence)
-    check_model(model)
-    if attack is not None:
-        check_callable(attack, "attack", "attack(model, x, y)")
+    inputs.check_confidence(confidence)
+    inputs.check_model(model)
+    inputs.check_callable(attack or max, "attack", "attack(model, x, y)")
     x = taken(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
     right = 0
     with reading(model) as read:
         logits = covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            inputs = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
+            seen = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
             with frozen(model), torch.no_grad():
-                correct = [logits(given).argmax(1) == labels for given in inputs]
+                correct = [logits(given).argmax(1) == labels for given in seen]
             right += int(torch.stack(correct).all(0).sum())
     return proportion(right, len(x), confidence)

@@ -20,18 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from robustood import attacks
+from robustood import attacks, inputs
 from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
-from robustood.inputs import (
-    check_callable,
-    check_choice,
-    check_count,
-    check_flag,
-    check_instance,
-    check_keywords,
-    check_number,
-)
+from robustood.inputs import check_choice, check_count, check_number
 from robustood.mining import Mining
 from robustood.models import batch_statistics, declared, frozen, read
 from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
@@ -87,6 +79,7 @@ class Attacked:
         check_count(self.restarts, "restarts")
         check_choice(self.mode, "mode", ("eval", "train", "batch"))
         check_choice(self.keep, "keep", ("last", "best"))
+        inputs.check_flag(getattr(self, "clean", False), "clean")
         if self.step_size is not None:
             check_number(self.step_size, "step_size", 0)
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
@@ -136,10 +129,6 @@ class Adversarial(Attacked):
     """
 
     clean: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag(self.clean, "clean")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         loss = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
@@ -233,9 +222,8 @@ class OutlierTraining:
         check_number(self.weight, "weight", 0)
         check_number(self.attacked_share, "attacked_share", 0, 1)
         check_choice(self.bn, "bn", ("eval", "train", "separate"))
-        check_callable(self.outlier_loss, "outlier_loss", "outlier_loss(outputs)")
-        if self.mine is not None:
-            check_instance(self.mine, "mine", Mining, "a Mining(q, share)")
+        inputs.check_callable(self.outlier_loss, "outlier_loss", "outlier_loss(outputs)")
+        inputs.check_instance(self.mine or Mining(), "mine", Mining, "a Mining(q, share)")
         for given in (self.inside, self.outside):
             self.inner(given)  # a bad set is refused here, not at the first step
 
@@ -308,10 +296,11 @@ BN_OF_ATTACK: dict[str, Literal["eval", "train", "batch"]] = {
 Set = Attacked | PerturbationSet | float
 
 
-def check_inner(within: Set) -> None:
-    """Refuse what no inner maximum is over; a number is the radius of ``Linf``."""
+def given(within: Set) -> Set:
+    """The set, refused here if it is none."""
     if not isinstance(within, Attacked):
         as_set(within)
+    return within
 
 
 def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
@@ -321,9 +310,7 @@ def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
 
 def ADV(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     """Adversarial training alone, as a member of the family: no weight on outliers."""
-    check_keywords(OutlierTraining, how, "ADV()")
-    check_inner(within)
-    return OutlierTraining(inside=within, weight=0.0, steps=steps, **how)
+    return OutlierTraining(inside=given(within), weight=0.0, steps=steps, **how)
 
 
 def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -331,9 +318,7 @@ def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
 
     The authors' code runs the attack on outliers and throws the result away, and makes two forwards.
     """
-    check_keywords(OutlierTraining, how, "AOE()")
-    check_inner(within)
-    return OutlierTraining(inside=within, steps=steps, **how)
+    return OutlierTraining(inside=given(within), steps=steps, **how)
 
 
 def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -343,9 +328,7 @@ def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     (``bn="train"``) and starts at the clean input, because it truncates its random start to whole 8-bit
     steps; here the start is random and the step 2.5 radius / steps.
     """
-    check_keywords(OutlierTraining, how, "ALOE()")
-    check_inner(within)
-    return OutlierTraining(inside=within, outside=within, steps=steps, **how)
+    return OutlierTraining(inside=given(within), outside=within, steps=steps, **how)
 
 
 def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
@@ -353,14 +336,11 @@ def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
 
     The original attacks noise and lowers its largest log-confidence.
     """
-    check_keywords(OutlierTraining, how, "ACET()")
-    check_inner(within)
     return OutlierTraining(outside=best_of(within, steps), weight=1.0, attacked_share=0.5, **how)
 
 
 def NTOM(q: float = 0.125, **how: Any) -> OutlierTraining:
     """Mined clean outliers to a reject class (Chen et al. 2021, section 3)."""
-    check_keywords(OutlierTraining, how, "NTOM()")
     return OutlierTraining(outlier_loss=to_reject, weight=1.0, mine=Mining(q), **how)
 
 
@@ -370,8 +350,6 @@ def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTr
     The paper's formula attacks all outliers; its code attacks half, which is followed here. Inputs
     are never attacked. The paper: eps = 8/255, five steps of 2/255, the best iterate kept.
     """
-    check_keywords(OutlierTraining, how, "ATOM()")
-    check_inner(within)
     return OutlierTraining(
         outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
         attacked_share=0.5, mine=Mining(q), **how,
@@ -380,8 +358,6 @@ def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTr
 
 def RobustMining(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
     """ALOE's attacked inputs with ATOM's mined, half-attacked outliers: in neither paper."""
-    check_keywords(OutlierTraining, how, "RobustMining()")
-    check_inner(within)
     return OutlierTraining(
         inside=within, outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
         attacked_share=0.5, mine=Mining(q), steps=steps, **how,
@@ -460,8 +436,8 @@ class ROWL:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        check_count(self.steps, "steps", low=1)
-        check_inner(self.inner)
+        if not isinstance(self.inner, Attacked):
+            Attacked(self.inner, self.steps)  # a bad set is refused here, not at the first step
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         classes, _ = reject_outputs(model)

@@ -456,7 +456,12 @@ ALIASES = {
     "radii": ("radius", "eps"),
     "views": ("labels",),
     "within": ("eps", "perturbation set"),
-    "x": ("y", "at", "batch"),  # where two arguments do not fit together, either may be named
+    "x": (
+        "y",
+        "at",
+        "batch",
+        "lower",
+    ),  # where two arguments do not fit together, either may be named
 }
 # What a value may give beside the table's: by function and argument, or by argument alone.
 HELD = {  # by a container: judged by what reads it, as `fit` does
@@ -672,6 +677,8 @@ def verdict(name, table, argument, label, make, accepted, reference):
             function = find(name, arguments)
             family = function.__mro__ if isinstance(function, type) else (function,)
             named = any(one.__name__ in str(error) for one in family)
+            # ADV(..) and its like hand on to OutlierTraining(..) at once
+            named |= name.startswith("objectives.") and "OutlierTraining" in str(error)
             ours = own_error(error) or (isinstance(error, TypeError) and named)
             return "" if f"'{argument}z'" in str(error) and ours else f"{where}: {says}"
         if accepted == SAME:

@@ -235,7 +235,7 @@ class RejectClass(Detector):
         return z.logsumexp(1) - reject[:, 0]
 
     def published(self, x: Inputs) -> Values:
-        return -split(self.model, read(self.model, x).softmax(1))[1].sum(1)
+        return -split(self.model, read(self.model, entered(x)).softmax(1))[1].sum(1)
 
     def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each class over rejection, to lower it, the largest class."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import APGD, Ascent, Objective, Rule, check_rule, maximise
+from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
 from robustood.detectors.base import signed
 from robustood.inputs import (
@@ -77,7 +77,7 @@ def attack_score(
     within = as_set(within)
     x = taken(x, getattr(within, "box", (0, 1)))
     check_choice(direction, "direction", ("raise", "lower"))
-    check_rule(rule, generator)
+    check_generator(generator)
     batch_size = check_count(batch_size, "batch_size", low=1)
     if targets is not None:
         check_count(targets, "targets")

@@ -26,21 +26,9 @@ from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from robustood import inputs
 from robustood.data import drawn
-from robustood.inputs import (
-    check_callable,
-    check_count,
-    check_generator,
-    check_instance,
-    check_labels,
-    check_model,
-    check_number,
-    check_seed,
-    check_several,
-    check_values,
-    reals,
-    taken,
-)
+from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
 from robustood.models import declared, frozen, read, reading
 from robustood.perturbations import Batch, Linf, PerturbationSet, as_set
@@ -99,7 +87,7 @@ class Noise:
         """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
         x = taken(x, getattr(self.within, "box", (0, 1)))
         n, batch_size = check_count(n, "n", low=1), check_count(batch_size, "batch_size", low=1)
-        check_generator(generator)
+        inputs.check_generator(generator)
         if z is not None:
             check_values(z, None, "at")
             null = self.within.null(x)
@@ -111,13 +99,13 @@ class Noise:
             z = z.detach()
         generator = generator or torch.Generator(x.device).manual_seed(0)
         z, sums = self.within.null(x) if z is None else z, []
-        for inputs, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
-            most, sum_ = max(1, batch_size // len(inputs)), torch.zeros(())
+        for part, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
+            most, sum_ = max(1, batch_size // len(part)), torch.zeros(())
             for done in range(0, n, most):
                 copies = min(most, n - done)
-                many = [v.repeat(copies, *[1] * (v.ndim - 1)) for v in (inputs, centre)]
+                many = [v.repeat(copies, *[1] * (v.ndim - 1)) for v in (part, centre)]
                 values = f(self(many[0], generator, many[1]))
-                sum_ = sum_.to(values) + values.unflatten(0, (copies, len(inputs))).sum(0)
+                sum_ = sum_.to(values) + values.unflatten(0, (copies, len(part))).sum(0)
             sums.append(sum_)
         return torch.cat(sums)
 
@@ -154,7 +142,7 @@ def votes(
         outputs = logits(v)
         return one_hot(outputs.argmax(1), outputs.shape[1])
 
-    check_model(model)
+    inputs.check_model(model)
     with frozen(model), reading(model) as logits:
         return Noise(within, sigma).total(ballots, x, n, at, batch_size, generator)
 
@@ -201,8 +189,8 @@ def certify(
         ValueError: for inputs outside the set's box, or bad settings, before any work.
     """
     check_alpha(alpha)
-    check_model(model)
-    check_generator(generator)
+    inputs.check_model(model)
+    inputs.check_generator(generator)
     x = taken(x, getattr(as_set(within), "box", (0, 1)))
     check_count(n0, "n0", low=1)
     check_draws(n, alpha)
@@ -253,7 +241,7 @@ def certified_accuracy(
     A lower bound on the accuracy of the smoothed classifier under any attack of length r. The intervals are
     about the sample of inputs.
     """
-    check_instance(found, "found", CertifiedVote, "what certify(..) returns")
+    inputs.check_instance(found, "found", CertifiedVote, "what certify(..) returns")
     check_radii(radii)
     check_labels(y, found.label)
     right = found.label == y
@@ -358,7 +346,7 @@ def certified_score(
     """
     check_alpha(alpha)
     check_number(sigma, "sigma", 1e-9, 1e6)
-    check_callable(score, "score", "score(x)")
+    inputs.check_callable(score, "score", "score(x)")
 
     def checked(v: Tensor) -> Tensor:
         values = score(v).double()
@@ -412,8 +400,8 @@ def guaranteed_auroc(
         lower: radius to lower bounds of the in-distribution scores, such as :meth:`CertifiedScore.lower`.
         upper: radius to upper bounds of the outliers' scores.
     """
-    check_callable(lower, "lower", "lower(radius)")
-    check_callable(upper, "upper", "upper(radius)")
+    inputs.check_callable(lower, "lower", "lower(radius)")
+    inputs.check_callable(upper, "upper", "upper(radius)")
     check_radii(radii)
     return [
         confidence_interval(auroc, lower(radius), upper(radius), confidence=confidence)
@@ -445,8 +433,8 @@ class Smoothed(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
-        draws, seed = check_count(draws, "draws", low=1), check_seed(seed)
+        inputs.check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
+        draws, seed = check_count(draws, "draws", low=1), inputs.check_seed(seed)
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
         self.classes, self.reject = declared(model)
 
@@ -473,8 +461,8 @@ def check_draws(n: int, alpha: float) -> None:
 
 def check_radii(radii: Sequence[float]) -> None:
     """Refuse radii that no certificate is about."""
-    check_several(radii, "radii", "radii of at least 0")
-    if (reals(radii, "radii") < 0).any():
+    inputs.check_several(radii, "radii", "radii of at least 0")
+    if (inputs.reals(radii, "radii") < 0).any():
         raise ValueError(f"radii must be at least 0, got {list(radii)}")
 
 

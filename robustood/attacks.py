@@ -179,8 +179,7 @@ def maximise(
         ValueError: for empty input, NaN, values outside the set's box, negative steps, restarts
             or step size.
     """
-    check_count(steps, "steps")
-    restarts = check_count(restarts, "restarts")
+    steps, restarts = check_count(steps, "steps"), check_count(restarts, "restarts")
     check_choice(keep, "keep", ("best", "last"))
     if step_size is not None:
         check_number(step_size, "step_size", 0)
@@ -197,7 +196,7 @@ def maximise(
         inputs.check_several(parts, "parts", "whole numbers that sum to the size of the batch")
         parts = [check_count(part, "parts: each", 1) for part in parts]
         check_number(sum(parts), "parts: their sum", len(x), len(x), "it is the size of the batch")
-    steps = check_count(steps, "steps") if within.ascendable else 0
+    steps = steps if within.ascendable else 0
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
     rule, search = rule or Ascent(), search or ascent

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from robustood.checkpoints import check_same, read_state, write_state, write_whole
 from robustood.data import Batch, Data, Shared, draw
-from robustood.data.batches import Change, check_augment
+from robustood.data.batches import Change
 from robustood.engine import (
     Engine,
     Meter,
     check_data,
     check_parts,
+    check_plan,
     mean_of_all,
     noted,
     rank,
@@ -46,7 +47,6 @@ from robustood.inputs import (
     check_number,
     check_path,
     check_seed,
-    check_several,
 )
 from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
@@ -75,14 +75,6 @@ class History:
         """One entry of every row."""
         check_choice(name, "name", list(self.rows[0]) if self.rows else [])
         return [row[name] for row in self.rows]
-
-
-def check_milestones(milestones: Sequence[float] | None) -> None:
-    """Refuse what are no shares of the run."""
-    if milestones is not None:
-        check_several(milestones, "milestones", "shares of the run")
-        for share in milestones:
-            check_number(share, "milestones: each", 0, 1)
 
 
 def learning_rate(
@@ -178,8 +170,7 @@ def fit(
     check_number(weight_decay, "weight_decay", 0)
     seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)
     check_device(device or "cpu")
-    check_milestones(milestones)
-    check_augment(augment)
+    check_plan(milestones, augment)
     check_path(run_dir or ".", "run_dir")
     check_number(warmup, "warmup", 0, 1)
     check_number(minutes, "minutes", 0, math.inf)

@@ -191,7 +191,7 @@ def certify(
     check_alpha(alpha)
     inputs.check_model(model)
     inputs.check_generator(generator)
-    x = taken(x, getattr(as_set(within), "box", (0, 1)))
+    x = taken(x, getattr(Noise(within, sigma).within, "box", (0, 1)))
     check_count(n0, "n0", low=1)
     check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)

@@ -24,15 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from robustood.inputs import (
-    check_choice,
-    check_confidence,
-    check_count,
-    check_images,
-    check_labels,
-    check_number,
-    taken,
-)
+from robustood import inputs
+from robustood.inputs import check_choice, check_count, check_labels, check_number, taken
 from robustood.metrics import Estimate, proportion
 from robustood.models import Watch, frozen, reading, slope
 from robustood.perturbations import Batch, PerturbationSet, as_set, per_sample
@@ -85,6 +78,10 @@ class APGD:
 
     momentum: float = 0.75
     rising: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_number(self.momentum, "momentum", 0, 1)
+        check_number(self.rising, "rising", 0, 1)
 
     def checkpoints(self, steps: int) -> set[int]:
         """The steps at which the size is reconsidered: at shares 0.22, 0.41, 0.57, .. of all."""
@@ -182,14 +179,23 @@ def maximise(
         ValueError: for empty input, NaN, values outside the set's box, negative steps, restarts
             or step size.
     """
-    check_count(steps, "steps")
-    check_count(restarts, "restarts")
+    steps, restarts = check_count(steps, "steps"), check_count(restarts, "restarts")
     check_choice(keep, "keep", ("best", "last"))
     if step_size is not None:
         check_number(step_size, "step_size", 0)
     within = as_set(within)
+    inputs.check_flag(checked, "checked")
+    objectives = objective if isinstance(objective, Sequence) else [objective]
+    for each in objectives:
+        inputs.check_callable(each, "objective", "objective(x)")
+    inputs.check_instance(rule or Ascent(), "rule", Rule, "a rule such as Ascent() or APGD()")
+    inputs.check_generator(generator)
     if not checked:
         x = taken(x, getattr(within, "box", (0, 1)))
+    if parts is not None:
+        inputs.check_several(parts, "parts", "whole numbers that sum to the size of the batch")
+        parts = [check_count(part, "parts: each", 1) for part in parts]
+        check_number(sum(parts), "parts: their sum", len(x), len(x), "it is the size of the batch")
     steps = steps if within.ascendable else 0
     if getattr(within, "finite", not within.ascendable):
         keep = "best"
@@ -198,7 +204,7 @@ def maximise(
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         best = Best(x)
-        for climbed in objective if isinstance(objective, Sequence) else [objective]:
+        for climbed in objectives:
             whole = [within.starts(v, restarts, generator) for v in x.split(parts or [len(x)])]
             for z in map(torch.cat, zip(*whole, strict=True)):
                 found = search(climbed, x, z, within, rule, steps, step_size, keep == "best")
@@ -365,11 +371,13 @@ def pgd(
         UserWarning: where the gradient is exactly zero at every step for every input.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
+    check_choice(keep, "keep", ("best", "last"))
+    inputs.check_model(model)
     within = as_set(within)
     box = getattr(within, "box", (0, 1))
     x = taken(x, box)
     if box == (0, 1):
-        check_images(x)
+        inputs.check_images(x)
     check_labels(y, x)
     watch = Watch()
     with torch.inference_mode(False), frozen(model), reading(model) as read:
@@ -455,16 +463,18 @@ def robust_accuracy(
         ValueError: for an empty or invalid x, labels that do not fit it or the model's output,
             or bad settings, before any work.
     """
-    check_count(batch_size, "batch_size", low=1)
-    check_confidence(confidence)
+    batch_size = check_count(batch_size, "batch_size", low=1)
+    inputs.check_confidence(confidence)
+    inputs.check_model(model)
+    inputs.check_callable(attack or max, "attack", "attack(model, x, y)")
     x = taken(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
     right = 0
     with reading(model) as read:
         logits = covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            inputs = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
+            seen = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
             with frozen(model), torch.no_grad():
-                correct = [logits(given).argmax(1) == labels for given in inputs]
+                correct = [logits(given).argmax(1) == labels for given in seen]
             right += int(torch.stack(correct).all(0).sum())
     return proportion(right, len(x), confidence)

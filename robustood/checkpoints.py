@@ -195,6 +195,7 @@ def read_json(
         ValueError: for a damaged file, or one without these keys, naming it.
     """
     check_path(path, "path")
+    check_text(fix, "fix")
     check_several(keys, "keys", "names", 0)
     for key in keys:
         check_text(key, "keys: each")

@@ -19,7 +19,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustood.attacks import ascent
 from robustood.data import Data
+from robustood.data.batches import check_augment
 from robustood.inputs import (
     check_choice,
     check_count,
@@ -168,6 +169,15 @@ def check_parts(model: object, objective: object, data: object, optimiser: objec
             "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
             f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
         )
+
+
+def check_plan(milestones: Sequence[float] | None, augment: object) -> None:
+    """Refuse milestones that are no shares of the run, and what augments no images."""
+    check_augment(augment)
+    if milestones is not None:
+        check_several(milestones, "milestones", "shares of the run")
+        for share in milestones:
+            check_number(share, "milestones: each", 0, 1)
 
 
 def check_data(data: Data, classes: int | None) -> None:

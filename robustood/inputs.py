@@ -66,6 +66,16 @@ def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") 
     return x
 
 
+def entered(x: Tensor, name: str = "x") -> Tensor:
+    """Inputs inside a loop: 8-bit pixels as floats, all but floats refused; no value is read."""
+    if isinstance(x, Tensor):
+        x = pixels(x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of floats or of 8-bit pixels, got {seen}")
+    return x
+
+
 def finite(x: Tensor, name: str = "x") -> Tensor:
     """Inputs as a door without a box takes them: 8-bit images as floats in [0, 1], all else checked for NaN."""
     if isinstance(x, Tensor) and x.ndim == 4:
@@ -183,6 +193,13 @@ def check_generator(value: object, name: str = "generator") -> None:
     if value is not None:
         such_as = "a torch.Generator, such as torch.Generator().manual_seed(0)"
         check_instance(value, name, torch.Generator, such_as)
+
+
+def check_model(model: object, name: str = "model") -> None:
+    """Refuse what maps no inputs to outputs, such as a class that was not built."""
+    if isinstance(model, type) or not callable(model):
+        seen = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"{name} must be a network or a function, called as model(x), got {seen}")
 
 
 def check_device(value: object, name: str = "device") -> None:

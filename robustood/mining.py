@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
-from robustood.inputs import check_choice, check_count, check_number, check_values
+from robustood.inputs import check_choice, check_count, check_instance, check_number, check_values
 from robustood.models import check_finite, declared, frozen
 
 Margins = Float[Tensor, " _"]
@@ -32,6 +32,9 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     Args:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
     """
+    check_instance(model, "model", nn.Module, "a network, such as small_cnn(reject=1)")
+    batch_size = check_count(batch_size, "batch_size", low=1)
+    check_instance(pool, "pool", Tensor, "a tensor of images")
     detector = RejectClass(model) if declared(model)[1] else MSP(model)
     if pool.dtype != torch.uint8:
         check_values(pool, None, "pool")
@@ -56,21 +59,31 @@ def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
     Raises:
         ValueError: if q + n/N is above 1: there would be too few.
     """
+    check_instance(pool, "pool", Tensor, "a tensor of images")
     check_window(n, q, len(pool))
     return window(margins(model, pool), n, q)
 
 
 def window(m: Margins, n: int, q: float) -> Int[Tensor, " n"]:
     """Indices of the n highest margins after the highest share q."""
+    check_margins(m, "m")
     check_window(n, q, len(m))
     first = int(q * len(m))
     return m.argsort(descending=True, stable=True)[first : first + n]
+
+
+def check_margins(m: Margins, name: str) -> None:
+    """Refuse what are no margins, one an image."""
+    check_values(m, None, name)
+    if m.ndim != 1:
+        raise ValueError(f"{name} must have one axis, got shape {tuple(m.shape)}; use .flatten()")
 
 
 def check_window(n: int, q: float, pool: int) -> None:
     """Refuse a window that does not fit into the pool, before the pool is scored."""
     check_count(n, "n", low=1)
     check_number(q, "q", 0, 1)
+    check_count(pool, "number of images in the pool", low=1)
     if int(q * pool) + n > pool:
         raise ValueError(
             f"q + n/N must be at most 1, got {q:g} + {n}/{pool}; take q of at most "
@@ -94,6 +107,8 @@ def contamination(margins_in: Margins, margins_pool: Margins) -> float:
     """
     for name, given in (("margins_in", margins_in), ("margins_pool", margins_pool)):
         check_values(given, None, name)
+    check_margins(margins_in, "margins_in")
+    check_margins(margins_pool, "margins_pool")
     return min(1.0, 2 * float((margins_pool >= margins_in.median()).double().mean()))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from robustood import attacks
+from robustood import attacks, inputs
 from robustood.data import Batch, Data, each
 from robustood.detectors import to_uniform
 from robustood.inputs import check_choice, check_count, check_number
@@ -79,6 +79,7 @@ class Attacked:
         check_count(self.restarts, "restarts")
         check_choice(self.mode, "mode", ("eval", "train", "batch"))
         check_choice(self.keep, "keep", ("last", "best"))
+        inputs.check_flag(getattr(self, "clean", False), "clean")
         if self.step_size is not None:
             check_number(self.step_size, "step_size", 0)
         within = self.set_at(1)  # a negative radius is refused here, not at the first step
@@ -221,6 +222,8 @@ class OutlierTraining:
         check_number(self.weight, "weight", 0)
         check_number(self.attacked_share, "attacked_share", 0, 1)
         check_choice(self.bn, "bn", ("eval", "train", "separate"))
+        inputs.check_callable(self.outlier_loss, "outlier_loss", "outlier_loss(outputs)")
+        inputs.check_instance(self.mine or Mining(), "mine", Mining, "a Mining(q, share)")
         for given in (self.inside, self.outside):
             self.inner(given)  # a bad set is refused here, not at the first step
 
@@ -293,6 +296,13 @@ BN_OF_ATTACK: dict[str, Literal["eval", "train", "batch"]] = {
 Set = Attacked | PerturbationSet | float
 
 
+def given(within: Set) -> Set:
+    """The set, refused here if it is none."""
+    if not isinstance(within, Attacked):
+        as_set(within)
+    return within
+
+
 def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
     """OE: clean inputs, clean outliers pushed to the uniform distribution (Hendrycks et al. 2019)."""
     return OutlierTraining(weight=weight)
@@ -300,7 +310,7 @@ def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
 
 def ADV(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     """Adversarial training alone, as a member of the family: no weight on outliers."""
-    return OutlierTraining(inside=within, weight=0.0, steps=steps, **how)
+    return OutlierTraining(inside=given(within), weight=0.0, steps=steps, **how)
 
 
 def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -308,7 +318,7 @@ def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
 
     The authors' code runs the attack on outliers and throws the result away, and makes two forwards.
     """
-    return OutlierTraining(inside=within, steps=steps, **how)
+    return OutlierTraining(inside=given(within), steps=steps, **how)
 
 
 def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -318,7 +328,7 @@ def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     (``bn="train"``) and starts at the clean input, because it truncates its random start to whole 8-bit
     steps; here the start is random and the step 2.5 radius / steps.
     """
-    return OutlierTraining(inside=within, outside=within, steps=steps, **how)
+    return OutlierTraining(inside=given(within), outside=within, steps=steps, **how)
 
 
 def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
@@ -424,6 +434,10 @@ class ROWL:
 
     inner: Attacked | PerturbationSet | float
     steps: int = 5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Attacked):
+            Attacked(self.inner, self.steps)  # a bad set is refused here, not at the first step
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         classes, _ = reject_outputs(model)

@@ -31,6 +31,7 @@ from robustood.engine import (
     Meter,
     check_data,
     check_parts,
+    check_plan,
     mean_of_all,
     noted,
     rank,
@@ -39,7 +40,14 @@ from robustood.engine import (
     world,
 )
 from robustood.identity import check_identity, identity
-from robustood.inputs import check_count, check_number
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_device,
+    check_number,
+    check_path,
+    check_seed,
+)
 from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
 
@@ -65,6 +73,7 @@ class History:
 
     def column(self, name: str) -> list[float]:
         """One entry of every row."""
+        check_choice(name, "name", list(self.rows[0]) if self.rows else [])
         return [row[name] for row in self.rows]
 
 
@@ -158,6 +167,11 @@ def fit(
     check_count(batch_size, "batch_size", low=1)
     check_count(outlier_batch_size, "outlier_batch_size", low=1)
     check_number(lr, "lr", 0)
+    check_number(weight_decay, "weight_decay", 0)
+    seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)
+    check_device(device or "cpu")
+    check_plan(milestones, augment)
+    check_path(run_dir or ".", "run_dir")
     check_number(warmup, "warmup", 0, 1)
     check_number(minutes, "minutes", 0, math.inf)
     if average is not None:

@@ -159,6 +159,8 @@ def listed(
     lists = {name: list(options) for name, options in values.items()}
     for name, options in lists.items():
         check_count(len(options), f"number of values for {name}", low=1)
+        if any(value is None for value in options):
+            raise ValueError(f"{name} must hold values, got None among {options!r:.80}")
     if labels is not None:
         check_mapping(labels, "labels", "{name: text beside the slider}")
         for name, text in labels.items():

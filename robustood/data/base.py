@@ -20,6 +20,7 @@ from robustood.inputs import (
     check_mapping,
     check_number,
     check_seed,
+    check_several,
     check_text,
 )
 from robustood.inputs import pixels as pixels  # shown as data.pixels
@@ -119,6 +120,11 @@ def counted_as(loaded: Loaded, names: Sequence[str], by: str) -> Loaded:
         ValueError: for a class that the other set does not have.
     """
     check_instance(loaded, "loaded", Loaded, "a set, as load(..) gives it")
+    check_instance(loaded, "loaded", Loaded, "a set, such as data.load(name) gives")
+    check_several(names, "names", "texts", 0)
+    for name in names:
+        check_text(name, "names: each")
+    check_text(by, "by")
     if not names or not loaded.names or loaded.names == tuple(names):
         return loaded
     if unknown := [name for name in loaded.names if name not in names]:

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from robustood.data.base import Batch, Data, pixels
 from robustood.inputs import (
-    check_callable,
     check_count,
     check_flag,
     check_generator,
@@ -89,6 +88,16 @@ class Augment:
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
+def check_augment(augment: object) -> None:
+    """Refuse what changes no images, such as a class that was not built; None is for no change."""
+    if augment is None:
+        return
+    if isinstance(augment, type) or not callable(augment):
+        raise ValueError(
+            f"augment must be called as augment(images, generator), such as Augment(), got {augment!r:.80}"
+        )
+
+
 def draw(
     data: Data,
     batch_size: int,
@@ -107,8 +116,7 @@ def draw(
     check_count(batch_size, "batch_size", low=1)
     check_count(outlier_batch_size, "outlier_batch_size")
     check_generator(generator)
-    if augment is not None:
-        check_callable(augment, "augment", "augment(images, generator)")
+    check_augment(augment)
     n, pool, device = len(data.train), len(data.outliers), data.train.x.device
     steps = n // batch_size
     order = torch.randperm(n, generator=generator, device=device)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from robustood.checkpoints import write_whole
 from robustood.data.base import Loaded
-from robustood.inputs import check_count
+from robustood.inputs import check_count, check_path, check_several, check_text
 
 Images = UInt8[Tensor, "n channel height width"] | UInt8[np.ndarray, "n height width channel"]
 Labels = Integer[Tensor, " n"] | Integer[np.ndarray, " n"] | Sequence[int]
@@ -83,7 +83,9 @@ def write_pack(
     """
     rows = nhwc(images)
     y = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    check_text(source, "source")
     for key, given in {"names": names, "ids": ids, "notes": notes}.items():
+        check_several(given, key, "texts", 0)
         if isinstance(given, str) or not all(isinstance(word, str) for word in given):
             raise ValueError(f"{key} must be a list of texts, got {given!r}")
     check_count(per, "per", low=1)
@@ -105,6 +107,7 @@ def write_pack(
     }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
+    check_path(path, "path")
     path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,10 @@ def read_pack(path: str | Path) -> Loaded:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged.
     """
+    check_path(path, "path")
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file; robustood data pack FOLDER makes one")
     held = _held(path)
     with _whole(path):
         return _loaded(path.stem, held)
@@ -295,7 +301,7 @@ def compress(
     for image, twin in zip(rows, out):
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
-            buffer, "JPEG", quality=quality
+            buffer, "JPEG", quality=int(quality)
         )
         twin[:] = np.asarray(Image.open(buffer)).reshape(twin.shape)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
@@ -312,7 +318,7 @@ def _pillows() -> np.ndarray:
     tables = []
     for quality in range(1, 101):
         buffer = io.BytesIO()
-        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=quality)
+        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=int(quality))
         with Image.open(buffer) as image:
             tables.append(_tables(image)[0])
     return np.array(tables)

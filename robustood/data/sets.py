@@ -27,7 +27,7 @@ from tqdm import tqdm
 from robustood.data.base import Loaded
 from robustood.data.files import images_in, read_image
 from robustood.data.packs import digest, made_from, read_idx, read_pack, write_pack
-from robustood.inputs import check_count, check_instance, check_path
+from robustood.inputs import check_count, check_instance, check_path, check_text
 
 # Sets that torchvision downloads: its class, the size of our images, and the arguments for each split.
 _TWO = {"train": [{"train": True}], "test": [{"train": False}]}
@@ -47,6 +47,8 @@ RULES = 2  # of reading files of images; a pack that was made by others is made 
 
 def root(path: str | Path | None = None) -> Path:
     """The folder of the packs: the argument, else ``ROBUSTOOD_DATA``, else ``data/cache``."""
+    if path is not None:
+        check_path(path, "path: root")
     if path := path or os.environ.get("ROBUSTOOD_DATA"):
         return Path(path).expanduser()
     checkout = Path(__file__).parents[2]
@@ -266,6 +268,8 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
             nothing would be left.
     """
     check_instance(outliers, "outliers", Loaded, "a set with its classes' names; use load(..)")
+    check_instance(outliers, "outliers", Loaded, "a set, such as load(name) gives")
+    check_text(known, "known")
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
     labels = outliers.ids or outliers.names

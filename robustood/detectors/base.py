@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from robustood.inputs import check_choice, check_labels, finite, pixels
-from robustood.models import check_finite, frozen, networks, read, slope, split
+from robustood.inputs import check_choice, check_labels, check_model, entered, finite, pixels
+from robustood.models import check_finite, frozen, networks, read, slope, split, through
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -35,6 +35,7 @@ class Detector(nn.Module, ABC):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        check_model(model)
         self.model = model
 
     @abstractmethod
@@ -62,15 +63,15 @@ class Detector(nn.Module, ABC):
 
     def logits(self, x: Inputs) -> Tensor:
         """The class outputs (batch, classes)."""
-        return self.classes(read(self.model, x))
+        return self.classes(read(self.model, entered(x)))
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
         """The network's penultimate features; like all of its parts it gets a copy of x."""
-        return self.part("features")(x.clone())
+        return through(self.part("features"), self.model, entered(x))
 
     def stages(self, x: Inputs) -> list[Tensor]:
         """The network's maps after each stage."""
-        return self.part("stages")(x.clone())
+        return through(self.part("stages"), self.model, entered(x))
 
     def part(self, name: str) -> Any:
         """A part of the network that not every network shows."""
@@ -145,6 +146,7 @@ def to_uniform(z: Float[Tensor, "batch classes"]) -> Values:
 
 def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:
     """x minus a sign step on a summed loss, with sgn(0) = 1 and the identity as its gradient."""
+    x = entered(x)
     if step == 0:
         return x
     with torch.inference_mode(False), torch.enable_grad():

@@ -92,7 +92,13 @@ class Mahalanobis(Detector):
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
         """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
         self.ready()
-        both = torch.cat([finite(x), finite(outliers, "outliers")])
+        x, outliers = finite(x), finite(outliers, "outliers")
+        if x.shape[1:] != outliers.shape[1:]:
+            raise ValueError(
+                f"x and outliers must be of one shape, got {tuple(x.shape[1:])} and "
+                f"{tuple(outliers.shape[1:])} a sample"
+            )
+        both = torch.cat([x, outliers])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
         scale = scores.std(0).clamp_min(1e-12)
         labels = torch.arange(len(both)) >= len(x)

@@ -19,7 +19,7 @@ from robustood.detectors.base import (
     signed,
     to_uniform,
 )
-from robustood.inputs import check_number
+from robustood.inputs import check_number, entered
 from robustood.models import declared, read, split
 
 
@@ -227,7 +227,7 @@ class RejectClass(Detector):
 
     def halves(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class outputs, and the LSE of the reject outputs (batch, 1)."""
-        z, reject = split(self.model, read(self.model, x))
+        z, reject = split(self.model, read(self.model, entered(x)))
         return z, reject.logsumexp(1, keepdim=True)
 
     def score(self, x: Inputs) -> Values:
@@ -235,7 +235,7 @@ class RejectClass(Detector):
         return z.logsumexp(1) - reject[:, 0]
 
     def published(self, x: Inputs) -> Values:
-        return -split(self.model, read(self.model, x).softmax(1))[1].sum(1)
+        return -split(self.model, read(self.model, entered(x)).softmax(1))[1].sum(1)
 
     def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each class over rejection, to lower it, the largest class."""

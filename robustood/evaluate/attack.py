@@ -15,7 +15,15 @@ from torch.nn.functional import cross_entropy
 from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
 from robustood.detectors.base import signed
-from robustood.inputs import check_choice, check_count, taken
+from robustood.inputs import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_instance,
+    check_keywords,
+    check_several,
+    taken,
+)
 from robustood.models import Watch, frozen, read, split
 from robustood.perturbations import PerturbationSet, as_set, per_sample
 
@@ -65,10 +73,12 @@ def attack_score(
     Warns:
         UserWarning: where the gradient is exactly zero at every step for every input.
     """
+    check_detector(detector)
     within = as_set(within)
     x = taken(x, getattr(within, "box", (0, 1)))
     check_choice(direction, "direction", ("raise", "lower"))
-    check_count(batch_size, "batch_size", low=1)
+    check_generator(generator)
+    batch_size = check_count(batch_size, "batch_size", low=1)
     if targets is not None:
         check_count(targets, "targets")
     generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -94,6 +104,11 @@ def attack_score(
             watch.next()
     watch.close(hidden=within.radius > 0)
     return torch.cat(found)
+
+
+def check_detector(detector: Detector) -> None:
+    """Refuse what gives no scores."""
+    check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
 
 
 def objectives(
@@ -135,6 +150,8 @@ def attack_in_turn(
         within: the sets in turn.
         direction, how: as in :func:`attack_score`.
     """
+    check_several(within, "within", "perturbation sets, each searched after the one before")
+    check_keywords(attack_score, how, "attack_in_turn()")
     for each in within:
         x = attack_score(detector, x, each, direction=direction, **how)
     return x
@@ -180,8 +197,11 @@ def paper_attack(
         detector, x, within, direction, batch_size, generator: as in :func:`attack_score`.
         paper: whose surrogate, steps, starts and choice of iterate.
     """
+    check_detector(detector)
     check_choice(paper, "paper", tuple(PAPERS))
     check_choice(direction, "direction", ("raise", "lower"))
+    batch_size = check_count(batch_size, "batch_size", low=1)
+    check_generator(generator)
     within = as_set(within)
     x = taken(x, getattr(within, "box", (0, 1)))
     plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), Watch()
@@ -214,6 +234,9 @@ def surrogate(
     all other detectors the softmax's: ALOE lowers the entropy of outliers, ATOM raises
     $\ell_{OE} = \mathrm{LSE}(z) - \bar z$ of them, and both lower $\ell_{OE}$ of in-distribution inputs.
     """
+    check_detector(detector)
+    check_choice(direction, "direction", ("raise", "lower"))
+    check_choice(paper, "paper", tuple(PAPERS))
     up = direction == "raise"
     if isinstance(detector, RejectClass):
 

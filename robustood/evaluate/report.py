@@ -24,9 +24,23 @@ from robustood.checkpoints import (
     write_whole,
 )
 from robustood.detectors import Detector, Direction
-from robustood.evaluate.attack import attack_score
+from robustood.evaluate.attack import attack_score, check_detector
 from robustood.identity import check_identity, describe, identity
-from robustood.inputs import check_choice, check_count, check_number, finite, taken
+from robustood.inputs import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_keywords,
+    check_mapping,
+    check_number,
+    check_path,
+    check_seed,
+    check_several,
+    finite,
+    numbers,
+    reals,
+    taken,
+)
 from robustood.metrics import Estimate
 from robustood.models import check_finite, frozen
 from robustood.perturbations import Ball, PerturbationSet, as_set
@@ -41,6 +55,8 @@ SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 @torch.no_grad()
 def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
+    check_detector(detector)
+    batch_size = check_count(batch_size, "batch_size", low=1)
     x = finite(x)
     with frozen(detector):
         parts = [
@@ -78,6 +94,8 @@ class Report:
 
     def mean(self, metric: str) -> float:
         """Unweighted mean of a metric over the sets."""
+        known = [name for name, value in self.rows[0].items() if not isinstance(value, str)]
+        check_choice(metric, "metric", known)
         return float(np.mean([float(row[metric]) for row in self.rows]))
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -88,6 +106,7 @@ class Report:
         ]
         text = as_json({"settings": self.settings, "rows": rows}, "report")
         if path is not None:
+            check_path(path, "path")
             write_whole(Path(path), text.encode())
         return text
 
@@ -179,6 +198,7 @@ def ood_report(
             ``name`` where it is needed.
     """
     check_choice(side, "side", SIDES)
+    check_mapping(x_out, "x_out", "{name: images}")
     bench = Bench(
         detector, x_in, dict(x_out), within, attack, tpr, confidence, batch_size, seed, how, run_dir,
         name,
@@ -198,6 +218,7 @@ def four_sides(
     Args:
         settings: of :func:`ood_report`, apart from the side.
     """
+    check_mapping(x_out, "x_out", "{name: images}")
     defaults = {"attack": attack_score, "tpr": 0.95, "confidence": 0.95, "batch_size": 512, "seed": 0,
                 "run_dir": None, "name": None}  # fmt: skip
     own = {name: settings.pop(name, value) for name, value in defaults.items()}
@@ -223,8 +244,16 @@ class Bench:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_detector(self.detector)
+        check_callable(self.attack, "attack", "attack(detector, x, within, direction=..., ...)")
+        check_keywords(self.attack, self.how, "ood_report()")
+        plain = {k: v.item() for k, v in self.how.items() if isinstance(v, np.number)}
+        self.how = {**self.how, **plain}
         check_number(self.tpr, "tpr", 1e-9, 1)
-        check_count(self.batch_size, "batch_size", low=1)
+        self.batch_size = check_count(self.batch_size, "batch_size", low=1)
+        self.seed = check_seed(self.seed)
+        if self.run_dir is not None:
+            check_path(self.run_dir, "run_dir")
         if not self.x_out:
             raise ValueError("x_out is empty; pass at least one set of outliers, {name: images}")
         self.within = None if self.within is None else as_set(self.within)
@@ -290,12 +319,13 @@ def measure(
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """One row of a :class:`Report`: from clean scores, which set a threshold, and those that came."""
-    fixed = metrics.threshold_at_tpr(clean, tpr)
+    scores_in, scores_out = numbers(scores_in, "scores_in"), numbers(scores_out, "scores_out")
+    fixed = metrics.threshold_at_tpr(numbers(clean, "clean"), tpr)
     moved = metrics.threshold_at_tpr(scores_in, tpr)
     kept = metrics.acceptance(scores_in, fixed, confidence)
     return {
-        "n_in": len(scores_in),
-        "n_out": len(scores_out),
+        "n_in": scores_in.size,
+        "n_out": scores_out.size,
         "auroc": metrics.confidence_interval(
             metrics.auroc, scores_in, scores_out, confidence=confidence
         ),
@@ -319,14 +349,14 @@ class Known:
         told: Callable[[], dict[str, str]],
     ):
         self.path = None if folder is None else Path(folder) / "scores.state"
-        numbers = {name: settings[name] for name in ("seed", "batch_size")}
-        self.state: dict[str, Any] = {"settings": numbers, "parts": {}}
+        kept = {name: settings[name] for name in ("seed", "batch_size")}
+        self.state: dict[str, Any] = {"settings": kept, "parts": {}}
         if self.path is None:
             return
         holder = f"run_dir {self.path.parent.name!r} holds a report"
         old, self.state["identity"] = read_state(self.path), told()
         if old is not None:
-            check_same(old["settings"], numbers, holder)
+            check_same(old["settings"], kept, holder)
         check_identity(old, self.state["identity"], holder)
         self.state = old or self.state
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -365,6 +395,10 @@ def epsilon_curve(
     Returns:
         One dict a radius, with ``eps`` and the entries of a row.
     """
+    check_several(radii, "radii", "radii, in increasing order")
+    radii = [float(eps) for eps in reals(radii, "radii")]
+    if run_dir is not None:
+        check_path(run_dir, "run_dir")
     if list(radii) != sorted(radii) or not len(radii) or radii[0] < 0:
         raise ValueError(f"radii must be at least 0 and increasing, got {list(radii)}")
     ball, rows = as_set(within), []

@@ -26,12 +26,21 @@ from robustood.models.base import (
     small_cnn,
 )
 from robustood.models.dense import densenet_bc
-from robustood.models.reading import Watch, check_finite, declared, read, reading, slope, split
+from robustood.models.reading import (
+    Watch,
+    check_finite,
+    declared,
+    read,
+    reading,
+    slope,
+    split,
+    through,
+)
 from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
     "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
     "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
     "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
-    "split", "wide_resnet",
+    "split", "through", "wide_resnet",
 ]  # fmt: skip

@@ -349,6 +349,9 @@ def adapt(
     Raises:
         ValueError: if ``head`` is not the name of a linear layer.
     """
+    check_instance(module, "module", nn.Module, "a network, such as torchvision's")
+    if normalise is not None:
+        check_instance(normalise, "normalise", nn.Module, "a module, such as Normalise(mean, std)")
     check_count(reject, "reject")
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if head not in names:

@@ -6,6 +6,7 @@ Shapes and types are checked at every call. Values are looked at once, when a do
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,10 +90,7 @@ def read(model: Model, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return model(x)
-    try:
-        z = model(x.clone())
-    except RuntimeError as error:
-        raise unlike(model, x) or error from error
+    z = through(model, model, x)
     if not isinstance(z, Tensor):
         raise TypeError(
             f"model must return a tensor (batch, outputs), got {type(z).__name__}; take one out of it by "
@@ -109,6 +107,30 @@ def read(model: Model, x: Tensor) -> Tensor:
             "torch.cat([torch.zeros_like(z), z], 1)"
         )
     return z
+
+
+def through(call: Callable[[Tensor], Any], model: Any, x: Tensor) -> Any:
+    """What a model, or a part of it, makes of a copy of x.
+
+    Raises:
+        ValueError: where x has another type, device or shape than the weights take.
+    """
+    try:
+        return call(x.clone())
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise unlike(model, x) or unfit(x, error) from error
+
+
+def unfit(x: Tensor, error: RuntimeError) -> Exception:
+    """What to say where a forward failed because of the shape of its inputs; else the error itself."""
+    if type(error) is RuntimeError and re.search(r"shapes|size|channels|Expected \dD", str(error)):
+        return ValueError(
+            f"x of shape {tuple(x.shape)} does not fit the model ({error}); pass a batch such as (batch, channel, "
+            "height, width) in the model's own size"
+        )
+    return error
 
 
 def unlike(model: Any, x: Tensor) -> ValueError | None:

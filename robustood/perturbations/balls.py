@@ -136,7 +136,7 @@ def as_set(within: PerturbationSet | float) -> PerturbationSet:
     """
     if isinstance(within, Real) and not isinstance(within, bool):
         return Linf(float(within))
-    if not isinstance(within, PerturbationSet):
+    if isinstance(within, type) or not isinstance(within, PerturbationSet):
         raise ValueError(
             f"within must be a number or a perturbation set such as Linf(8/255), got {within!r}"
         )

@@ -26,6 +26,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from robustood import inputs
 from robustood.data import drawn
 from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
@@ -85,17 +86,26 @@ class Noise:
     ) -> Tensor:
         """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
         x = taken(x, getattr(self.within, "box", (0, 1)))
-        check_count(n, "n", low=1)
-        check_count(batch_size, "batch_size", low=1)
+        n, batch_size = check_count(n, "n", low=1), check_count(batch_size, "batch_size", low=1)
+        inputs.check_generator(generator)
+        if z is not None:
+            check_values(z, None, "at")
+            null = self.within.null(x)
+            if z.shape != null.shape or z.dtype != null.dtype:
+                raise ValueError(
+                    f"at must hold one parameter an input, {null.dtype} of shape {tuple(null.shape)}, got "
+                    f"{z.dtype} of shape {tuple(z.shape)}"
+                )
+            z = z.detach()
         generator = generator or torch.Generator(x.device).manual_seed(0)
         z, sums = self.within.null(x) if z is None else z, []
-        for inputs, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
-            most, sum_ = max(1, batch_size // len(inputs)), torch.zeros(())
+        for part, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
+            most, sum_ = max(1, batch_size // len(part)), torch.zeros(())
             for done in range(0, n, most):
                 copies = min(most, n - done)
-                many = [v.repeat(copies, *[1] * (v.ndim - 1)) for v in (inputs, centre)]
+                many = [v.repeat(copies, *[1] * (v.ndim - 1)) for v in (part, centre)]
                 values = f(self(many[0], generator, many[1]))
-                sum_ = sum_.to(values) + values.unflatten(0, (copies, len(inputs))).sum(0)
+                sum_ = sum_.to(values) + values.unflatten(0, (copies, len(part))).sum(0)
             sums.append(sum_)
         return torch.cat(sums)
 
@@ -132,6 +142,7 @@ def votes(
         outputs = logits(v)
         return one_hot(outputs.argmax(1), outputs.shape[1])
 
+    inputs.check_model(model)
     with frozen(model), reading(model) as logits:
         return Noise(within, sigma).total(ballots, x, n, at, batch_size, generator)
 
@@ -178,6 +189,9 @@ def certify(
         ValueError: for inputs outside the set's box, or bad settings, before any work.
     """
     check_alpha(alpha)
+    inputs.check_model(model)
+    inputs.check_generator(generator)
+    x = taken(x, getattr(as_set(within), "box", (0, 1)))
     check_count(n0, "n0", low=1)
     check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -227,6 +241,8 @@ def certified_accuracy(
     A lower bound on the accuracy of the smoothed classifier under any attack of length r. The intervals are
     about the sample of inputs.
     """
+    inputs.check_instance(found, "found", CertifiedVote, "what certify(..) returns")
+    check_radii(radii)
     check_labels(y, found.label)
     right = found.label == y
     return [
@@ -258,6 +274,13 @@ def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
     >>> print(f"{lower_bound(torch.tensor([10_000]), 10_000, 0.001).item():.8f}")
     0.99930946
     """
+    n = check_count(n, "n", low=1)
+    check_alpha(alpha)
+    whole = isinstance(hits, Tensor) and hits.ndim == 1 and hits.dtype in (torch.int64, torch.int32)
+    if not whole or not len(hits) or hits.min() < 0 or hits.max() > n:
+        raise ValueError(
+            f"hits must be a tensor of whole numbers from 0 to n = {n}, got {hits!r:.80}"
+        )
     k = hits.cpu().numpy()
     # No hit, no bound: the law of the formula would need a positive first parameter.
     ends = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, alpha), 0.0)
@@ -284,10 +307,12 @@ class CertifiedScore:
 
     def lower(self, radius: float) -> Values:
         r"""$\Phi(\Phi^{-1}(\mathrm{low}) - r / \sigma)$: no attack of length r brings $\bar s$ below it."""
+        check_number(radius, "radius", 0)
         return self.moved(self.low, -radius)
 
     def upper(self, radius: float) -> Values:
         r"""$\Phi(\Phi^{-1}(\mathrm{high}) + r / \sigma)$: none brings $\bar s$ above it."""
+        check_number(radius, "radius", 0)
         return self.moved(self.high, radius)
 
     def moved(self, p: Values, by: float) -> Values:
@@ -321,6 +346,7 @@ def certified_score(
     """
     check_alpha(alpha)
     check_number(sigma, "sigma", 1e-9, 1e6)
+    inputs.check_callable(score, "score", "score(x)")
 
     def checked(v: Tensor) -> Tensor:
         values = score(v).double()
@@ -346,6 +372,10 @@ def mean_bound(mean: Values, n: int, alpha: float) -> Values:
     >>> print(f"{mean_bound(torch.ones(1).double(), 1000, 0.001).item():.6f} {0.001 ** (1 / 1000):.6f}")
     0.993116 0.993116
     """
+    check_values(mean, name="mean")
+    check_count(n, "n", low=1)
+    check_alpha(alpha)
+    mean = mean.detach()
     low, high = torch.zeros_like(mean), mean.clone()
     for _ in range(60):
         q = (low + high) / 2
@@ -370,6 +400,9 @@ def guaranteed_auroc(
         lower: radius to lower bounds of the in-distribution scores, such as :meth:`CertifiedScore.lower`.
         upper: radius to upper bounds of the outliers' scores.
     """
+    inputs.check_callable(lower, "lower", "lower(radius)")
+    inputs.check_callable(upper, "upper", "upper(radius)")
+    check_radii(radii)
     return [
         confidence_interval(auroc, lower(radius), upper(radius), confidence=confidence)
         for radius in radii
@@ -400,7 +433,8 @@ class Smoothed(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        check_count(draws, "draws", low=1)
+        inputs.check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
+        draws, seed = check_count(draws, "draws", low=1), inputs.check_seed(seed)
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
         self.classes, self.reject = declared(model)
 
@@ -423,6 +457,13 @@ def check_draws(n: int, alpha: float) -> None:
         raise ValueError(
             f"n must be at least {fewest} to certify anything at alpha {alpha:g}, got {n}"
         )
+
+
+def check_radii(radii: Sequence[float]) -> None:
+    """Refuse radii that no certificate is about."""
+    inputs.check_several(radii, "radii", "radii of at least 0")
+    if (inputs.reals(radii, "radii") < 0).any():
+        raise ValueError(f"radii must be at least 0, got {list(radii)}")
 
 
 def check_alpha(alpha: float) -> None:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from robustood.data import Batch
-from robustood.inputs import check_images, check_number, taken
+from robustood.inputs import (
+    check_images,
+    check_instance,
+    check_labels,
+    check_number,
+    finite,
+    taken,
+)
 from robustood.models import Adapted, Classifier, Normalise, declared, read
 
 Inputs = Float[Tensor, "batch *shape"]
@@ -46,12 +53,26 @@ def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Out
     Raises:
         ValueError: for a layer that the bounds do not know, by its name, or a box with lower > upper.
     """
+    lower, upper = check_bounds(model, lower, upper)
+    return through(layers(model), lower, upper)
+
+
+def check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
+    """Refuse what is no network, and boxes that are none."""
+    check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
+    lower, upper = finite(lower, "lower"), finite(upper, "upper")
     if lower.shape != upper.shape or bool((lower > upper).any()):
         raise ValueError(
             f"lower and upper must be of one shape with lower <= upper, got {tuple(lower.shape)} and "
             f"{tuple(upper.shape)}; write x - eps and x + eps"
         )
-    return through(layers(model), lower, upper)
+    weight = next(model.parameters(), lower)
+    for name, ends in (("lower", lower), ("upper", upper)):
+        if ends.dtype != weight.dtype:
+            raise ValueError(
+                f"{name} is {ends.dtype}, the model {weight.dtype}; use {name}.float()"
+            )
+    return lower, upper
 
 
 def margin_bounds(
@@ -64,6 +85,15 @@ def margin_bounds(
     Args:
         y: (batch,) the output to compare with; the last one, say, to reject.
     """
+    lower, upper = check_bounds(model, lower, upper)
+    check_labels(y, lower, getattr(layers(model)[-1], "out_features", None))
+    return margins(model, lower, upper, y)
+
+
+def margins(
+    model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
+) -> tuple[Outputs, Outputs]:
+    """The bounds of :func:`margin_bounds` of inputs that passed a door, without waiting for the device."""
     *body, head = layers(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"model must end in a linear layer, got {head!r}")
@@ -92,7 +122,9 @@ def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Val
     """
     x = taken(x)
     check_images(x)
-    low, high = margin_bounds(model, *box(x, eps), reject(model, x))
+    check_number(eps, "eps", 0, 1, "a radius in pixels, such as 0.02")
+    lower, upper = check_bounds(model, *box(x, eps))
+    low, high = margins(model, lower, upper, reject(model, x))
     return low[:, :-1].logsumexp(1), high[:, :-1].logsumexp(1)
 
 
@@ -133,7 +165,7 @@ class IntervalOutliers:
         v = torch.cat([batch.x, batch.outliers])
         y = torch.cat([batch.y, reject(model, batch.outliers)])
         plain = cross_entropy(read(model, v), y, reduction="none")
-        worst = worst_cross_entropy(model, *box(v, grown * self.eps), y)
+        worst = margins(model, *box(v, grown * self.eps), y)[1].logsumexp(1)
         losses = (1 - grown * self.share) * plain + grown * self.share * worst
         inside, outside = losses.split([len(batch.x), len(batch.outliers)])
         return inside.mean() + self.weight * outside.mean()

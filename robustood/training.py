@@ -286,7 +286,7 @@ class Run:
 
     def one_epoch(
         self,
-        objective: Objective,
+        objective: Callable[[nn.Module, Batch], Tensor],
         batches: Iterator[Batch],
         generator: torch.Generator,
         rate: Callable[[int], float],

@@ -43,7 +43,7 @@ from robustood.engine import (
 from robustood.identity import check_identity, identity
 from robustood.inputs import (
     check_choice,
-    check_count,
+    check_counts,
     check_device,
     check_number,
     check_path,
@@ -164,9 +164,7 @@ def fit(
             holds the weights of the last good epoch.
     """
     check_parts(model, objective, data, optimiser)
-    check_count(epochs, "epochs", low=1)
-    check_count(batch_size, "batch_size", low=1)
-    check_count(outlier_batch_size, "outlier_batch_size", low=1)
+    check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
     check_number(lr, "lr", 0)
     check_number(weight_decay, "weight_decay", 0)
     seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)

@@ -62,7 +62,7 @@ check: $(STAMP) ## The slow suites, other libraries, and the notebooks in every 
 notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 	$(BIN)/python book/_tools/refresh.py --stale
 
-spread: $(STAMP) ## Measure how far printed numbers move between arithmetics, where cells are new
+spread: $(STAMP) ## Measure how far printed numbers move with the arithmetic, where cells are new
 	$(BIN)/python book/_tools/spread.py --stale
 
 results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood.attacks import ascent
-from robustood.data import Data
+from robustood.data import Batch, Data
 from robustood.data.batches import check_augment
 from robustood.inputs import (
     check_choice,
@@ -208,6 +208,22 @@ def check_targets(y: Tensor, x: Tensor, classes: int | None) -> None:
         check_anything(y, "data.train.y")
     elif y.ndim != 4:
         check_labels(y, x, classes, "data.train.y")
+
+
+def followed(
+    objective: Callable[[nn.Module, Batch], Tensor],
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """The objective, which says so where its loss has no gradient that an optimiser could follow."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value = objective(model, batch)
+        if not value.requires_grad:
+            raise RuntimeError(
+                "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
+            )
+        return value
+
+    return loss
 
 
 def noted(found: object) -> dict[str, float]:

@@ -32,6 +32,7 @@ from robustood.engine import (
     check_data,
     check_parts,
     check_plan,
+    followed,
     mean_of_all,
     noted,
     rank,
@@ -228,7 +229,7 @@ def fit(
                 run.measure(objective, next(of(run.generator(seed))))
             batches = of(generator)
             run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
-            if not run.one_epoch(objective, batches, generator, rate, bar):
+            if not run.one_epoch(followed(objective), batches, generator, rate, bar):
                 break
             run.record(monitor, prepared.notes, tell)
         return run.close(batch_size)
@@ -283,7 +284,7 @@ class Run:
 
     def one_epoch(
         self,
-        objective: Objective,
+        objective: Callable[[nn.Module, Batch], Tensor],
         batches: Iterator[Batch],
         generator: torch.Generator,
         rate: Callable[[int], float],
@@ -315,10 +316,6 @@ class Run:
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
             loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
-                )
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()

@@ -114,6 +114,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "engine.flops": PARTS,
     "engine.join": PARTS,
     "engine.mean_of_all": LOOP,
+    "engine.followed": PARTS,
     "engine.rank": PARTS,
     "engine.release_statistics": PARTS,
     "engine.seconds": PARTS,

@@ -867,7 +867,7 @@ def refused(call) -> str:
         (lambda m: Mahalanobis(m).fit(GOOD, 2 * LABELS), ["no sample of class", "[1, 3, 5"]),
         (lambda m: ViM(m).fit(GOOD * torch.nan), ["x", "NaN"]),
         (lambda m: ReAct(m).fit(GOOD[:0]), ["x", "empty"]),
-        (lambda m: ReAct(m).fit(GOOD.byte()), ["x", "uint8"]),
+        (lambda m: ReAct(m).fit(GOOD.short()), ["x", "int16"]),
         (lambda m: KNN(m, 61).fit(GOOD, LABELS), ["x", "k = 61", "60"]),
         (lambda m: KNN(m, 0), ["k", "at least 1", "0"]),
         (lambda m: KNN(m, 2.5), ["k", "2.5"]),

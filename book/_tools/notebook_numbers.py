@@ -1,7 +1,7 @@
 """A pytest plugin beside nbval: what a cell prints is compared by its meaning.
 
 Words must agree exactly. So must numbers, but for those that depend on how a processor rounds: numbers that come from
-a trained network. ``spread.py`` finds them by executing each notebook in several arithmetics and keeps, beside
+a trained network. ``spread.py`` finds them by executing each notebook in several kinds of arithmetic and keeps, beside
 the notebook in ``NN_slug.spread.json``, how far each printed number moved. Such a number may differ from the stored one
 by ``MARGIN`` times its spread, and by one unit of its last printed digit in any case. A number that no
 arithmetic moves has no spread on record and stays exact, as does a cell that nobody measured.

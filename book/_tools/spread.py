@@ -120,7 +120,7 @@ def compared(cell: nbformat.NotebookNode) -> bool:
 
 
 def measure(twin: Path) -> Found:
-    """Execute a notebook in all arithmetics, and write its spreads."""
+    """Execute a notebook in every arithmetic, and write its spreads."""
     path = twin.with_suffix(".ipynb")
     notebook, found = nbformat.read(path, as_version=4), Found(twin.stem)
     began = time.perf_counter()
@@ -130,7 +130,7 @@ def measure(twin: Path) -> Found:
             each = {name: texts_[place] for name, (texts_, _) in runs.items()}
             found.cells[cell["id"]] = spread(found, cell, list(printed(cell)), each)
     kept = {
-        "arithmetics": list(RUNS),
+        "runs": list(RUNS),
         "cells": {
             name: {str(i): v for i, v in moved.items()} for name, moved in found.cells.items()
         },

@@ -174,17 +174,14 @@ class Data:
             check_instance(getattr(self, name), name, Split, "a Split(x, y)")
         check_instance(self.outliers, "outliers", Tensor, "a tensor (samples, ...), x[:0] for none")
         check_mapping(self.ood, "ood", "{name: images}")
-        images = {f"ood[{name!r}]": x for name, x in self.ood.items()}
-        for name, x in images.items():
-            check_instance(x, name, Tensor, "a tensor of images")
-        images["outliers"] = self.outliers
-        shape = self.train.x.shape
-        for name, x in images.items():
-            if x.ndim == 0 or (len(x) and x.shape[1:] != shape[1:]):
-                raise ValueError(
-                    f"data.{name} must be shaped like data.train.x, {tuple(shape[1:])} a sample, got "
-                    f"{tuple(x.shape[1:])}"
-                )
+        for name, x in self.ood.items():
+            check_instance(x, f"ood[{name!r}]", Tensor, "a tensor of images")
+        shape, other = self.train.x.shape, self.outliers
+        if other.ndim == 0 or (len(other) and other.shape[1:] != shape[1:]):
+            raise ValueError(
+                f"data.outliers must be shaped like data.train.x, {tuple(shape[1:])} a sample, got "
+                f"{tuple(other.shape[1:])}"
+            )
         check_mapping(self.notes, "notes", "{name: number}")
         for name, value in self.notes.items():
             check_number(value, f"notes[{name!r}]", -math.inf, math.inf)

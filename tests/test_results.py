@@ -218,7 +218,7 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     draw = {name: noise.normal(size=n).astype(np.float32) for name, n in
             {"in": 300, "a": 50, "b": 50, "c": 50}.items()}  # fmt: skip
     scores = {f"MSP none {name}": values for name, values in draw.items()}
-    inside, outside = results.pooled(scores, "MSP", "none", "abc")
+    inside, outside = results.pooled(scores, "MSP", "none", ["a", "b", "c"])
     each = [metrics.auroc(draw["in"], draw[name]) for name in "abc"]
     assert metrics.auroc(inside, outside) == pytest.approx(np.mean(each), abs=1e-12)
     threshold = metrics.threshold_at_tpr(draw["in"])

@@ -226,7 +226,7 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     assert metrics.acceptance(outside, threshold).value == pytest.approx(np.mean(each), abs=1e-12)
 
     scores["MSP none d"] = draw["a"][:20]  # a smaller set weighs as much as a larger one
-    assert len(results.pooled(scores, "MSP", "none", "ad")[1]) == 40
+    assert len(results.pooled(scores, "MSP", "none", ["a", "d"])[1]) == 40
     scores["MSP none e"] = np.arange(
         200, dtype=np.float32
     )  # sorted by class: all of them must stay

@@ -230,12 +230,12 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     scores["MSP none e"] = np.arange(
         200, dtype=np.float32
     )  # sorted by class: all of them must stay
-    _, both = results.pooled(scores, "MSP", "none", "de")
+    _, both = results.pooled(scores, "MSP", "none", ["d", "e"])
     assert both[20] == 0 and both[-1] == 199 and len(both) == 40
     with pytest.raises(
         ValueError, match=r"no scores \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):
-        results.pooled(scores, "MSP", "paper", "a")
+        results.pooled(scores, "MSP", "paper", ["a"])
 
 
 def estimates(value):

@@ -233,7 +233,7 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     _, both = results.pooled(scores, "MSP", "none", ["d", "e"])
     assert both[20] == 0 and both[-1] == 199 and len(both) == 40
     with pytest.raises(
-        ValueError, match=r"no scores \['MSP paper in', 'MSP paper a'\]; there are: MSP"
+        ValueError, match=r"no scores of .* \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):
         results.pooled(scores, "MSP", "paper", ["a"])
 

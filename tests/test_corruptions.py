@@ -154,7 +154,7 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match="severity must be a whole number from 1 to 5"):
             corrupt(x, "fog", severity, seeds(2))
     for wrong in (seeds(3), seeds(2)[:, None], seeds(2, -1), torch.tensor(4)):
-        with pytest.raises(ValueError, match="seeds must be 2 whole numbers >= 0"):
+        with pytest.raises(ValueError, match="seeds must be a tensor of 2 whole numbers >= 0"):
             corrupt(x, "fog", 1, wrong)
 
 

@@ -441,7 +441,7 @@ def test_the_likelihood_ratio_is_bounded_tightly(seed):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda m, x: Variational(-1), "beta must be a number .* got -1"),
+        (lambda m, x: Variational(-1), "beta must be a finite number .* got -1"),
         (
             lambda m, x: Variational(distance="l1"),  # ty: ignore
             "distance must be one of 'squared error'.* got 'l1'",
@@ -449,7 +449,7 @@ def test_the_likelihood_ratio_is_bounded_tightly(seed):
         (lambda m, x: Variational(schedule=((2, 0),)), "schedule must be a number .* got 2"),
         (lambda m, x: radii(m, x, x[:1]), "x and target must be of one length, got 4 and 1"),
         (lambda m, x: radii(m, 2 * x, x), r"x lies in .* outside \[0, 1\]"),
-        (lambda m, x: set_metrics(m, x, x, -1), "radius must be a number .* got -1"),
+        (lambda m, x: set_metrics(m, x, x, -1), "radius must be a finite number .* got -1"),
         (lambda m, x: set_metrics(m, x, x[0], 1), "target must have 4 axes"),
         (lambda m, x: set_metrics(m, x, x, 1, samples=0), "samples must be a whole number"),
         (lambda m, x: guarantee(m, x, x, alpha=1.0), "alpha must be a number .* got 1.0"),

@@ -461,7 +461,5 @@ def test_no_latent_radius_is_the_generators_own_copy():
 def test_a_bad_latent_set_is_refused(untyped):
     with pytest.raises(ValueError, match=r"radius must be a number .* got -1"):
         Latent(SHADES, -1)
-    with pytest.raises(
-        ValueError, match=r"generator must have generate\(x, u\) and latent.* Linear"
-    ):
+    with pytest.raises(ValueError, match=r"generator must .* generate\(x, u\) and latent.* Linear"):
         Latent(nn.Linear(2, 2), 1.0)

@@ -218,7 +218,7 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     draw = {name: noise.normal(size=n).astype(np.float32) for name, n in
             {"in": 300, "a": 50, "b": 50, "c": 50}.items()}  # fmt: skip
     scores = {f"MSP none {name}": values for name, values in draw.items()}
-    inside, outside = results.pooled(scores, "MSP", "none", "abc")
+    inside, outside = results.pooled(scores, "MSP", "none", ["a", "b", "c"])
     each = [metrics.auroc(draw["in"], draw[name]) for name in "abc"]
     assert metrics.auroc(inside, outside) == pytest.approx(np.mean(each), abs=1e-12)
     threshold = metrics.threshold_at_tpr(draw["in"])
@@ -226,16 +226,16 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
     assert metrics.acceptance(outside, threshold).value == pytest.approx(np.mean(each), abs=1e-12)
 
     scores["MSP none d"] = draw["a"][:20]  # a smaller set weighs as much as a larger one
-    assert len(results.pooled(scores, "MSP", "none", "ad")[1]) == 40
+    assert len(results.pooled(scores, "MSP", "none", ["a", "d"])[1]) == 40
     scores["MSP none e"] = np.arange(
         200, dtype=np.float32
     )  # sorted by class: all of them must stay
-    _, both = results.pooled(scores, "MSP", "none", "de")
+    _, both = results.pooled(scores, "MSP", "none", ["d", "e"])
     assert both[20] == 0 and both[-1] == 199 and len(both) == 40
     with pytest.raises(
-        ValueError, match=r"no scores \['MSP paper in', 'MSP paper a'\]; there are: MSP"
+        ValueError, match=r"no scores of .* \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):
-        results.pooled(scores, "MSP", "paper", "a")
+        results.pooled(scores, "MSP", "paper", ["a"])
 
 
 def estimates(value):

@@ -80,7 +80,7 @@ def check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
     check_images(target, "target")
     if x.shape[:1] != target.shape[:1]:
         raise ValueError(f"x and target must be of one length, got {len(x)} and {len(target)}")
-    dtype = next(model.parameters()).dtype
+    dtype = next(model.parameters(), x).dtype
     for name, images in (("x", x), ("target", target)):
         if images.dtype != dtype:
             raise ValueError(f"{name} is {images.dtype}, the model {dtype}; use {name}.to({dtype})")

@@ -38,7 +38,7 @@ class Generator(Protocol):
 
 def check_maker(generator: object) -> None:
     """Refuse what makes no images of latent variables."""
-    such_as = "of generate(x, u) and latent, such as a ConditionalVAE"
+    such_as = "a network that must have generate(x, u) and latent, such as a ConditionalVAE"
     check_instance(generator, "generator", Generator, such_as)
 
 

@@ -7,6 +7,7 @@ blindness. The background is white in light and in dark pages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -118,7 +119,7 @@ def band(
     axis: Axes,
     x: Sequence[float],
     estimates: Sequence[Estimate],
-    label: str | None = None,
+    label: str | float | None = None,
     colour: str = "blue",
     **line: Any,
 ) -> None:
@@ -138,7 +139,7 @@ def band(
     places = reals(x, "x")
     for each in estimates:
         check_instance(each, "estimates: each", Estimate, "an Estimate with value, low and high")
-    if label is not None:
+    if label is not None and not isinstance(label, Real):
         check_text(label, "label")
     if not len(x) == len(estimates) > 0:
         raise ValueError(

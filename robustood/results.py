@@ -77,13 +77,15 @@ def gather(folder: Path) -> Run:
     }
 
 
-def check_whole(file: Path, kept: Run) -> None:
-    """Refuse a kept result whose run or report lacks what the table needs.
+def check_whole(
+    file: Path, kept: Run, run: Sequence[str] = RECORDED, report: Sequence[str] = MEASURED
+) -> None:
+    """Refuse a kept result whose run or report lacks some keys, by default those that the table needs.
 
     Raises:
         ValueError: naming the file and the keys.
     """
-    for part, keys in {"run": RECORDED, "report": MEASURED}.items():
+    for part, keys in {"run": run, "report": report}.items():
         held = kept[part]
         missing = [key for key in keys if not isinstance(held, dict) or key not in held]
         if missing and (part == "run" or held is not None):
@@ -162,9 +164,10 @@ def restore(name: str, folder: str | Path) -> Path:
     check_path(folder, "folder")
     folder = Path(folder).expanduser()
     file = kept_file("results", f"{name}.json", "robustood table lists the runs")
-    check_whole(file, record := read_json(file, ("run", "report")))
+    record = read_json(file, ("run", "report"))
     get = "they come with a checkout of the repository"
     weights = kept_file("weights", f"{name}.safetensors", get)
+    check_whole(file, record, ("recipe", "about", "settings"), ("settings",))
     run = record["run"]
     recipe = {"name": run["recipe"], "about": run["about"], **run["settings"]}
     if record["report"]:  # measured as it was

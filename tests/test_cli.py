@@ -210,7 +210,10 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
     """Strong and curve, on a kept run that was put back into a folder."""
     kept = Path("data/results")
     kept.mkdir(parents=True)
-    measured = {"settings": checkpoints.read_json(finished / "recipe.json")["evaluation"]}
+    measured = {
+        "settings": checkpoints.read_json(finished / "recipe.json")["evaluation"],
+        "means": [],
+    }
     record = {"run": checkpoints.read_json(finished / "run.json"), "report": measured}
     (kept / "tiny.json").write_text(json.dumps(record))
     Path("data/weights").mkdir()

@@ -398,7 +398,6 @@ SPLIT = Split(IMAGES, LABELS)
          r"data\.train\.x, \(1, 2, 2\) a sample, got \(1, 2, 1\)"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, [IMAGES]), "ood must be "),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": [0]}), r"ood\['a'\] must be a tensor of images, got list"),
-        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": IMAGES[:, 0]}), r"data\.ood\['a'\] must be shaped"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, compressed=IMAGES[1:]), r"compressed must be .* got \(3, 1, 2, 2\)"),
         (lambda: load(3), r"name and split must be texts such as 'mine', 'test', got 3, None"),
         (lambda: load("mine", 3), "name and split must be texts"),

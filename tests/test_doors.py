@@ -486,6 +486,7 @@ ACCEPTED = {
     },
     **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
     **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},
+    "plotting.band.label": {"number": ANY},  # a legend shows numbers as they are
     "detectors.Mahalanobis.combine.x": VECTORS,
     "detectors.Mahalanobis.combine.outliers": VECTORS,
     "detectors.post_hoc.x": VECTORS,

@@ -61,7 +61,7 @@ def verdicts(folder: Path, *options: str) -> dict[str, bool]:
     for i, (source, stored, spreads, _) in enumerate(CELLS.values()):
         cell = nbformat.v4.new_code_cell(source, outputs=outputs(source, stored), execution_count=1)
         cell["id"] = f"cell{i}"
-        moved[cell["id"]] = {str(place): value for place, value in spreads.items()}
+        moved[cell["id"]] = {"moves": {str(place): value for place, value in spreads.items()}}
         notebook.cells.append(cell)
     path = folder / "some.ipynb"
     nbformat.write(notebook, path)
@@ -194,3 +194,18 @@ def test_an_arithmetic_is_chosen_by_name(monkeypatch):
         arithmetic.environment("sse")
     monkeypatch.setattr(arithmetic.platform, "machine", lambda: "arm64")
     assert arithmetic.environment("oldest") == arithmetic.THREADS
+
+
+def test_a_record_of_other_numbers_is_stale(tmp_path):
+    """A cell that prints one number more has its others in other places."""
+    twin = tmp_path / "some.md"
+    cell = nbformat.v4.new_code_cell("f()", outputs=outputs("f()", "1 and 0.5"), execution_count=1)
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbformat.write(notebook, twin.with_suffix(".ipynb"))
+    assert spread.is_stale(twin)
+    kept = {"runs": [], "cells": {cell["id"]: {"numbers": 2, "moves": {"1": 0.1}}}}
+    notebook_numbers.record(twin.with_suffix(".ipynb")).write_text(spread.as_text(kept))
+    assert not spread.is_stale(twin)
+    cell.outputs = outputs("f()", "0 of 1 and 0.5")
+    nbformat.write(notebook, twin.with_suffix(".ipynb"))
+    assert spread.is_stale(twin)

@@ -123,7 +123,9 @@ def spreads(notebook: Path) -> dict[str, Spread]:
     """How far the numbers of each cell move, by the cell's id; empty without a record."""
     file = record(notebook)
     cells = json.loads(file.read_text("utf-8"))["cells"] if file.exists() else {}
-    return {name: {int(i): moved for i, moved in cell.items()} for name, cell in cells.items()}
+    return {
+        name: {int(i): moved for i, moved in cell["moves"].items()} for name, cell in cells.items()
+    }
 
 
 # --- the plugin

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nbformat
 import refresh
@@ -119,6 +119,18 @@ def compared(cell: nbformat.NotebookNode) -> bool:
     return not {"live", "nbval-ignore-output"} & set(refresh.tags(cell))
 
 
+def count(cell: nbformat.NotebookNode) -> int:
+    """How many numbers a cell printed."""
+    return sum(len(numbers(text)) for text in printed(cell))
+
+
+def as_text(kept: dict[str, Any]) -> str:
+    """A record as JSON, one line for each cell."""
+    cells = [f"  {json.dumps(name)}: {json.dumps(cell)}" for name, cell in kept["cells"].items()]
+    inside = ",\n".join(cells)
+    return f'{{\n "runs": {json.dumps(kept["runs"])},\n "cells": {{\n{inside}\n }}\n}}\n'
+
+
 def measure(twin: Path) -> Found:
     """Execute a notebook in every arithmetic, and write its spreads."""
     path = twin.with_suffix(".ipynb")
@@ -132,14 +144,12 @@ def measure(twin: Path) -> Found:
     kept = {
         "runs": list(RUNS),
         "cells": {
-            name: {str(i): v for i, v in moved.items()} for name, moved in found.cells.items()
+            cell["id"]: {"numbers": count(cell), "moves": found.cells[cell["id"]]}
+            for cell in refresh.code_cells(notebook)
+            if compared(cell)
         },
     }
-    text = json.dumps(kept, indent=1)
-    text = re.sub(
-        r"\{\s+((?:\"\d+\": [\d.e-]+,?\s*)+)\}", lambda m: "{" + " ".join(m[1].split()) + "}", text
-    )
-    record(path).write_text(text + "\n", encoding="utf-8")
+    record(path).write_text(as_text(kept), encoding="utf-8")
     found.faults += near_misses({name: held for name, (_, held) in runs.items() if name in RUNS})
     print(f"{twin.stem}: measured in {time.perf_counter() - began:.0f} s", flush=True)
     return found
@@ -202,13 +212,14 @@ def near_misses(held: dict[str, dict[str, float]]) -> Iterator[str]:
 
 
 def is_stale(twin: Path) -> bool:
-    """Whether a notebook has cells that were never measured, or a record of cells that are gone."""
+    """Whether the record is of other cells, or of other numbers in them, than the notebook has."""
     path = twin.with_suffix(".ipynb")
     cells = refresh.code_cells(nbformat.read(path, as_version=4))
     if not record(path).exists():
         return True
     known = json.loads(record(path).read_text("utf-8"))["cells"]
-    return set(known) != {cell["id"] for cell in cells if compared(cell)}
+    now = {cell["id"]: count(cell) for cell in cells if compared(cell)}
+    return {name: cell["numbers"] for name, cell in known.items()} != now
 
 
 def main() -> int:

@@ -156,17 +156,25 @@ def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkey
     kept = tmp_path / "data" / "results" / "mine.json"
     kept.parent.mkdir(parents=True)
     monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
-    for wrong, said in [
+    (tmp_path / "data" / "weights").mkdir()
+    (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(
+        b""
+    )  # restore looks for it first
+    again = lambda: results.restore("mine", tmp_path / "again")  # noqa: E731
+    listed = "its run lacks recipe, seed, settings, data, history, finished"
+    for wrong, call, said in [
+        ({"run": 3, "report": None}, load, listed),
+        ({"run": 3, "report": None}, again, "its run lacks recipe, about, settings"),
         (
-            {"run": 3, "report": None},
-            "its run lacks recipe, seed, settings, data, history, finished",
+            {"run": run(), "report": {"means": []}},
+            load,
+            "its report lacks settings",
         ),
-        ({"run": run(), "report": {"means": []}}, "its report lacks settings"),
+        ({"run": run(), "report": {"means": []}}, again, "its report lacks settings"),
     ]:
         kept.write_text(json.dumps(wrong))
-        for call in (load, lambda: results.restore("mine", tmp_path / "again")):
-            with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
-                call()
+        with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
+            call()
     kept.write_bytes(b"\xef\xbb\xbf" + json.dumps({"run": run(), "report": None}).encode())
     assert [r["folder"] for r in load()] == ["mine"]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FunctionType
 
 import doors
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -717,8 +718,15 @@ def test_every_public_callable_is_swept_or_exempt_with_a_reason(table):
     assert not stale, f"patterns that match nothing: {stale}"
 
 
+@pytest.fixture
+def drawing_as_before():
+    """``plotting.use_style`` is swept too; what comes after must not be drawn by it."""
+    with matplotlib.rc_context():
+        yield
+
+
 @pytest.mark.parametrize("name", sorted(doors.calls(Path("nowhere"))))
-def test_what_comes_back_is_right_or_an_error_of_our_own(untyped, table, name):
+def test_what_comes_back_is_right_or_an_error_of_our_own(untyped, drawing_as_before, table, name):
     arguments = table[name]
     reference = outcome(name, fresh(arguments))
     assert same(reference, outcome(name, fresh(arguments))), (

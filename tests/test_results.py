@@ -170,7 +170,11 @@ def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkey
             load,
             "its report lacks settings",
         ),
-        ({"run": run(), "report": {"means": []}}, again, "its report lacks settings"),
+        (
+            {"run": {**run(), "about": ""}, "report": {"means": []}},
+            again,
+            "its report lacks settings",
+        ),
     ]:
         kept.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):

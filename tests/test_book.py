@@ -300,3 +300,10 @@ def test_ruled_tables_and_examples_keep_their_form():
 def test_imports_are_followed_inside_the_package():
     assert refresh.imported("%pip install x\nfrom robustood import attacks, nothing") == {"attacks"}
     assert {"attacks", "inputs"} <= refresh.closure({"attacks"})
+
+
+def test_two_helpers_of_one_name_in_a_package_are_indexed_once(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text('"""A part."""\n\n\ndef entry():\n    """It."""\n')
+    page = robustood_book.render_module(tmp_path)
+    assert page.count("{py:function} entry()") == 2 and page.count(":no-index:") == 1

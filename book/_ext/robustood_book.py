@@ -151,6 +151,7 @@ def render_class(node: ast.ClassDef) -> str:
 def render_module(path: Path) -> str:
     """The page of one module, or of a part of the package that has several files."""
     parts = [f"# `{path.stem}`", f"```{{py:module}} robustood.{path.stem}\n```"]
+    told: set[str] = set()  # two files of a package may each have a helper of one name
     for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts.append(render_doc(ast.get_docstring(tree)))
@@ -159,7 +160,9 @@ def render_module(path: Path) -> str:
                 parts.append(render_class(node))
             elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 body = render_doc(ast.get_docstring(node))
-                parts.append(directive("function", signature(node), body, colons=5))
+                again = ":no-index:\n" if node.name in told else ""
+                parts.append(directive("function", signature(node), body, colons=5, options=again))
+                told.add(node.name)
     return "\n\n".join(parts) + "\n"
 
 

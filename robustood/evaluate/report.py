@@ -15,17 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics
-from robustood.checkpoints import (
-    as_json,
-    check_same,
-    from_json,
-    read_state,
-    write_state,
-    write_whole,
-)
+from robustood.checkpoints import Checkpoint, as_json, from_json, write_whole
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score, check_detector
-from robustood.identity import check_identity, describe, identity
+from robustood.identity import describe, identity
 from robustood.inputs import (
     check_callable,
     check_choice,
@@ -348,26 +341,18 @@ class Known:
         settings: dict[str, Any],
         told: Callable[[], dict[str, str]],
     ):
-        self.path = None if folder is None else Path(folder) / "scores.state"
-        kept = {name: settings[name] for name in ("seed", "batch_size")}
-        self.state: dict[str, Any] = {"settings": kept, "parts": {}}
-        if self.path is None:
-            return
-        holder = f"run_dir {self.path.parent.name!r} holds a report"
-        old, self.state["identity"] = read_state(self.path), told()
-        if old is not None:
-            check_same(old["settings"], kept, holder)
-        check_identity(old, self.state["identity"], holder)
-        self.state = old or self.state
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoint, self.parts = None, {}
+        if folder is not None:
+            kept = {name: settings[name] for name in ("seed", "batch_size")}
+            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", kept, told())
+            self.parts = (self.checkpoint.state or {"parts": {}})["parts"]
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        parts = self.state["parts"]
-        if name not in parts:
-            parts[name] = compute()
-            if self.path is not None:
-                write_state(self.path, self.state)
-        return parts[name]
+        if name not in self.parts:
+            self.parts[name] = compute()
+            if self.checkpoint is not None:
+                self.checkpoint.write({"parts": self.parts})
+        return self.parts[name]
 
 
 def epsilon_curve(

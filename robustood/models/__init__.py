@@ -8,7 +8,6 @@ many reject outliers; :func:`declared` finds these two through wrappers.
 
 from __future__ import annotations
 
-from robustood.models.average import Average, Averaged
 from robustood.models.base import (
     Adapted,
     Classifier,
@@ -39,7 +38,7 @@ from robustood.models.reading import (
 from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
-    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
+    "STATISTICS", "Adapted", "Classifier", "DensityGuarded", "Mixture", "Normalise",
     "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
     "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
     "split", "through", "wide_resnet",

@@ -97,9 +97,9 @@ def compare(device: torch.device, name: str) -> None:
     took = {name: [] for name in calls}
     for pair in range(PAIRS):
         for which in list(calls)[:: 1 if pair % 2 else -1]:
-            start = engine.waited(device)
+            start = engine.synchronised_time(device)
             calls[which]()
-            took[which].append(engine.waited(device) - start)
+            took[which].append(engine.synchronised_time(device) - start)
     ratios = np.array(took["published"]) / np.array(took["ours"])
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     meter = engine.Meter.read(ours, running, lambda m: objective(m, batch), torch.cat([x, u]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,8 @@ def wrapped(model: nn.Module) -> nn.Module:
     # The wrapper would send the buffers at each forward; they are equal already.
     known = inspect.signature(DistributedDataParallel).parameters
     sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{sent: False})
+    how: dict[str, Any] = {sent: False}
+    return DistributedDataParallel(model, **how)
 
 
 # --- batch normalisation over the batches of all processes

@@ -9,15 +9,15 @@ from the step's. With a ``run_dir`` it can therefore stop anywhere and go on as 
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from robustood.inputs import (
     check_choice,
     check_counts,
     check_device,
+    check_instance,
     check_number,
     check_path,
     check_seed,
@@ -43,7 +44,7 @@ from robustood.models import declared
 from robustood.objectives import Objective
 from robustood.streams import Stream, Streams
 
-__all__ = ["History", "Monitor", "Run", "fit", "learning_rate"]
+__all__ = ["History", "Monitor", "Run", "Schedule", "fit"]
 
 Row = dict[str, float]
 Monitor = Callable[[nn.Module], Row]
@@ -72,20 +73,46 @@ class History:
         return [row[name] for row in self.rows]
 
 
-def learning_rate(
-    step: int, total: int, peak: float, warmup: float, milestones: Sequence[float] | None = None
-) -> float:
-    """Linear warm-up, then a half cosine down to zero (Loshchilov and Hutter 2017), or tenfold drops.
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run and the learning rate of each: linear warm-up, then down to zero, or down in drops.
 
-    Args:
-        milestones: shares of the run at which the rate falls tenfold, in place of the cosine.
+    Attributes:
+        epochs: of the run.
+        steps: of an epoch.
+        lr: the peak, from which the rate falls on a half cosine (Loshchilov and Hutter 2017).
+        warmup: share of the run in which it rises.
+        milestones: shares of the run at which it falls tenfold, in place of the cosine.
     """
-    done = (step + 1) / total
-    if done < warmup:
-        return peak * done / warmup
-    if milestones is not None:
-        return peak * 0.1 ** sum(step >= round(share * total) for share in milestones)
-    return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-12)))
+
+    epochs: int
+    steps: int
+    lr: float
+    warmup: float
+    milestones: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.lr, "lr", 0)
+        check_number(self.warmup, "warmup", 0, 1)
+        if self.milestones is not None:
+            check_several(self.milestones, "milestones", "shares of the run")
+            for share in self.milestones:
+                check_number(share, "milestones: each", 0, 1)
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.epochs * self.steps
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        peak, done = float(self.lr), (step + 1) / self.total
+        if done < self.warmup:
+            return peak * done / self.warmup
+        if self.milestones is not None:
+            return peak * 0.1 ** sum(step >= round(m * self.total) for m in self.milestones)
+        angle = math.pi * (done - self.warmup) / max(1 - self.warmup, 1e-12)
+        return peak * 0.5 * (1 + math.cos(angle))
 
 
 def fit(
@@ -148,65 +175,56 @@ def fit(
         that of one process up to rounding, and the first process writes.
 
     Raises:
-        TypeError: for parts of the wrong kind, such as an optimiser that is made already.
-        ValueError: for invalid data or settings, a ``run_dir`` of another run, or one without a ``name`` where it
-            is needed, before any step.
+        ValueError: for parts of the wrong kind, invalid data or settings, a ``run_dir`` of another run, or one
+            without a ``name`` where it is needed, before any step; for a monitor that gives no numbers.
         FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
     _check_parts(model, objective, data, optimiser)
     check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
-    check_number(lr, "lr", 0)
     check_number(weight_decay, "weight_decay", 0)
-    check_number(warmup, "warmup", 0, 1)
     check_number(minutes, "minutes", 0, math.inf)
-    _check_milestones(milestones)
     check_augment(augment)
     check_device(device or "cpu")
     check_path(run_dir or ".", "run_dir")
     check_trainable(data, declared(model)[0])
+    batch_size = min(batch_size, len(data.train))
+    schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
     seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
-    batch_size = min(batch_size, len(data.train))
     distributed.check_divisible(batch_size, "batch_size")
     distributed.check_divisible(outlier_batch_size, "outlier_batch_size", 2)  # half is attacked
-    steps = len(data.train) // batch_size
+    sizes = {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}
+    cuda = device.type == "cuda"
+    fused = {"fused": True} if cuda and "fused" in signature(optimiser).parameters else {}
+    groups = getattr(model, "parameter_groups", model.parameters)()
     run = Run(
         model=model,
         objective=objective,
+        optimiser=optimiser(groups, lr=lr, weight_decay=weight_decay, **fused),
         data=data,
-        optimiser=_made(optimiser, model, device, lr, weight_decay),
-        batches=partial(
-            draw, batch_size=batch_size, outlier_batch_size=outlier_batch_size, augment=augment
-        ),
-        rate=partial(
-            learning_rate, total=steps * epochs, peak=lr, warmup=warmup, milestones=milestones
-        ),
-        steps=steps,
-        epochs=epochs,
+        draw=partial(draw, **sizes, augment=augment),
+        schedule=schedule,
         streams=Streams(seed, device),
-        engine=engine,
         deadline=time.monotonic() + 60 * minutes,
+        engine=engine,
     )
     if run_dir is not None:
-        settings = {
-            "epochs": epochs, "batch_size": batch_size, "outlier_batch_size": outlier_batch_size, "lr": lr,
-            "weight_decay": weight_decay, "warmup": warmup, "seed": seed, "device": device.type,
-        }  # fmt: skip
-        held = [key for key, p in model.named_parameters() if not p.requires_grad]
+        settings: dict[str, float | str] = {"epochs": epochs, **sizes, "lr": lr, "warmup": warmup}
+        settings |= {"weight_decay": weight_decay, "seed": seed, "device": device.type}
         told = identity(
             name, objective=objective, optimiser=run.optimiser, milestones=milestones, augment=augment,
-            engine=engine, model=model, held=held, made_by=optimiser,
+            engine=engine, model=model, made_by=optimiser,
+            held=[key for key, p in model.named_parameters() if not p.requires_grad],
             data=[data.train.x, data.train.y, data.outliers, data.compressed],
         )  # fmt: skip
         run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", settings, told))
-    cuda = [device] if device.type == "cuda" else []
     quiet = True if distributed.rank() else None  # None: a progress bar where somebody looks on
     with (
         running(model, engine or Engine()) as network,
-        torch.random.fork_rng(cuda),
-        tqdm(initial=run.done, total=run.total, disable=quiet) as bar,
+        torch.random.fork_rng([device] if cuda else []),
+        tqdm(initial=run.done, total=schedule.total, disable=quiet) as bar,
     ):
         run.train(network, bar, monitor, on_epoch)
     return run.history(batch_size)
@@ -220,9 +238,9 @@ class Progress:
         epoch: that is under way, counted from 0.
         losses: of its steps so far.
         start: the weights that it began with.
-        noise: the generators' states where it was stopped.
+        noise: where the random streams are.
         rows: one for each finished epoch.
-        paces: (steps, seconds) of each epoch, or of its parts where it was stopped inside.
+        paces: seconds per step of each epoch, or of its parts where it was stopped inside.
         seconds: that the run took before this call.
     """
 
@@ -231,7 +249,7 @@ class Progress:
     start: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    paces: list[tuple[int, float]] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -240,67 +258,55 @@ class Run(Progress):
     """A training run: what it works with, and how far it is.
 
     Attributes:
-        batches: draws those of an epoch from data and a generator.
-        rate: the learning rate of each step of the run.
-        steps: of an epoch.
-        deadline: by the clock that ``time.monotonic`` reads.
+        draw: the batches of an epoch, from data and a generator.
+        deadline: by the clock of ``time.monotonic``.
         meter: what a step costs, once it is measured.
     """
 
     model: nn.Module
     objective: Objective
-    data: Data
     optimiser: Optimizer
-    batches: Callable[..., Iterator[Batch]]
-    rate: Callable[[int], float]
-    steps: int
-    epochs: int
+    data: Data
+    draw: Callable[..., Iterator[Batch]]
+    schedule: Schedule
     streams: Streams
-    engine: Engine | None
     deadline: float
+    engine: Engine | None
     began: float = field(default_factory=time.monotonic)
     checkpoint: Checkpoint | None = None
     meter: Meter | None = None
 
     def train(
-        self,
-        network: nn.Module,
-        bar: tqdm,
-        monitor: Monitor | None,
-        on_epoch: OnEpoch | None,
+        self, network: nn.Module, bar: tqdm, monitor: Monitor | None, on_epoch: OnEpoch | None
     ) -> None:
         """Every epoch that is left, or as many steps as the time allows."""
-        while self.epoch < self.epochs:
+        while self.epoch < self.schedule.epochs:
             data = self.prepare()
-            for batch in self.in_time(self.open_epoch(network, data), bar):
+            for batch in self.in_time(self.open_epoch(network, data)):
                 for group in self.optimiser.param_groups:
-                    group["lr"] = self.rate(self.done) * group.get("scale", 1.0)
-                loss = self.objective(network, batch.at(self.done / self.total))
+                    group["lr"] = self.schedule.rate(self.done) * group.get("scale", 1.0)
+                loss = self.objective(network, batch.at(self.done / self.schedule.total))
                 _check_gradient(loss)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimiser.step()
                 self.losses.append(loss.detach())
+                bar.update()
             self.check_finite()
-            if self.step < self.steps:  # the time is up
-                self.pause()
+            if self.step < self.schedule.steps:  # the time is up
+                self.save()
                 return
             self.close_epoch(data.notes, monitor, on_epoch)
 
     @property
     def step(self) -> int:
-        """The step of the epoch that is next."""
+        """The number of the epoch's next step."""
         return len(self.losses)
 
     @property
     def done(self) -> int:
         """Steps that the run has taken."""
-        return self.epoch * self.steps + self.step
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole run."""
-        return self.epochs * self.steps
+        return self.epoch * self.schedule.steps + self.step
 
     def prepare(self) -> Data:
         """The epoch's data, chosen by the weights that the epoch began with, also after a stop inside it."""
@@ -318,29 +324,28 @@ class Run(Progress):
     def open_epoch(self, network: nn.Module, data: Data) -> Iterator[Batch]:
         """The batches that are left of an epoch, and every generator where the next of them needs it."""
         if self.engine and not self.meter:
-            batch = next(self.batches(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
+            batch = next(self.draw(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
             x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
             self.meter = Meter.read(self.model, network, lambda m: self.objective(m, batch), x)
-        batches = self.batches(data, generator=self.streams.begin(self.epoch))
+        batches = self.draw(data, generator=self.streams.begin(self.epoch))
         for _ in range(self.step):  # the order is drawn anew, what was done is skipped
             next(batches)
-        if self.noise:
+        if self.step:
             self.streams.restore(self.noise)
-            self.noise = {}
         self.model.train()
         return batches
 
-    def in_time(self, batches: Iterator[Batch], bar: tqdm) -> Iterator[Batch]:
+    def in_time(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, until the next step might end after the deadline; asked before one is drawn."""
         first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
-        while self.step < self.steps:
+        while self.step < self.schedule.steps:
             start = time.monotonic()
             if self.out_of_time(start, slowest):
                 break
             yield next(batches)
-            bar.update()
             slowest = max(slowest, time.monotonic() - start)
-        self.paces.append((self.step - first, synchronised_time(self.streams.device) - began))
+        if taken := self.step - first:
+            self.paces.append((synchronised_time(self.streams.device) - began) / taken)
 
     def out_of_time(self, now: float, slowest: float) -> bool:
         """Whether the next step would be too late; several processes agree, and ask at every eighth step."""
@@ -352,7 +357,7 @@ class Run(Progress):
         return bool(distributed.mean(torch.tensor(late, device=self.streams.device)) > 0)
 
     def check_finite(self) -> None:
-        """Stop where a loss or a weight is not finite: one look an epoch, for which alone a GPU is waited for."""
+        """Stop where a loss or a weight is not finite: one look per epoch, for which alone a GPU is waited for."""
         losses = distributed.mean(torch.stack(self.losses)) if self.losses else torch.zeros(0)
         self.losses = list(losses)
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
@@ -362,7 +367,7 @@ class Run(Progress):
         self.model.load_state_dict(self.start)
         self.model.eval()
         what = f"the loss is {float(losses[bad[0]])}" if bad else "weights are not finite"
-        step = self.epoch * self.steps + (bad[0] if bad else self.step - 1)
+        step = self.epoch * self.schedule.steps + (bad[0] if bad else self.step - 1)
         raise FloatingPointError(
             f"{what} at step {step} (epoch {self.epoch}); the model holds the weights of the last "
             "good epoch. Lower lr or lengthen warmup"
@@ -370,9 +375,10 @@ class Run(Progress):
 
     def close_epoch(self, notes: Row, monitor: Monitor | None, on_epoch: OnEpoch | None) -> None:
         """A row of history, the log and the checkpoint."""
-        row: Row = {
+        loss = float(torch.stack(self.losses).mean())
+        row = {
             "epoch": self.epoch,
-            "loss": float(torch.stack(self.losses).mean()),
+            "loss": loss,
             "lr": self.optimiser.param_groups[0]["lr"],
             **notes,
         }
@@ -387,11 +393,6 @@ class Run(Progress):
         if on_epoch:
             on_epoch(row)
 
-    def pause(self) -> None:
-        """Keep an epoch that is stopped inside."""
-        self.noise = self.streams.state()
-        self.save()
-
     def elapsed(self) -> float:
         """Seconds of the run so far, in all calls."""
         return self.seconds + time.monotonic() - self.began
@@ -400,6 +401,7 @@ class Run(Progress):
         """Write checkpoint and log, if the run has a folder."""
         if self.checkpoint is None or distributed.rank():
             return
+        self.noise = self.streams.state()
         progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
         weights = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         self.checkpoint.write({**weights, **progress, "seconds": self.elapsed()})
@@ -425,34 +427,39 @@ class Run(Progress):
     def history(self, images: int) -> History:
         """Leave the model ready for use, and say how fast a step of so many images was."""
         self.model.eval()
-        found = History(self.rows, self.epoch == self.epochs)
-        each = sorted(took / steps for steps, took in self.paces if steps)
-        if self.engine and self.meter and each:
-            pace = each[len(each) // 2]
+        found = History(self.rows, self.epoch == self.schedule.epochs)
+        if self.engine and self.meter and self.paces:
+            pace = sorted(self.paces)[len(self.paces) // 2]
             found.speed = self.meter.report(self.engine, pace, images, self.streams.device)
         return found
 
 
+def _check_parts(model: object, objective: object, data: object, optimiser: object) -> None:
+    """Refuse what cannot be trained, or not be trained by, before any work."""
+    check_instance(model, "model", nn.Module, "a torch.nn.Module")
+    check_instance(
+        data, "data", Data, "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
+    )
+    if not any(p.requires_grad for p in cast(nn.Module, model).parameters()):
+        raise ValueError(
+            "model has no parameter that requires a gradient, so there is nothing to learn; call "
+            "model.requires_grad_(True), or pass a network that has parameters"
+        )
+    if isinstance(objective, type) or not callable(objective):
+        name = objective.__name__ if isinstance(objective, type) else "Standard"
+        raise ValueError(f"objective must be an instance such as {name}(...), got {objective!r}")
+    if isinstance(optimiser, Optimizer) or not callable(optimiser):
+        raise ValueError(
+            "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
+            f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
+        )
+
+
 def _check_gradient(loss: Tensor) -> None:
-    """Refuse a loss that no optimiser could follow."""
     if not loss.requires_grad:
         raise RuntimeError(
             "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
         )
-
-
-def _made(
-    optimiser: Callable[..., Optimizer],
-    model: nn.Module,
-    device: torch.device,
-    lr: float,
-    weight_decay: float,
-) -> Optimizer:
-    """The optimiser of the model's parameters, or of the groups that it puts them in; fused on a GPU."""
-    if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:
-        optimiser = partial(optimiser, fused=True)
-    groups = getattr(model, "parameter_groups", model.parameters)()
-    return optimiser(groups, lr=lr, weight_decay=weight_decay)
 
 
 def _numbers(found: object) -> Row:
@@ -460,38 +467,6 @@ def _numbers(found: object) -> Row:
     try:
         return {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
     except (TypeError, ValueError) as error:
-        raise TypeError(
+        raise ValueError(
             f'monitor must return numbers by name, such as {{"accuracy": 0.9}}, got {found!r}'
         ) from error
-
-
-def _check_parts(model: object, objective: object, data: object, optimiser: object) -> None:
-    """Refuse what cannot be trained, or not be trained by, before any work."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "model has no parameter that requires a gradient, so there is nothing to learn; call "
-            "model.requires_grad_(True), or pass a network that has parameters"
-        )
-    if isinstance(objective, type) or not callable(objective):
-        name = objective.__name__ if isinstance(objective, type) else "Standard"
-        raise TypeError(f"objective must be an instance such as {name}(...), got {objective!r}")
-    if not isinstance(data, Data):
-        raise TypeError(
-            f"data must be a robustood.data.Data, got {type(data).__name__}; make one of tensors by "
-            "Data(train=Split(x, y), val=Split(x, y), test=Split(x, y), outliers=u)"
-        )
-    if isinstance(optimiser, torch.optim.Optimizer) or not callable(optimiser):
-        raise TypeError(
-            "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
-            f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
-        )
-
-
-def _check_milestones(milestones: Sequence[float] | None) -> None:
-    """Refuse milestones that are no shares of the run."""
-    if milestones is not None:
-        check_several(milestones, "milestones", "shares of the run")
-        for share in milestones:
-            check_number(share, "milestones: each", 0, 1)

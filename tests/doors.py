@@ -236,7 +236,8 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "training.Run": PARTS,
     "training.Run.*": PARTS,
     "training.History": RESULT,
-    "training.learning_rate": PARTS,
+    "training.Schedule": PARTS,
+    "training.Schedule.*": PARTS,
     "widgets.listed": PARTS,
 }
 

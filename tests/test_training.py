@@ -18,7 +18,7 @@ from robustood.evaluate import scores
 from robustood.metrics import auroc
 from robustood.models import Classifier, mlp, small_cnn
 from robustood.objectives import Adversarial, OutlierExposure, Standard
-from robustood.training import fit, learning_rate
+from robustood.training import Schedule, fit
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_plain_gradient_descent_by_hand(data):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [learning_rate(step, 100, 2.0, 0.2) for step in range(100)]
+    rates = [Schedule(4, 25, 2.0, 0.2).rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[18] == pytest.approx(1.9)
     assert max(rates) == pytest.approx(2.0) and rates.index(max(rates)) == 19
     assert rates[59] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.0)
@@ -70,7 +70,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_milestones_replace_the_cosine():
-    rates = [learning_rate(step, 100, 2.0, 0.0, (0.5, 0.75, 0.9)) for step in range(100)]
+    rates = [Schedule(4, 25, 2.0, 0.0, (0.5, 0.75, 0.9)).rate(step) for step in range(100)]
     steps = [rates[k] for k in (0, 49, 50, 74, 75, 89, 90, 99)]
     assert steps == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
 
@@ -350,25 +350,23 @@ def test_a_network_that_returns_a_tuple_is_not_trained(book):
 
 
 @pytest.mark.parametrize(
-    ("changed", "kind", "message"),
+    ("changed", "message"),
     [
-        ({"model": lambda x: x}, TypeError, "model must be a torch.nn.Module"),
-        ({"model": nn.Identity()}, ValueError, r"no parameter that requires a gradient.*requires_grad_\(True\)"),
-        ({"model": small_cnn().requires_grad_(False)}, ValueError, "nothing to learn"),
-        ({"objective": Standard}, TypeError, r"an instance such as Standard\(\.\.\.\), got <class"),
-        ({"objective": None}, TypeError, r"objective must be an instance.*got None"),
-        ({"data": [(0, 1)]}, TypeError, r"data.Data, got list; make one of tensors by Data\(train=Split"),
-        ({"data": torch.utils.data.DataLoader([0, 1])}, TypeError, r"got DataLoader; make one"),
-        ({"optimiser": torch.optim.SGD(small_cnn().parameters(), 0.1)}, TypeError, r"partial.*got SGD"),
-        ({"optimiser": "adam"}, TypeError, "optimiser must make an optimiser.*got str"),
-        ({"monitor": lambda model: None}, TypeError, r"monitor must return numbers by name.*got None"),
-        ({"monitor": lambda model: 0.9}, TypeError, r"numbers by name.*got 0\.9"),
-        ({"monitor": lambda model: {"a": "high"}}, TypeError, r"numbers by name.*got \{'a': 'high'\}"),
+        ({"model": lambda x: x}, "model must be a torch.nn.Module"),
+        ({"model": nn.Identity()}, r"no parameter that requires a gradient.*requires_grad_\(True\)"),
+        ({"model": small_cnn().requires_grad_(False)}, "nothing to learn"),
+        ({"objective": Standard}, r"an instance such as Standard\(\.\.\.\), got <class"),
+        ({"objective": None}, r"objective must be an instance.*got None"),
+        ({"data": [(0, 1)]}, r"data.Data, such as Data\(train=Split.*got list"),
+        ({"data": torch.utils.data.DataLoader([0, 1])}, r"data.Data, such as .* got DataLoader"),
+        ({"optimiser": torch.optim.SGD(small_cnn().parameters(), 0.1)}, r"partial.*got SGD"),
+        ({"optimiser": "adam"}, "optimiser must make an optimiser.*got str"),
+        ({"monitor": lambda model: None}, r"monitor must return numbers by name.*got None"),
+        ({"monitor": lambda model: 0.9}, r"numbers by name.*got 0\.9"),
+        ({"monitor": lambda model: {"a": "high"}}, r"numbers by name.*got \{'a': 'high'\}"),
     ],
 )  # fmt: skip
-def test_parts_of_the_wrong_kind_are_refused_with_what_to_pass(
-    untyped, book, changed, kind, message
-):
+def test_parts_of_the_wrong_kind_are_refused_with_what_to_pass(untyped, book, changed, message):
     how = {"model": small_cnn(), "objective": Standard(), "data": book, "epochs": 1} | changed
-    with pytest.raises(kind, match=message):
+    with pytest.raises(ValueError, match=message):
         fit(**how)

@@ -8,8 +8,6 @@ from the step's. With a ``run_dir`` it can therefore stop anywhere and go on as 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from robustood import distributed
-from robustood.checkpoints import Checkpoint, write_whole
+from robustood.checkpoints import Checkpoint, write_table
 from robustood.data import Batch, Data, check_trainable, draw
 from robustood.data.batches import Change, check_augment
 from robustood.engine import Engine, Meter, running, synchronised_time
@@ -182,49 +180,38 @@ def fit(
     """
     _check_parts(model, objective, data, optimiser)
     check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
-    check_number(weight_decay, "weight_decay", 0)
     check_number(minutes, "minutes", 0, math.inf)
+    check_number(weight_decay, "weight_decay", 0)
     check_augment(augment)
     check_device(device or "cpu")
     check_path(run_dir or ".", "run_dir")
-    check_trainable(data, declared(model)[0])
     batch_size = min(batch_size, len(data.train))
-    schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
-    seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)
-    device = torch.device(device or next(model.parameters()).device)
-    model, data = model.to(device), data.to(device)
     distributed.check_divisible(batch_size, "batch_size")
     distributed.check_divisible(outlier_batch_size, "outlier_batch_size", 2)  # half is attacked
     sizes = {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}
-    cuda = device.type == "cuda"
-    fused = {"fused": True} if cuda and "fused" in signature(optimiser).parameters else {}
-    groups = getattr(model, "parameter_groups", model.parameters)()
+    schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
+    device = torch.device(device or next(model.parameters()).device)
+    model, data = model.to(device), data.to(device)
     run = Run(
         model=model,
         objective=objective,
-        optimiser=optimiser(groups, lr=lr, weight_decay=weight_decay, **fused),
+        optimiser=_made(optimiser, model, float(lr), float(weight_decay)),
         data=data,
         draw=partial(draw, **sizes, augment=augment),
         schedule=schedule,
-        streams=Streams(seed, device),
+        streams=Streams(check_seed(seed), device),
         deadline=time.monotonic() + 60 * minutes,
         engine=engine,
     )
     if run_dir is not None:
-        settings: dict[str, float | str] = {"epochs": epochs, **sizes, "lr": lr, "warmup": warmup}
-        settings |= {"weight_decay": weight_decay, "seed": seed, "device": device.type}
-        told = identity(
-            name, objective=objective, optimiser=run.optimiser, milestones=milestones, augment=augment,
-            engine=engine, model=model, made_by=optimiser,
-            held=[key for key, p in model.named_parameters() if not p.requires_grad],
-            data=[data.train.x, data.train.y, data.outliers, data.compressed],
-        )  # fmt: skip
+        rates = {"lr": float(lr), "weight_decay": float(weight_decay), "warmup": warmup}
+        settings = {"epochs": epochs, **sizes, **rates, "seed": int(seed), "device": device.type}
+        told = run.identity(name, optimiser, augment)
         run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", settings, told))
-    quiet = True if distributed.rank() else None  # None: a progress bar where somebody looks on
     with (
         running(model, engine or Engine()) as network,
-        torch.random.fork_rng([device] if cuda else []),
-        tqdm(initial=run.done, total=schedule.total, disable=quiet) as bar,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(initial=run.done, total=schedule.total, disable=distributed.rank() > 0 or None) as bar,
     ):
         run.train(network, bar, monitor, on_epoch)
     return run.history(batch_size)
@@ -406,12 +393,23 @@ class Run(Progress):
         weights = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         self.checkpoint.write({**weights, **progress, "seconds": self.elapsed()})
         if self.rows:
-            text = io.StringIO()
-            names = dict.fromkeys(name for row in self.rows for name in row)
-            table = csv.DictWriter(text, list(names), lineterminator="\n")
-            table.writeheader()
-            table.writerows(self.rows)
-            write_whole(self.checkpoint.path.with_name("log.csv"), text.getvalue().encode())
+            write_table(self.checkpoint.path.with_name("log.csv"), self.rows)
+
+    def identity(self, name: str | None, made_by: object, augment: object) -> dict[str, str]:
+        """What tells the run from another, down to code and tensors (:mod:`robustood.identity`)."""
+        train, parameters = self.data.train, self.model.named_parameters()
+        return identity(
+            name,
+            objective=self.objective,
+            optimiser=self.optimiser,
+            milestones=self.schedule.milestones,
+            augment=augment,
+            engine=self.engine,
+            model=self.model,
+            held=[key for key, p in parameters if not p.requires_grad],
+            made_by=made_by,
+            data=[train.x, train.y, self.data.outliers, self.data.compressed],
+        )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Keep the run there, and go on from what it holds."""
@@ -434,13 +432,10 @@ class Run(Progress):
         return found
 
 
-def _check_parts(model: object, objective: object, data: object, optimiser: object) -> None:
+def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: object) -> None:
     """Refuse what cannot be trained, or not be trained by, before any work."""
     check_instance(model, "model", nn.Module, "a torch.nn.Module")
-    check_instance(
-        data, "data", Data, "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
-    )
-    if not any(p.requires_grad for p in cast(nn.Module, model).parameters()):
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "model has no parameter that requires a gradient, so there is nothing to learn; call "
             "model.requires_grad_(True), or pass a network that has parameters"
@@ -453,6 +448,19 @@ def _check_parts(model: object, objective: object, data: object, optimiser: obje
             "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
             f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
         )
+    such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
+    check_instance(data, "data", Data, such_as)
+    check_trainable(data, declared(model)[0])
+
+
+def _made(
+    optimiser: Callable[..., Optimizer], model: nn.Module, lr: float, weight_decay: float
+) -> Optimizer:
+    """The optimiser of the model's parameters, or of the groups that it puts them in; fused on a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    fused = {"fused": True} if on_gpu and "fused" in signature(optimiser).parameters else {}
+    groups = getattr(model, "parameter_groups", model.parameters)()
+    return optimiser(groups, lr=lr, weight_decay=weight_decay, **fused)
 
 
 def _check_gradient(loss: Tensor) -> None:

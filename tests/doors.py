@@ -62,6 +62,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "checkpoints.from_json": PARTS,
     "checkpoints.read_state": PARTS,
     "checkpoints.write_state": PARTS,
+    "checkpoints.write_table": PARTS,
     "checkpoints.write_whole": PARTS,
     "data.check_trainable": CHECK,
     "data.Augment.*": LOOP,

@@ -19,7 +19,8 @@ import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,8 @@ from robustood.inputs import (
 
 __all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchronised_time"]
 
+Precision = Literal["float32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
@@ -67,13 +70,13 @@ class Engine:
         measured: images a second of forward and backward that led to the choice (:func:`choose`).
     """
 
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "float32"
     channels_last: bool = False
     compile: bool | str = False
     measured: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice(self.precision, "precision", ("float32", "bf16"))
+        check_choice(self.precision, "precision", PRECISIONS)
         check_flag(self.channels_last, "channels_last")
         _check_backend(self.compile)
         check_mapping(self.measured, "measured", "{name: images a second}")
@@ -184,7 +187,7 @@ def choose(
     model: nn.Module,
     shape: tuple[int, ...],
     device: torch.device | str | None = None,
-    precision: Literal["auto", "float32", "bf16"] = "auto",
+    precision: Precision | Literal["auto"] = "auto",
     channels_last: bool | Literal["auto"] = "auto",
     compile: bool | Literal["auto"] = "auto",
     batch_size: int = 64,
@@ -201,39 +204,37 @@ def choose(
         precision, channels_last, compile: "auto", or a choice that is not to be measured.
         batch_size: of the measurement.
     """
-    check_choice(precision, "precision", ("auto", "float32", "bf16"))
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     check_several(shape, "shape", "whole numbers, those of one input such as (3, 32, 32)")
     shape = tuple(check_count(side, "shape: each", low=1) for side in shape)
-    if not (isinstance(channels_last, str) and channels_last == "auto"):
-        check_flag(channels_last, "channels_last")
-    if not (isinstance(compile, str) and compile == "auto"):
-        _check_backend(compile)
     batch_size = check_count(batch_size, "batch_size", low=1)
     if device is not None:
         check_device(device)
+    given: dict[str, Any] = {
+        "precision": precision,
+        "channels_last": channels_last,
+        "compile": compile,
+    }
+    given = {name: v for name, v in given.items() if not (isinstance(v, str) and v == "auto")}
+    plain = Engine(**given)  # which refuses what is given wrongly
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda":
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        return Engine(
-            best if precision == "auto" else precision,
-            True if channels_last == "auto" else channels_last,
-            True if compile == "auto" else compile,
-        )
-    compiled = False if compile == "auto" else compile
-    formats = ["float32", "bf16"] if precision == "auto" else [precision]
-    layouts = [False, True] if channels_last == "auto" else [channels_last]
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = Engine("bf16" if bf16 else "float32", channels_last=True, compile=True)
+        return replace(fast, **given)
+    formats = [plain.precision] if "precision" in given else PRECISIONS
+    layouts = [plain.channels_last] if "channels_last" in given else [False, True]
     if len(formats) * len(layouts) == 1:
-        return Engine(formats[0], layouts[0], compiled)
+        return plain
     x = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(0))
     rates = {}
     for kind, last in itertools.product(formats, layouts):
         trial = Running(copy.deepcopy(model).train(), Engine(kind, last))
-        rates[kind, last] = batch_size / _median_seconds(lambda: _bare_update(trial, x), device)  # noqa: B023
+        rates[kind, last] = batch_size / _median_seconds(partial(_bare_update, trial, x), device)
     worth = {key: rate / (1.2 if key[0] == "bf16" else 1.0) for key, rate in rates.items()}
     kind, last = max(worth, key=worth.__getitem__)
     said = {f"{k}{', channels_last' * v}": round(rate, 1) for (k, v), rate in rates.items()}
-    return Engine(kind, last, compiled, said)
+    return Engine(kind, last, plain.compile, said)
 
 
 @dataclass

@@ -169,8 +169,7 @@ def test_the_faster_engine_is_chosen_and_a_given_one_is_not_measured(monkeypatch
     rates = {}
 
     def pretend(call, device, least=0.5):
-        how = call.__closure__
-        trial = next(cell.cell_contents for cell in how if isinstance(cell.cell_contents, Running))
+        trial, _ = call.args
         return 1 / rates[trial.engine.precision, trial.engine.channels_last]
 
     monkeypatch.setattr(engine, "_median_seconds", pretend)

@@ -30,7 +30,7 @@ from robustood.evaluate import (
     paper_attack,
     scores,
 )
-from robustood.models import Classifier, frozen, ccu_model, small_cnn
+from robustood.models import Classifier, ccu_model, frozen, small_cnn
 from robustood.objectives import (
     ACET,
     ADV,
@@ -41,9 +41,9 @@ from robustood.objectives import (
     NTOM,
     ROWL,
     SOFL,
+    MinedALOE,
     OutlierExposure,
     OutlierTraining,
-    MinedALOE,
     Standard,
     to_reject,
 )

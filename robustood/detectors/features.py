@@ -19,12 +19,11 @@ from robustood.detectors.base import (
     Values,
     check_fit,
     downhill,
-    log_odds,
     signed,
-    to_uniform,
 )
 from robustood.detectors.gaussian import Gaussian, Moments
 from robustood.inputs import check_choice, check_count, check_number, finite
+from robustood.losses import log_odds, to_uniform
 
 
 class Mahalanobis(Detector):

@@ -40,13 +40,13 @@ def uniform(
     like: Tensor, generator: torch.Generator | None, low: float = 0.0, high: float = 1.0
 ) -> Float[Tensor, "batch *shape"]:
     """Uniform numbers in [low, high), of the shape, dtype and device of ``like``."""
-    new = lambda n: like.new_empty(n, *like.shape[1:]).uniform_(low, high, generator=generator)  # noqa: E731
+    new = lambda n: like.new_empty(n, *like.shape[1:]).uniform_(low, high, generator=generator)
     return own_part(new, len(like), generator)
 
 
 def normal(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "batch *shape"]:
     """Standard normal numbers, of the shape, dtype and device of ``like``."""
-    new = lambda n: like.new_empty(n, *like.shape[1:]).normal_(generator=generator)  # noqa: E731
+    new = lambda n: like.new_empty(n, *like.shape[1:]).normal_(generator=generator)
     return own_part(new, len(like), generator)
 
 

@@ -29,7 +29,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import distributed
-from robustood.attacks import ascent
+from robustood.attacks import Objective, ascent, climb_at
+from robustood.data import Batch
 from robustood.inputs import (
     check_choice,
     check_count,
@@ -40,11 +41,13 @@ from robustood.inputs import (
     check_number,
     check_several,
 )
+from robustood.perturbations import Ball, PerturbationSet
 
 __all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchronised_time"]
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+MOST_GRAPHS = 2  # one ball for inputs, one for outliers; a growing radius would need one per step
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
@@ -98,13 +101,15 @@ class Running(nn.Module):
             model.to(memory_format=torch.channels_last)
         network = distributed.wrapped(model)
         # In a dictionary, where nn.Module does not find a second network.
-        self.calls: dict[str, Callable[..., Any]] = {"update": network, "search": ascent}
+        self.calls: dict[str, Callable[..., Any]] = {"update": network}
+        self.climb = self.compiled_ascent if engine.compile else None
+        self.graphs: set[Ball] = set()
         if engine.compile:
             named = isinstance(engine.compile, str)
             how: dict[str, Any] = {"backend": engine.compile} if named else {}
             graphs = {} if named else {"mode": "reduce-overhead"}
             self.calls["update"] = torch.compile(network, dynamic=False, **how)
-            self.calls["search"] = torch.compile(
+            self.calls["ascent"] = torch.compile(
                 ascent, dynamic=False, fullgraph=True, **how, **graphs
             )
 
@@ -114,11 +119,19 @@ class Running(nn.Module):
         except AttributeError:
             return getattr(self.module, name)
 
-    def search(self, *how: Any) -> tuple[Tensor, Tensor]:
-        """Climb from one start (:func:`robustood.attacks.ascent`), compiled if the engine says so."""
-        found, values = self.calls["search"](*how)
-        # A replayed graph writes over what it returned before.
-        return (found.clone(), values.clone()) if self.engine.compile else (found, values)
+    def compiled_ascent(
+        self, objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`robustood.attacks.ascent`, compiled where a graph or two serve all steps of a run.
+
+        They do where neither the set nor the statistics of the network change.
+        """
+        if isinstance(within, Ball) and len(self.graphs) < MOST_GRAPHS:
+            self.graphs.add(within)
+        if within not in self.graphs or self.module.training:
+            return ascent(objective, x, z, within, *how)
+        found, values = self.calls["ascent"](objective, x, z, within, *how, gradient=_traceable)
+        return found.clone(), values.clone()  # a replayed graph writes over what it returned before
 
     def forward(self, x: Tensor) -> Tensor:
         attacked = not any(p.requires_grad for p in self.module.parameters())
@@ -128,6 +141,15 @@ class Running(nn.Module):
         low = self.engine.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             return network(x).float()
+
+
+def _traceable(
+    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`robustood.attacks.value_and_grad` in the form that a compiler can trace."""
+    total = lambda z: climb_at(objective, x, z, within)
+    grad, (moved, climb, judge) = torch.func.grad(total, has_aux=True)(z)
+    return moved.detach(), climb.detach(), judge.detach(), grad
 
 
 @contextmanager
@@ -251,20 +273,26 @@ class Meter:
 
     @classmethod
     def read(
-        cls, model: nn.Module, running: nn.Module, step: Callable[[nn.Module], Tensor], x: Tensor
+        cls,
+        model: nn.Module,
+        running: nn.Module,
+        objective: Callable[[nn.Module, Batch], Tensor],
+        batch: Batch,
     ) -> Meter:
         """Take one step and some bare updates; weights, buffers and gradients are put back.
 
         Args:
             model: the network.
             running: the same in its engine.
-            step: the objective on a batch.
-            x: inputs as many as an update sees.
+            objective: of the run.
+            batch: as many inputs and outliers as a step sees.
         """
+        x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
+        climbing = replace(batch, climb=getattr(running, "climb", None))
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         model.train()
-        step(running).backward()  # what has to be compiled is compiled here
-        whole = flops(lambda: step(model).backward())
+        objective(running, climbing).backward()  # what has to be compiled is compiled here
+        whole = flops(lambda: objective(model, batch).backward())
         update = flops(lambda: _bare_update(model, x))
         took = _median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
         model.load_state_dict(kept)

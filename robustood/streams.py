@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustood import distributed
-from robustood.data import Shared
+from robustood.rng import SharedGenerator
 
 __all__ = ["Stream", "Streams", "stream_seed"]
 
@@ -39,14 +39,14 @@ class Streams:
         self.seed, self.device = seed, device
         self.batches = self.of(0, Stream.BATCHES)
 
-    def of(self, epoch: int, stream: Stream) -> Shared:
+    def of(self, epoch: int, stream: Stream) -> SharedGenerator:
         """The generator of one use in one epoch, on the run's device, shared with the other processes."""
-        generator = Shared(self.device)
+        generator = SharedGenerator(self.device)
         generator.place = (distributed.rank(), distributed.world())
         generator.manual_seed(stream_seed(self.seed, epoch, stream))
         return generator
 
-    def begin(self, epoch: int) -> Shared:
+    def begin(self, epoch: int) -> SharedGenerator:
         """Start an epoch: seed what layers draw from, and give the generator of the batches."""
         layers = stream_seed(self.seed, epoch, Stream.LAYERS)
         torch.default_generator.manual_seed(layers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -269,10 +269,10 @@ class Run(Progress):
         """Every epoch that is left, or as many steps as the time allows."""
         while self.epoch < self.schedule.epochs:
             data = self.prepare()
-            for batch in self.in_time(self.open_epoch(network, data)):
+            for batch in self.batches(network, data):
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.schedule.rate(self.done) * group.get("scale", 1.0)
-                loss = self.objective(network, batch.at(self.done / self.schedule.total))
+                loss = self.objective(network, batch)
                 _check_gradient(loss)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -312,8 +312,7 @@ class Run(Progress):
         """The batches that are left of an epoch, and every generator where the next of them needs it."""
         if self.engine and not self.meter:
             batch = next(self.draw(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
-            x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
-            self.meter = Meter.read(self.model, network, lambda m: self.objective(m, batch), x)
+            self.meter = Meter.read(self.model, network, self.objective, batch)
         batches = self.draw(data, generator=self.streams.begin(self.epoch))
         for _ in range(self.step):  # the order is drawn anew, what was done is skipped
             next(batches)
@@ -322,14 +321,16 @@ class Run(Progress):
         self.model.train()
         return batches
 
-    def in_time(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, until the next step might end after the deadline; asked before one is drawn."""
+    def batches(self, network: nn.Module, data: Data) -> Iterator[Batch]:
+        """Those that are left of the epoch, until the next step might end after the deadline."""
+        batches, climb = self.open_epoch(network, data), getattr(network, "climb", None)
         first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
         while self.step < self.schedule.steps:
             start = time.monotonic()
-            if self.out_of_time(start, slowest):
+            if self.out_of_time(start, slowest):  # asked before a batch is drawn
                 break
-            yield next(batches)
+            progress = self.done / self.schedule.total
+            yield replace(next(batches), progress=progress, climb=climb)
             slowest = max(slowest, time.monotonic() - start)
         if taken := self.step - first:
             self.paces.append((synchronised_time(self.streams.device) - began) / taken)
@@ -362,13 +363,8 @@ class Run(Progress):
 
     def close_epoch(self, notes: Row, monitor: Monitor | None, on_epoch: OnEpoch | None) -> None:
         """A row of history, the log and the checkpoint."""
-        loss = float(torch.stack(self.losses).mean())
-        row = {
-            "epoch": self.epoch,
-            "loss": loss,
-            "lr": self.optimiser.param_groups[0]["lr"],
-            **notes,
-        }
+        loss, lr = torch.stack(self.losses).mean(), self.optimiser.param_groups[0]["lr"]
+        row = {"epoch": self.epoch, "loss": float(loss), "lr": lr, **notes}
         self.model.eval()
         seen = _numbers(monitor(self.model)) if monitor else {}
         if clash := seen.keys() & {*row, "seconds"}:
@@ -464,6 +460,7 @@ def _made(
 
 
 def _check_gradient(loss: Tensor) -> None:
+    """Refuse a loss that no optimiser could follow."""
     if not loss.requires_grad:
         raise RuntimeError(
             "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"

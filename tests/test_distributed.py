@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from robustood import distributed
-from robustood.data import Shared
 from robustood.models import small_cnn
 from robustood.objectives import Standard
 from robustood.perturbations import Linf
+from robustood.rng import SharedGenerator
 from robustood.training import fit
 
 
@@ -16,7 +16,7 @@ def test_draws_of_several_processes_are_parts_of_one():
     alone = torch.Generator().manual_seed(4)
     together = next(iter(whole.initial_points(x, 1, alone)))
     for rank in (0, 1):
-        shared = Shared("cpu")
+        shared = SharedGenerator("cpu")
         shared.place = (rank, 2)
         shared.manual_seed(4)
         own = slice(rank, None, 2)
@@ -27,7 +27,7 @@ TRAINING = """
     import sys
     import torch
     torch.set_num_threads(1)
-    from robustood import attacks, distributed, engine
+    from robustood import distributed, engine
     from robustood.data import Augment, Data, Split
     from robustood.models import small_cnn
     from robustood.objectives import MinedALOE

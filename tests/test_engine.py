@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robustood import attacks, engine
+from robustood import engine
 from robustood.data import Batch, Data, Split, digits
 from robustood.detectors import MSP
 from robustood.engine import Engine, Meter, Running, choose, flops
 from robustood.evaluate import ood_report
-from robustood.models import small_cnn
+from robustood.models import frozen, small_cnn
 from robustood.objectives import ALOE, Standard
 from robustood.perturbations import Linf
 from robustood.training import fit
@@ -83,9 +83,9 @@ def test_a_compiled_attack_is_one_graph_and_bitwise_the_plain_one(run_script):
     printed = run_script(
         """
         import torch
-        from robustood import attacks
+        from robustood import attacks, losses
         from robustood.engine import Engine
-        from robustood.models import small_cnn
+        from robustood.models import frozen, small_cnn
         from robustood.objectives import ATOM
         from robustood.perturbations import L2, Linf
 
@@ -96,11 +96,11 @@ def test_a_compiled_attack_is_one_graph_and_bitwise_the_plain_one(run_script):
         plain, careful = (Linf(8 / 255), "last", attacks.Ascent()), (L2(0.3), "best", attacks.APGD())
         for within, keep, rule in (plain, careful):
             found = []
-            for net, search in ((model, None), (running, running.search)):
-                with attacks.frozen(net):
-                    def objective(v): return attacks.cross_entropy(net(v), y)
-                    how = dict(steps=3, keep=keep, rule=rule, search=search)
-                    found.append(attacks.maximise(objective, x, within, **how))
+            for net, climb in ((model, None), (running, running.climb)):
+                with frozen(net):
+                    def objective(v): return losses.cross_entropy(net(v), y)
+                    how = dict(steps=3, keep=keep, rule=rule, climb=climb)
+                    found.append(attacks.search(objective, x, within, **how))
             print(torch.equal(*found), bool((found[0] != x).any()))
         """,
     )
@@ -225,7 +225,7 @@ def test_a_network_whose_first_layer_rests_is_still_updated_by_the_engine(photos
     model.body[0][0].weight.requires_grad_(False)
     running = Engine(channels_last=True).run(model)
     running.calls["update"] = lambda x: pytest.fail("an attack went through the update")
-    with attacks.frozen(running):
+    with frozen(running):
         running(photos.test.x)
     seen = []
     running.calls["update"] = lambda x: seen.append(len(x)) or model(x)
@@ -254,10 +254,7 @@ def test_the_meter_counts_the_attack_and_puts_everything_back(photos):
     before = copy.deepcopy(model.state_dict())
     one = batch(photos, 8)
     x = torch.cat([one.x, one.outliers])
-    meters = [
-        Meter.read(model, model, lambda m, k=k: ALOE(2 / 255, steps=k)(m, one), x)
-        for k in (1, 2, 4)
-    ]
+    meters = [Meter.read(model, model, ALOE(2 / 255, steps=k), one) for k in (1, 2, 4)]
     # Each step of the attack costs the same: one forward and one backward to the input.
     assert meters[2].flops - meters[1].flops == 2 * (meters[1].flops - meters[0].flops)
     forward = flops(lambda: model.eval()(x))

@@ -30,6 +30,7 @@ from robustood.evaluate import (
     paper_attack,
     scores,
 )
+from robustood.losses import to_reject
 from robustood.models import Classifier, ccu_model, frozen, small_cnn
 from robustood.objectives import (
     ACET,
@@ -45,7 +46,6 @@ from robustood.objectives import (
     OutlierExposure,
     OutlierTraining,
     Standard,
-    to_reject,
 )
 from robustood.perturbations import Corruption, Linf
 from robustood.training import fit

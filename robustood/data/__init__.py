@@ -18,7 +18,7 @@ from robustood.data.base import (
     kept,
     pixels,
 )
-from robustood.data.batches import Augment, Shared, draw, drawn, each, place
+from robustood.data.batches import Augment, draw
 from robustood.data.embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
 from robustood.data.fetching import fetch
 from robustood.data.packs import compress, digest, read_pack, write_pack
@@ -47,10 +47,10 @@ from robustood.data.relighting import (
 from robustood.data.sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
-    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch",
-    "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Shared", "Split", "Views", "available",
-    "check", "check_trainable", "compress", "corrupted", "counted_as", "digest", "digits", "draw", "drawn",
-    "each", "fetch", "folder", "folder_of_views", "glyphs", "hold_out", "kept", "light_grid", "load", "noise", "paired",
-    "patches", "perturbed", "pixels", "place", "random_lights", "read_pack", "redrawn", "relit", "render",
-    "root", "scenes", "without_overlap", "write_pack",
+    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch", "Data",
+    "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available", "check", "check_trainable",
+    "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch", "folder", "folder_of_views",
+    "glyphs", "hold_out", "kept", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",
+    "random_lights", "read_pack", "redrawn", "relit", "render", "root", "scenes", "without_overlap",
+    "write_pack",
 ]  # fmt: skip

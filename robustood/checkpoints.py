@@ -242,8 +242,7 @@ class Checkpoint:
     Args:
         path: of the file; its folder is made.
         kind: what the computation is called in messages, such as "run".
-        settings: numbers and texts that must be the same.
-        identity: of all else that must be (:func:`robustood.identity.identity`).
+        identity: of all that it depends on (:func:`robustood.identity.identity`).
 
     Attributes:
         state: what was found; None where nothing was.
@@ -253,18 +252,14 @@ class Checkpoint:
             identified and has no name.
     """
 
-    def __init__(self, path: Path, kind: str, settings: Json, identity: dict[str, str]):
-        self.path, self.owner = path, {"settings": settings, "identity": identity}
-        holder = f"run_dir {path.parent.name!r} holds a {kind}"
-        self.state = read_state(path)
-        if self.state is not None:
-            check_same(self.state["settings"], settings, holder)
-        check_identity(self.state, identity, holder)
+    def __init__(self, path: Path, kind: str, identity: dict[str, str]):
+        self.path, self.identity, self.state = path, identity, read_state(path)
+        check_identity(self.state, identity, f"run_dir {path.parent.name!r} holds a {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, state: Json) -> None:
         """Replace the state, or leave the old one as it was."""
-        write_state(self.path, self.owner | state)
+        write_state(self.path, {"identity": self.identity, **state})
 
 
 def write_state(path: Path, state: Json) -> None:

@@ -188,7 +188,6 @@ def fit(
     batch_size = min(batch_size, len(data.train))
     distributed.check_divisible(batch_size, "batch_size")
     distributed.check_divisible(outlier_batch_size, "outlier_batch_size", 2)  # half is attacked
-    sizes = {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}
     schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
@@ -197,17 +196,17 @@ def fit(
         objective=objective,
         optimiser=_made(optimiser, model, float(lr), float(weight_decay)),
         data=data,
-        draw=partial(draw, **sizes, augment=augment),
+        draw=partial(
+            draw, batch_size=batch_size, outlier_batch_size=outlier_batch_size, augment=augment
+        ),
         schedule=schedule,
         streams=Streams(check_seed(seed), device),
         deadline=time.monotonic() + 60 * minutes,
         engine=engine,
     )
     if run_dir is not None:
-        rates = {"lr": float(lr), "weight_decay": float(weight_decay), "warmup": warmup}
-        settings = {"epochs": epochs, **sizes, **rates, "seed": int(seed), "device": device.type}
-        told = run.identity(name, optimiser, augment)
-        run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", settings, told))
+        told = run.identity(name, made_by=optimiser)
+        run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", told))
     with (
         running(model, engine or Engine()) as network,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -254,7 +253,7 @@ class Run(Progress):
     objective: Objective
     optimiser: Optimizer
     data: Data
-    draw: Callable[..., Iterator[Batch]]
+    draw: partial[Iterator[Batch]]
     schedule: Schedule
     streams: Streams
     deadline: float
@@ -391,15 +390,17 @@ class Run(Progress):
         if self.rows:
             write_table(self.checkpoint.path.with_name("log.csv"), self.rows)
 
-    def identity(self, name: str | None, made_by: object, augment: object) -> dict[str, str]:
+    def identity(self, name: str | None, made_by: object) -> dict[str, str]:
         """What tells the run from another, down to code and tensors (:mod:`robustood.identity`)."""
         train, parameters = self.data.train, self.model.named_parameters()
         return identity(
             name,
+            **{key: value for key, value in vars(self.schedule).items() if key != "steps"},
+            **self.draw.keywords,
+            seed=self.streams.seed,
+            device=self.streams.device.type,
             objective=self.objective,
             optimiser=self.optimiser,
-            milestones=self.schedule.milestones,
-            augment=augment,
             engine=self.engine,
             model=self.model,
             held=[key for key, p in parameters if not p.requires_grad],

@@ -258,15 +258,15 @@ class Bench:
             "attack": describe(self.attack), "how": describe(self.how), "seed": self.seed,
             "batch_size": self.batch_size,
         }  # fmt: skip
-        self.known = Known(self.run_dir, self.settings, self.identity)
+        self.known = Known(self.run_dir, self.identity)
 
     def identity(self) -> dict[str, str]:
         """What the scores depend on, down to code and tensors."""
         how = {f"how[{key!r}]": value for key, value in sorted(self.how.items())}
         sets = {f"x_out[{key!r}]": x for key, x in sorted(self.x_out.items())}
         return identity(
-            self.name, detector=self.detector, within=self.within, attack=self.attack, **how,
-            x_in=self.x_in, **sets,
+            self.name, seed=self.seed, batch_size=self.batch_size, detector=self.detector, within=self.within,
+            attack=self.attack, **how, x_in=self.x_in, **sets,
         )  # fmt: skip
 
     def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
@@ -335,16 +335,10 @@ def measure(
 class Known:
     """Tensors that were computed before, kept in a folder; computes what is missing."""
 
-    def __init__(
-        self,
-        folder: str | Path | None,
-        settings: dict[str, Any],
-        told: Callable[[], dict[str, str]],
-    ):
+    def __init__(self, folder: str | Path | None, told: Callable[[], dict[str, str]]):
         self.checkpoint, self.parts = None, {}
         if folder is not None:
-            kept = {name: settings[name] for name in ("seed", "batch_size")}
-            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", kept, told())
+            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", told())
             self.parts = (self.checkpoint.state or {"parts": {}})["parts"]
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -82,5 +82,5 @@ format: $(STAMP) ## Format the code; notebooks are formatted when they are refre
 	$(BIN)/ruff format --exclude '*.ipynb' .
 
 clean: ## Remove what was built (not .venv)
-	rm -rf _build book/api .pytest_cache .ruff_cache .hypothesis dist *.egg-info
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis dist *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -86,6 +86,7 @@ def test_each_test_file_belongs_to_a_module():
         "test_book",
         "test_notebooks",
         "test_doors",
+        "test_examples",
         "conftest",
         "typecheck",
         "photographs",

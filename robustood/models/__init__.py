@@ -27,6 +27,7 @@ from robustood.models.base import (
 )
 from robustood.models.dense import densenet_bc
 from robustood.models.reading import (
+    Reader,
     Watch,
     check_finite,
     declared,
@@ -40,7 +41,7 @@ from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_
 
 __all__ = [
     "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
-    "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
+    "Reader", "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
     "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
     "split", "through", "wide_resnet",
 ]  # fmt: skip

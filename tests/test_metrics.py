@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, their definitions and closed forms; intervals against their coverage."""
 
 import itertools
+import math
 import re
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -470,7 +471,7 @@ def test_a_pair_of_detectors_on_the_same_inputs():
     assert difference.value == pytest.approx(auroc(a, b) - auroc(c, d))
     assert difference.n == 600
     alone = [confidence_interval(auroc, *pair) for pair in ((a, b), (c, d))]
-    apart = np.hypot(*(e.high - e.low for e in alone))  # what independent samples would give
+    apart = math.hypot(*(e.high - e.low for e in alone))  # what independent samples would give
     assert difference.high - difference.low < 0.6 * apart
     back = paired_difference(auroc, (c, d), (a, b), resamples=400)
     assert (back.value, back.low) == pytest.approx((-difference.value, -difference.high))

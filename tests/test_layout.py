@@ -12,6 +12,8 @@ import pytest
 import refresh
 import yaml
 
+import robustood
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustood"
 FOUND = [*PACKAGE.glob("*.py"), *(init.parent for init in PACKAGE.glob("*/__init__.py"))]
@@ -87,6 +89,7 @@ def test_each_test_file_belongs_to_a_module():
         "test_notebooks",
         "test_doors",
         "test_examples",
+        "test_readme",
         "conftest",
         "typecheck",
         "photographs",
@@ -229,7 +232,6 @@ def test_the_repository_has_one_address():
     assert project()["urls"]["Issues"].startswith(address + "/")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["repository-code"] == address
-    assert citation["version"] == project()["version"]
     host = address.removeprefix("https://github.com/").split("/")[1]
     for path in files():
         if path.suffix not in {".md", ".ipynb", ".py", ".yml", ".toml", ".cff"}:
@@ -240,10 +242,15 @@ def test_the_repository_has_one_address():
                 assert address.endswith("/" + repo), f"{name(path)}: {repo} is not {address}"
 
 
-def test_the_version_is_said_once_more_and_alike():
-    text = (ROOT / "robustood" / "__init__.py").read_text("utf-8")
-    assert f'__version__ = "{project()["version"]}"' in text
-    assert f"## {project()['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+def test_the_version_has_one_source():
+    """``robustood/__init__.py``: packaging reads it there, and the citation and the change log follow."""
+    assert project()["dynamic"] == ["version"] and "version" not in project()
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]
+    assert hatch["version"]["path"] == "robustood/__init__.py"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == robustood.__version__
+    versions = re.findall(r"^## ([\d.]+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert versions[0] == robustood.__version__
 
 
 def test_kept_results_are_readable_and_small():

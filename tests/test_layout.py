@@ -217,13 +217,24 @@ def test_the_lowest_versions_are_those_of_the_bounds():
 
 
 def test_continuous_integration_runs_what_the_project_promises():
-    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["run"]
-    matrix = matrix["strategy"]["matrix"]
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["run"]
+    matrix = job["strategy"]["matrix"]
     said = [c.rpartition(" ")[2] for c in project()["classifiers"] if "Python :: 3." in c]
     assert matrix["python"] == said and project()["requires-python"] == f">={said[0]}"
     assert {*matrix["isa"], *(row["isa"] for row in matrix["include"])} == set(arithmetic.PINNED)
     tried = {*matrix["constraints"], *(row["constraints"] for row in matrix["include"])}
     assert tried == {"constraints.txt", "constraints-lowest.txt"}
+    systems = {*matrix["os"], *(row["os"] for row in matrix["include"])}
+    assert systems == {"ubuntu-latest", "macos-latest"}
+
+
+def test_what_calls_make_names_a_target():
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    called = re.compile(r"(?:`|run: |entry: |command: |ISA=\w+ )make ([a-z][a-z0-9-]*)")
+    for path in files():
+        if path.suffix in {".md", ".yml", ".yaml"}:
+            unknown = set(called.findall(path.read_text("utf-8"))) - targets
+            assert not unknown, f"{name(path)}: no target in Makefile: {unknown}"
 
 
 def test_the_repository_has_one_address():

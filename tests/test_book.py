@@ -9,8 +9,10 @@ import pytest
 import refresh
 import robustood_book
 import yaml
+from jaxtyping import Int
+from torch import Tensor
 
-from robustood import attacks
+from robustood.metrics import Estimate
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -282,13 +284,10 @@ def test_docstrings_may_hold_formulas_between_dollar_signs():
 
 
 def test_signatures_show_shapes_and_link_our_own_classes():
-    scope = vars(attacks)
-    assert (
-        robustood_book.as_written("Labels | None", scope)
-        == "~jaxtyping.Int[Tensor, 'batch'] | None"
-    )
-    own = robustood_book.as_written("Estimate", scope)
-    assert own == "~robustood.metrics.Estimate"
+    scope = {"Labels": Int[Tensor, " batch"], "Estimate": Estimate}
+    shape = robustood_book.as_written("Labels | None", scope)
+    assert shape == "~jaxtyping.Int[Tensor, 'batch'] | None"
+    assert robustood_book.as_written("Estimate", scope) == "~robustood.metrics.Estimate"
     for plain in ("torch.Tensor", "Sequence[Callable]", "Float[Tensor, 'batch']"):
         assert robustood_book.as_written(plain, scope) == plain
 

@@ -46,7 +46,6 @@ from robustood.data import (
     Loaded,
     Pairs,
     Scenes,
-    Shared,
     Split,
     Views,
     compress,
@@ -81,6 +80,7 @@ from robustood.data import (
 from robustood.data.relighting import REFERENCE
 from robustood.models import small_cnn
 from robustood.objectives import Standard
+from robustood.rng import SharedGenerator
 from robustood.training import fit
 
 
@@ -1701,7 +1701,7 @@ def test_half_of_the_images_come_as_their_twins(book):
 
 def test_the_batches_of_several_processes_are_parts_of_one(book):
     def epoch(place):
-        noise = Shared("cpu")
+        noise = SharedGenerator("cpu")
         noise.place = place
         made = replace(book, compressed=1 - book.train.x)
         return list(draw(made, 60, 30, noise.manual_seed(2), Augment(1)))

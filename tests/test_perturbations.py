@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from scipy.stats import chi, kstest
 from torch import nn
 
-from robustood.attacks import maximise, pgd, robust_accuracy
+from robustood.attacks import maximise, pgd, robust_accuracy, search
 from robustood.data import Batch, digits
 from robustood.models import mlp
 from robustood.objectives import Adversarial
 from robustood.perturbations import (
     L2,
+    Compose,
     Corruption,
+    FiniteSubset,
     Latent,
     Linf,
-    FiniteSubset,
     PerturbationSet,
     Random,
     Spatial,
-    Compose,
     norms,
 )
 
@@ -133,7 +133,7 @@ def test_the_one_loop_takes_it_unchanged(within):
     x = images(5)
     before = x.clone()
     bright = lambda moved: moved.flatten(1).mean(1)  # noqa: E731
-    found = maximise(bright, x, within, steps=3, restarts=2, checked=True)
+    found = search(bright, x, within, steps=3, restarts=2)
     starts = list(within.initial_points(x, 2, torch.Generator().manual_seed(0)))
     best = torch.stack([bright(within.apply(x, z)) for z in starts]).amax(0)
     assert (bright(found) >= best - 1e-6).all() and torch.equal(x, before)
@@ -143,7 +143,8 @@ def test_the_one_loop_takes_it_unchanged(within):
 def test_starts_come_from_the_generator_alone(within):
     x, state = images(0), torch.get_rng_state()
     draws = [
-        torch.cat(list(within.initial_points(x, 3, torch.Generator().manual_seed(s)))) for s in (7, 7, 8)
+        torch.cat(list(within.initial_points(x, 3, torch.Generator().manual_seed(s))))
+        for s in (7, 7, 8)
     ]
     assert torch.equal(draws[0], draws[1])
     still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(
@@ -317,7 +318,9 @@ def test_worst_corruption_is_the_worst_of_all_renderings():
     x = images(1, n=5)
     dark = lambda moved: -moved.flatten(1).mean(1)  # noqa: E731
     found = maximise(dark, x, within, steps=9)
-    renderings = [within.apply(x, z) for z in within.initial_points(x, 1, torch.Generator().manual_seed(0))]
+    renderings = [
+        within.apply(x, z) for z in within.initial_points(x, 1, torch.Generator().manual_seed(0))
+    ]
     assert torch.equal(dark(found), torch.stack([dark(r) for r in renderings]).amax(0))
 
 
@@ -336,7 +339,7 @@ def test_then_is_the_first_set_where_the_second_is_a_point():
 def test_members_share_the_parents_images():
     x = images(0)
     few = FiniteSubset(Linf(0.2, None), torch.full((1, 1, 8, 8), 0.2))
-    found = maximise(lambda m: m.flatten(1).sum(1), x, few, steps=5, checked=True)
+    found = maximise(lambda m: m.flatten(1).sum(1), x, few, steps=5)
     assert torch.allclose(found, x + 0.2)
 
 

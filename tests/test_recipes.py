@@ -9,8 +9,8 @@ import torch
 
 from robustood import data, objectives, recipes
 from robustood.data import Split
-from robustood.detectors import to_uniform
-from robustood.objectives import OutlierTraining, to_reject
+from robustood.losses import to_reject, to_uniform
+from robustood.objectives import OutlierTraining
 from robustood.recipes import pairs, read, running, schema, testing
 
 LEARNED_SETS = ["cvae_cifar10c", "cvae_mnist_rts"]

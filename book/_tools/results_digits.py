@@ -30,18 +30,12 @@ from keeping import Experiment, Task, main
 from torch import Tensor, nn
 
 from robustood import toy
-from robustood.attacks import (
-    cross_entropy,
-    fgsm,
-    frozen,
-    maximise,
-    pgd,
-    robust_accuracy,
-)
+from robustood.attacks import fgsm, maximise, pgd, robust_accuracy
 from robustood.data import Data, Split
 from robustood.data import digits as load_digits
+from robustood.losses import cross_entropy
 from robustood.metrics import Estimate, proportion
-from robustood.models import Classifier, mlp, small_cnn
+from robustood.models import Classifier, frozen, mlp, small_cnn
 from robustood.objectives import TRADES, Adversarial, Standard
 from robustood.perturbations import L2, Ball, Linf
 from robustood.training import fit

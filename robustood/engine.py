@@ -101,7 +101,7 @@ def traceable(
     objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`robustood.attacks.value_and_grad` in the form that a compiler can trace."""
-    total = lambda z: climb_at(objective, x, z, within)  # noqa: E731
+    total = lambda z: climb_at(objective, x, z, within)
     grad, (moved, climb, judge) = torch.func.grad(total, has_aux=True)(z)
     return moved.detach(), climb.detach(), judge.detach(), grad
 

@@ -126,7 +126,7 @@ class Adversarial(InnerMax):
     clean: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        loss = lambda x: cross_entropy(read(model, x), batch.y)  # noqa: E731
+        loss = lambda x: cross_entropy(read(model, x), batch.y)
         worst = self.worst(model, batch.x, loss, batch)
         if self.clean:
             return torch.maximum(loss(batch.x), loss(worst)).mean()
@@ -157,7 +157,7 @@ class TRADES(InnerMax):
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         with torch.no_grad(), frozen(model, self.mode):
             anchor = F.log_softmax(read(model, batch.x), 1)
-        apart = lambda x: divergence(anchor, read(model, x)).sum(1)  # noqa: E731
+        apart = lambda x: divergence(anchor, read(model, x)).sum(1)
         worst = self.worst(model, batch.x, apart, batch)
         clean = read(model, batch.x)
         unstable = divergence(F.log_softmax(clean, 1), read(model, worst)).sum(1).mean()
@@ -242,8 +242,8 @@ class OutlierTraining:
         if u is None or clean == len(u):
             outside = None
         rest = x[:0] if u is None else u[clean:]
-        on_labels = lambda x: cross_entropy(read(model, x), batch.y)  # noqa: E731
-        on_outliers = lambda u: self.outlier_loss(read(model, u))  # noqa: E731
+        on_labels = lambda x: cross_entropy(read(model, x), batch.y)
+        on_outliers = lambda u: self.outlier_loss(read(model, u))
 
         def on_both(v: Tensor) -> Tensor:
             z_in, z_out = read(model, v).split([len(x), len(rest)])
@@ -431,7 +431,7 @@ class ROWL:
         drawn = [rng.integers(1, classes + 1, part, batch.generator) for part in parts]
         wrong = (y + torch.cat(drawn)) % (classes + 1)
         inner = self.inner if isinstance(self.inner, InnerMax) else InnerMax(self.inner, self.steps)
-        toward = lambda v: -cross_entropy(read(model, v), wrong)  # noqa: E731
+        toward = lambda v: -cross_entropy(read(model, v), wrong)
         moved = inner.worst(model, x, toward, batch)
         return F.cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = ["SharedGenerator", "integers", "normal", "own_part", "place", "uniform"]
 
+Numbers = Float[Tensor, "batch *shape"]
+
 
 class SharedGenerator(torch.Generator):
     """The generator of one of several processes that draw the same numbers.
@@ -38,15 +40,15 @@ def own_part(draw: Callable[[int], Tensor], n: int, generator: torch.Generator |
 
 def uniform(
     like: Tensor, generator: torch.Generator | None, low: float = 0.0, high: float = 1.0
-) -> Float[Tensor, "batch *shape"]:
+) -> Numbers:
     """Uniform numbers in [low, high), of the shape, dtype and device of ``like``."""
-    new = lambda n: like.new_empty(n, *like.shape[1:]).uniform_(low, high, generator=generator)  # noqa: E731
+    new = lambda n: like.new_empty(n, *like.shape[1:]).uniform_(low, high, generator=generator)
     return own_part(new, len(like), generator)
 
 
-def normal(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "batch *shape"]:
+def normal(like: Tensor, generator: torch.Generator | None) -> Numbers:
     """Standard normal numbers, of the shape, dtype and device of ``like``."""
-    new = lambda n: like.new_empty(n, *like.shape[1:]).normal_(generator=generator)  # noqa: E731
+    new = lambda n: like.new_empty(n, *like.shape[1:]).normal_(generator=generator)
     return own_part(new, len(like), generator)
 
 

@@ -246,7 +246,7 @@ def test_gradients_of_entropy_and_energy(seed, scale):
     probe = some(seed, scale=scale).requires_grad_()
     p, log_p = probe.detach().softmax(1), probe.detach().log_softmax(1)
     entropy = -(p * log_p).sum(1, keepdim=True)
-    of = lambda score: torch.autograd.grad(score(probe).sum(), probe)[0]  # noqa: E731
+    of = lambda score: torch.autograd.grad(score(probe).sum(), probe)[0]
     by_hand = p * (log_p + entropy)
     assert torch.allclose(of(Entropy(raw()).paper_score), by_hand, atol=1e-12)
     assert torch.allclose(of(Entropy(raw()).score) * entropy, by_hand, atol=1e-12)
@@ -361,7 +361,7 @@ def test_score_and_published_rank_alike(detector, inputs):
     x = inputs.double()
     with torch.no_grad():
         deployed, printed = detector.score(x), detector.paper_score(x)
-    rise = lambda s: (s[:, None] - s).sign()  # noqa: E731
+    rise = lambda s: (s[:, None] - s).sign()
     assert (rise(deployed) * rise(printed) < 0).sum() == 0
     areas = [auroc(values[:150], values[150:]) for values in (deployed, printed)]
     assert areas[0] == pytest.approx(areas[1], abs=1e-3)  # a tie of the published one is half
@@ -460,7 +460,7 @@ def test_the_gradient_of_mahalanobis_is_that_at_the_stepped_point(net, book, inp
     plain = Mahalanobis(model, layers).fit(train, book.train.y)
     total, scores = torch.zeros_like(x), []
     for layer in range(len(stepped.layer_fits)):
-        mine = lambda v, i=layer: plain.layer_scores(v)[:, i]  # noqa: E731
+        mine = lambda v, i=layer: plain.layer_scores(v)[:, i]
         moved = x - 0.03 * (2 * (gradient(mine, x) <= 0).double() - 1)
         total += gradient(mine, moved)
         scores.append(mine(moved))
@@ -517,7 +517,7 @@ def test_the_gradient_is_that_of_the_values(detector, inputs):
     x = inputs.double()[[3, 160, 290]]
     along = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for direction in DIRECTIONS:
-        columns = lambda v, d=direction: detector.attack_objectives(v, d)  # noqa: E731
+        columns = lambda v, d=direction: detector.attack_objectives(v, d)
         _, by_graph = torch.autograd.functional.jvp(columns, x, along)
         by_values = (columns(x + 1e-6 * along) - columns(x - 1e-6 * along)) / 2e-6
         assert torch.allclose(by_graph, by_values, rtol=1e-3, atol=1e-4)

@@ -105,7 +105,7 @@ def test_trades_value_and_where_its_gradient_flows(batch):
     objective = TRADES(0.1, beta=3.0, steps=4)
     again = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(1))
     anchor = log_softmax(model(batch.x), 1).detach()
-    kl = lambda q, p: kl_div(log_softmax(q, 1), p, reduction="none", log_target=True).sum(1)  # noqa: E731
+    kl = lambda q, p: kl_div(log_softmax(q, 1), p, reduction="none", log_target=True).sum(1)
     worst = objective.worst(model, again.x, lambda x: kl(model(x), anchor), again)
     assert kl(model(worst), anchor).mean() > 4 * kl(model(batch.x), anchor).mean()
     clean = model(batch.x)
@@ -141,7 +141,7 @@ def test_the_step_size_is_used(batch):
 
 def test_of_several_restarts_the_best_is_kept(batch):
     model = small_cnn()
-    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")
     worst = []
     for restarts in (1, 2, 4):
         fresh = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(3))
@@ -155,7 +155,7 @@ def test_a_finite_first_set_is_searched_whole(batch):
     """The members' worst, not the last member."""
     model = small_cnn()
     pair = Compose(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
-    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")
     found = climbed(Adversarial(pair, steps=1).worst(model, batch.x, climbed, batch))
     for z in pair.initial_points(batch.x, 1, torch.Generator().manual_seed(1)):
         assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
@@ -497,9 +497,9 @@ def test_bad_outlier_training_is_refused(untyped, mixed, call, words):
 def test_the_clean_input_can_count_as_a_member(net, book):
     """With it, the larger of the two losses of each sample counts; at radius 0 nothing changes."""
     x, y = book.train.x[:32], book.train.y[:32]
-    batch = lambda: Batch(x, y, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    batch = lambda: Batch(x, y, generator=torch.Generator().manual_seed(1))
     plain, with_clean = (Adversarial(0.1, steps=1, step_size=0.3, clean=c) for c in (False, True))
-    loss = lambda v: cross_entropy(net(v), y, reduction="none")  # noqa: E731
+    loss = lambda v: cross_entropy(net(v), y, reduction="none")
     worst = loss(plain.worst(net, x, loss, batch()))
     assert torch.allclose(with_clean(net, batch()), torch.maximum(loss(x), worst).mean())
     assert with_clean(net, batch()) >= plain(net, batch()) - 1e-6

@@ -54,7 +54,7 @@ def test_the_network_has_the_outputs_of_the_task(name):
 
 
 def test_the_papers_networks_have_the_papers_parameters():
-    count = lambda name: sum(p.numel() for p in read(name).model().parameters())  # noqa: E731
+    count = lambda name: sum(p.numel() for p in read(name).model().parameters())
     assert count("aloe_cifar10_paper") == 769_162
     assert count("atom_cifar10_paper") == 769_505
     assert count("aloe_cifar10_cpu") == 78_042

@@ -710,8 +710,8 @@ def trained_by_intervals(book, epochs, train=None):
 
 @torch.no_grad()
 def guaranteed(model, book, name, eps):
-    lower = lambda r: interval_score(model, book.test.x, r)[0]  # noqa: E731
-    upper = lambda r: interval_score(model, book.ood[name], r)[1]  # noqa: E731
+    lower = lambda r: interval_score(model, book.test.x, r)[0]
+    upper = lambda r: interval_score(model, book.ood[name], r)[1]
     return guaranteed_auroc(lower, upper, [eps])[0].value
 
 

@@ -274,7 +274,7 @@ def goals(test: Split, seed: int) -> Tensor:
 def towards(model: nn.Module, x: Tensor, target: Tensor, eps: float, restarts: int = 1) -> Tensor:
     """Images moved towards a class, as far as l_2 allows."""
     with frozen(model):
-        objective = lambda moved: -cross_entropy(model(moved), target)  # noqa: E731
+        objective = lambda moved: -cross_entropy(model(moved), target)
         return maximise(objective, x, L2(eps), steps=60, restarts=restarts)
 
 

@@ -249,7 +249,7 @@ def surrogate(
     if isinstance(detector, Mahalanobis) and detector.weight is not None:
         return lambda x: mahalanobis_surrogate(detector.plain(x), up)
     if up and paper == "aloe":
-        log_p = lambda x: detector.logits(x).log_softmax(1)  # noqa: E731
+        log_p = lambda x: detector.logits(x).log_softmax(1)
         return lambda x: ((p := log_p(x)).exp() * p).sum(1)
     sign = 1 if up else -1
     return lambda x: sign * to_uniform(detector.logits(x))

@@ -10,6 +10,8 @@ do. Two kinds are here, for classifiers and for the scores of detectors:
   holds with probability $1 - \alpha$.
 - :func:`interval_bounds` follows a box of inputs through the layers of a network (Gowal et al. 2018). It holds
   surely, for the largest change of a pixel, and says much only of networks that were trained by it.
+
+A certified rate is a lower bound, an attacked one an upper bound of the same number. Draw both.
 """
 
 from __future__ import annotations

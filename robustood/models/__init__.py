@@ -26,6 +26,7 @@ from robustood.models.base import (
 )
 from robustood.models.dense import densenet_bc
 from robustood.models.reading import (
+    Reader,
     Watch,
     check_finite,
     declared,
@@ -44,6 +45,7 @@ __all__ = [
     "Classifier",
     "Mixture",
     "Normalise",
+    "Reader",
     "Watch",
     "adapt",
     "batch_statistics",

@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks spread results-digits results-generative results-mnist results-cifar10 format clean
+.PHONY: help venv book test lint types pytest check notebooks spread experiments format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -65,17 +65,8 @@ notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 spread: $(STAMP) ## Measure how far printed numbers move with the arithmetic, where cells are new
 	$(BIN)/python book/_tools/spread.py --stale
 
-results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
-	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
-
-results-generative: $(STAMP) ## Measure the tables of learned sets again (half an hour)
-	$(BIN)/python book/_tools/results_generative.py $(AGAIN)
-
-results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
-	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)
-
-results-cifar10: $(STAMP) ## Measure faint changes, training attacks, transfer and budgets on the kept CIFAR-10 runs again (half an hour; needs the packs)
-	$(BIN)/python book/_tools/results_cifar10.py $(AGAIN)
+experiments: $(STAMP) ## List the tables that the book shows, or measure some again: NAME=digits_trades AGAIN=--again
+	$(BIN)/python -m experiments $(NAME) $(AGAIN)
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed
 	$(BIN)/ruff check --fix --exclude '*.ipynb' .

@@ -1,7 +1,7 @@
 """What measured the tables that the book shows from ``data/results``.
 
     python -m experiments                              list all tables
-    python -m experiments digits_trades                measure one of them
+    python -m experiments digits_trades                measure what one of them lacks
     python -m experiments digits --seeds 0             every table whose name begins so, for one seed
     python -m experiments mnist --again                measure anew what is already there
 

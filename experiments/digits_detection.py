@@ -21,33 +21,35 @@ from robustood import objectives as rules
 from robustood.attacks import pgd, robust_accuracy
 from robustood.data import glyphs
 from robustood.detectors import MSP, ODIN, Detector, Mahalanobis, RejectClass, post_hoc
-from robustood.evaluate import ood_report, scores
+from robustood.evaluate import attack_score, ood_report, scores
 from robustood.models import Classifier, frozen, guarded, small_cnn
 from robustood.perturbations import Corruption, Linf
 from robustood.training import fit
 
 EPS = 0.1
-RECIPE: Row = ADAM | {
+FIT: Row = {"batch_size": 64, "outlier_batch_size": 128, "epochs": 40, "lr": 3e-3}
+FIT_LONG: Row = FIT | {"epochs": 60}
+FIT_SHORT: Row = FIT | {"epochs": 25}
+RECIPE: Row = {
+    **ADAM,
+    **FIT,
     "train_digits": 1097,
-    "batch_size": 64,
-    "outlier_batch_size": 128,
-    "epochs": 40,
-    "lr": 3e-3,
     "model": "robustood.models.small_cnn",
     "images_a_set": 200,
     "adaptive": "APGD, 40 steps, 1 random start, every objective of the detector, best by its score",
     "aloe": "the surrogate of Chen et al. 2020, 10 steps of eps from the clean image, last iterate",
     "atom": "the surrogate of Chen et al. 2021, 40 steps of eps / 8, random start, best by the surrogate",
 }
-ROBUST: Row = RECIPE | {
-    "epochs": 60,
+ROBUST: Row = {
+    **RECIPE,
+    **FIT_LONG,
     "model": "robustood.models.small_cnn, width 2",
     "eps": EPS,
     "train_attack": "2 steps of 1.25 eps from a random start, last iterate (ACET, ATOM, RobustMining: "
     "5 steps of eps / 2, best iterate)",
 }
 ATTACKS: dict[str, Callable[..., Tensor]] = {
-    "adaptive": evaluate.attack_score,
+    "adaptive": attack_score,
     "aloe": partial(evaluate.paper_attack, paper="aloe"),
     "atom": partial(evaluate.paper_attack, paper="atom"),
 }
@@ -67,24 +69,24 @@ METHODS: dict[str, Any] = {
     "RobustMining": rules.RobustMining(EPS, 0.0),
 }
 REJECTS = {"reject": 1, "SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "RobustMining": 1}
+TARGETS = "every class for standard, OE, ADV, AOE and ALOE; the 3 likeliest for ODIN and the other methods"
 MAIN = ("standard", "OE", "ADV", "AOE", "ALOE")
 MINING = ("NTOM", "ATOM", "RobustMining")
-DETECTORS = (
-    *("MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct"),
-    *("GradNorm", "Mahalanobis, all layers", "Mahalanobis, input step"),
-)
+PLAIN = ("MSP", "MaxLogit", "Energy", "Entropy", "ODIN")
+LEARNED = ("Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
+VARIANTS = ("Mahalanobis, all layers", "Mahalanobis, input step")
 
 
 @lru_cache
-def trained(method: str, seed: int, width: int = 1, epochs: int = 40) -> tuple[Any, float]:
-    """A network trained by a method, and its CPU seconds."""
-    model: Any = small_cnn(seed=seed, width=width, reject=REJECTS.get(method, 0))
+def trained(method: str, seed: int, *, robust: bool = False) -> tuple[Any, float]:
+    """A network trained by a method, and its CPU seconds; a robust one is wider and trained for longer."""
+    model: Any = small_cnn(seed=seed, width=1 + robust, reject=REJECTS.get(method, 0))
     if method == "CCU":
         model = guarded(model, digits().train.x, digits().outliers)
-    return train(model, METHODS[method], digits(), epochs=epochs, batch_size=64, seed=seed)
+    return model, train(model, METHODS[method], digits(), seed=seed, **FIT_LONG if robust else FIT)
 
 
-defended = partial(trained, width=2, epochs=ROBUST["epochs"])
+defended = partial(trained, robust=True)
 
 
 def detectors(model: Classifier) -> dict[str, Detector]:
@@ -144,9 +146,7 @@ def transfer(training: str, eps: float, direction: str, seed: int) -> Row:
     mixed = torch.cat([outside["letters"][:67], outside["patches"][:67], outside["noise"][:66]])
     attacked, still = (mixed, inside) if direction == "raise" else (inside, mixed)
     how: Row = {"within": Linf(eps), "direction": direction}
-    moved = {
-        f"adaptive {name}": evaluate.attack_score(d, attacked, **how) for name, d in known.items()
-    }
+    moved = {f"adaptive {name}": attack_score(d, attacked, **how) for name, d in known.items()}
 
     def pair(detector: Detector, x: Tensor) -> tuple[Any, Any]:
         sides = scores(detector, still), scores(detector, x)
@@ -170,7 +170,11 @@ def transfer(training: str, eps: float, direction: str, seed: int) -> Row:
     return {"detectors": rows, "seconds": seconds}
 
 
-@experiment(grid(training=("standard", "OE"), detector=DETECTORS, eps=[EPS]), RECIPE, seeds=(0, 1))
+@experiment(
+    grid(training=("standard", "OE"), detector=(*PLAIN, *LEARNED, *VARIANTS), eps=[EPS]),
+    RECIPE,
+    seeds=(0, 1),
+)
 def fall(training: str, detector: str, eps: float, seed: int) -> Row:
     """Every detector, clean and with one or both sides attacked, by three attacks.
 
@@ -200,10 +204,7 @@ def accuracies(model: Any) -> Row:
 
 @experiment(
     lambda seed: grid(method=MAIN if seed else (*MAIN, "ACET", *MINING)),
-    ROBUST
-    | {
-        "targets": "every class for standard, OE, ADV, AOE and ALOE; the 3 likeliest for ODIN and the other methods"
-    },
+    ROBUST | {"targets": TARGETS},
 )
 def defences(method: str, seed: int) -> Row:
     """Every method: accuracy, and its detector clean and with one or both sides attacked.
@@ -252,7 +253,7 @@ def conditions(method: str, seed: int) -> Row:
         for kind, share in (("none", 0.0), ("letters", 0.15), ("letters", 0.4), ("digits", 0.15))
         for q in (0.0, 0.125, 0.25, 0.5, "auto")
     ],
-    RECIPE | {"epochs": 25, "pool": 2000},
+    RECIPE | FIT_SHORT | {"pool": 2000},
 )
 def pool(contamination: str, share: float, q: Any, seed: int) -> Row:
     """Mining from pools that hold look-alike letters or digits without their labels.
@@ -262,7 +263,7 @@ def pool(contamination: str, share: float, q: Any, seed: int) -> Row:
     model = small_cnn(seed=seed, reject=1)
     began = time.process_time()
     data = replace(digits(), outliers=contaminated(contamination, share, seed))
-    history = fit(model, rules.NTOM(q), data, epochs=25, batch_size=64, seed=seed)
+    history = fit(model, rules.NTOM(q), data, seed=seed, **FIT_SHORT)
     seconds = time.process_time() - began
     test = digits().test
     report = ood_report(RejectClass(model), test.x, digits().ood)
@@ -292,14 +293,16 @@ def contaminated(kind: str, share: float, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
+DIALS = {
+    "weight": (0.1, 1.0, 2.0),
+    "eps": (0.05, 0.15),
+    "steps": (1, 5),
+    "bn": ("eval", "train", "separate"),
+}
+
+
 @experiment(
-    [
-        {"change": change}
-        for change in (
-            *({}, {"weight": 0.1}, {"weight": 1.0}, {"weight": 2.0}, {"eps": 0.05}, {"eps": 0.15}),
-            *({"steps": 1}, {"steps": 5}, {"bn": "eval"}, {"bn": "train"}, {"bn": "separate"}),
-        )
-    ],
+    grid(change=[{}, *({dial: value} for dial, values in DIALS.items() for value in values)]),
     ROBUST | {"adaptive": "as elsewhere, but the 3 likeliest targets"},
     seeds=(0,),
 )
@@ -312,9 +315,7 @@ def ablations(change: Row, seed: int) -> Row:
     how |= {"within" if key == "eps" else key: value for key, value in change.items()}
     model = small_cnn(seed=seed, width=2, batch_norm="bn" in change)
     objective = rules.ALOE(**how)
-    _, seconds = train(
-        model, objective, digits(), epochs=ROBUST["epochs"], batch_size=64, seed=seed
-    )
+    seconds = train(model, objective, digits(), seed=seed, **FIT_LONG)
     both = ood_report(MSP(model), *images(), Linf(EPS), side="both", targets=3)
     found = {row["set"]: row["auroc"] for row in both.rows}
     return {**accuracies(model), "both": found, "seconds": seconds}

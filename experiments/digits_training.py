@@ -63,7 +63,9 @@ def trained(
     batch = min(128, n)
     epochs = round(steps / (n // batch))
     model = network(name, seed, (8 + 2 * pad) ** 2)
-    return train(model, rule, padded(digits(n), pad), epochs=epochs, batch_size=batch, seed=seed)
+    return model, train(
+        model, rule, padded(digits(n), pad), epochs=epochs, batch_size=batch, seed=seed
+    )
 
 
 def padded(data: Data, border: int) -> Data:
@@ -234,7 +236,7 @@ def splits(split: int, train_digits: int, seed: int) -> Row:
     row: Row = {"seconds": 0}
     for name, eps, radii in cells:
         model = network(name, split)
-        _, seconds = train(model, rule(Linf(eps)), own, epochs=80, batch_size=128, seed=split)
+        seconds = train(model, rule(Linf(eps)), own, epochs=80, batch_size=128, seed=split)
         row["seconds"] += seconds
         for r in radii:
             row[f"{name} {eps:g} at {r:g}"] = accuracy(model, Linf(r), test=own.test, steps=40)
@@ -371,5 +373,5 @@ def overfitting(training: str, steps: int, step_size_in_eps: float, seed: int) -
 
     how = {key: OVERFITTING[key] for key in ("epochs", "lr", "batch_size")}
     model = network(OVERFITTING["model"], seed)
-    _, seconds = train(model, chosen, digits(), seed=seed, monitor=watch, **how)
+    seconds = train(model, chosen, digits(), seed=seed, monitor=watch, **how)
     return watched | {"seconds": seconds}

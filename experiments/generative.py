@@ -127,7 +127,7 @@ def learned(name: str, seed: int) -> Learned:
         data = relit(seed=seed)
         model, beta = generative.basis_cvae((3, 16, 16), seed=seed), 0.05
     how = {"batch_size": 128, "optimiser": ADAM, "seed": seed, **LEARN[name]}
-    _, seconds = train(model, generative.Variational(beta), data, **how)
+    seconds = train(model, generative.Variational(beta), data, **how)
     size = generative.radii(model, pixels(data.val.x), pixels(data.val.y))
     test: Any = data.test
     x, y = pixels(test.x[:TEST]), pixels(test.y[:TEST])
@@ -143,7 +143,7 @@ def classifier(
     model = small_cnn(classes, channels=channels, size=size, seed=seed)
     data = Data(split, split[:0], split[:0], split.x[:0])
     epochs = max(1, round(STEPS[name] / (len(split) // 128)))
-    return train(model, rule, data, epochs=epochs, batch_size=128, seed=seed, **how)
+    return model, train(model, rule, data, epochs=epochs, batch_size=128, seed=seed, **how)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -34,17 +34,16 @@ from robustood.training import Objective, fit
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "results"
 Row = dict[str, Any]  # settings, or what was measured; everything in it goes into JSON
-Model = TypeVar("Model", bound=nn.Module)
 ADAM: Row = {"optimiser": "Adam", "schedule": "15 % linear warm-up, then half a cosine to zero"}
 
 digits = lru_cache(data.digits)
 
 
-def train(model: Model, objective: Objective, data: data.Data, **how: Any) -> tuple[Model, float]:
-    """Fit a model; returns it with the CPU seconds that it took."""
+def train(model: nn.Module, objective: Objective, data: data.Data, **how: Any) -> float:
+    """Fit a model; returns the CPU seconds that it took."""
     began = time.process_time()
     fit(model, objective, data, **how)
-    return model, time.process_time() - began
+    return time.process_time() - began
 
 
 def grid(**values: Iterable[object]) -> list[Row]:
@@ -114,9 +113,11 @@ class Experiment:
         table = self.table()
         table["rows"] = [r for r in table["rows"] if not (again and r["seed"] == seed)]
         there = [row["settings"] for row in table["rows"] if row["seed"] == seed]
-        for settings in self.wanted(seed):
-            if plain(settings) in there:
-                continue
+        if there:
+            print(
+                f"{self.name}  seed {seed}: {len(there)} rows are there; --again measures them anew"
+            )
+        for settings in (each for each in self.wanted(seed) if plain(each) not in there):
             row = self.row(seed, settings)
             table["rows"] = sorted([*table["rows"], row], key=lambda r: r["seed"])
             FOLDER.mkdir(parents=True, exist_ok=True)

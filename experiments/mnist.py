@@ -68,7 +68,8 @@ def trained(
     data = Data(split, images("test"), images("test"), images("test").x[:0])
     rule = Adversarial(Linf(eps), steps=5, ramp=0.5) if eps else Standard()
     how = {"batch_size": RECIPE["batch_size"], "lr": RECIPE["lr"]}
-    return train(network(seed), rule, data, epochs=epochs, seed=seed, **how)
+    model = network(seed)
+    return model, train(model, rule, data, epochs=epochs, seed=seed, **how)
 
 
 def file_of(eps: float) -> Path:

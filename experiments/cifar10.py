@@ -29,7 +29,7 @@ from robustood.recipes.testing import fitted, pick
 from robustood.training import Objective
 
 RUNS = [f"{name}_cifar10_cpu" for name in ("standard", "oe", "aloe", "ntom", "atom", "acet")]
-RUNS += ["atom_cifar10_cpu_fine", "robustmining_cifar10_cpu", "adv_cifar10_cpu_8"]
+RUNS += ["atom_cifar10_cpu_fine", "minedaloe_cifar10_cpu", "adv_cifar10_cpu_8"]
 ATTACKED = RUNS[4:8]  # outliers, in training
 DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
 NEW = ["svhn:train", "textures", "scenes", "cifar100:test"]

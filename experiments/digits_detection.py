@@ -22,7 +22,7 @@ from robustood.attacks import pgd, robust_accuracy
 from robustood.data import glyphs
 from robustood.detectors import MSP, ODIN, Detector, Mahalanobis, RejectClass, post_hoc
 from robustood.evaluate import attack_score, ood_report, scores
-from robustood.models import Classifier, frozen, guarded, small_cnn
+from robustood.models import Classifier, ccu_model, frozen, small_cnn
 from robustood.perturbations import Corruption, Linf
 from robustood.training import fit
 
@@ -45,7 +45,7 @@ ROBUST: Row = {
     **FIT_LONG,
     "model": "robustood.models.small_cnn, width 2",
     "eps": EPS,
-    "train_attack": "2 steps of 1.25 eps from a random start, last iterate (ACET, ATOM, RobustMining: "
+    "train_attack": "2 steps of 1.25 eps from a random start, last iterate (ACET, ATOM, MinedALOE: "
     "5 steps of eps / 2, best iterate)",
 }
 ATTACKS: dict[str, Callable[..., Tensor]] = {
@@ -66,12 +66,12 @@ METHODS: dict[str, Any] = {
     "ROWL": rules.ROWL(EPS),
     "NTOM": rules.NTOM(0.0),
     "ATOM": rules.ATOM(EPS, 0.0),
-    "RobustMining": rules.RobustMining(EPS, 0.0),
+    "MinedALOE": rules.MinedALOE(EPS, 0.0),
 }
-REJECTS = {"reject": 1, "SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "RobustMining": 1}
+REJECTS = {"reject": 1, "SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "MinedALOE": 1}
 TARGETS = "every class for standard, OE, ADV, AOE and ALOE; the 3 likeliest for ODIN and the other methods"
 MAIN = ("standard", "OE", "ADV", "AOE", "ALOE")
-MINING = ("NTOM", "ATOM", "RobustMining")
+MINING = ("NTOM", "ATOM", "MinedALOE")
 PLAIN = ("MSP", "MaxLogit", "Energy", "Entropy", "ODIN")
 LEARNED = ("Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
 VARIANTS = ("Mahalanobis, all layers", "Mahalanobis, input step")
@@ -82,7 +82,7 @@ def trained(method: str, seed: int, *, robust: bool = False) -> tuple[Any, float
     """A network trained by a method, and its CPU seconds; a robust one is wider and trained for longer."""
     model: Any = small_cnn(seed=seed, width=1 + robust, reject=REJECTS.get(method, 0))
     if method == "CCU":
-        model = guarded(model, digits().train.x, digits().outliers)
+        model = ccu_model(model, digits().train.x, digits().outliers)
     return model, train(model, METHODS[method], digits(), seed=seed, **FIT_LONG if robust else FIT)
 
 

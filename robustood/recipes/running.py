@@ -98,7 +98,7 @@ def for_training(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         )
     train, val = divided(inside, want)
     quality = 0 if everywhere(want) else twin_quality(want["jpeg"], outliers)
-    cards["train"] |= {"held out": held, "twins of quality": quality}
+    cards["train"] |= {"held out": held, "jpeg_copies": quality}
     data = Data(
         train=plain(train), val=plain(val), test=plain(inside[:0]),
         outliers=inside.x[:0] if outliers is None else outliers.x,

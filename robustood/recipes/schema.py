@@ -192,7 +192,7 @@ OBJECTIVES: dict[str, dict[str, tuple[Any, Kind]]] = {
     "ACET": {**ATTACK, **SHARE},
     "NTOM": {**WEIGHT, **MINING},
     "ATOM": {**ATTACK, **SHARE, **MINING},
-    "RobustMining": {**ATTACK, **SHARE, **MINING},
+    "MinedALOE": {**ATTACK, **SHARE, **MINING},
     "Variational": {
         "beta": (None, number(0)),
         "schedule": (None, several(several(number(0, 1)))),

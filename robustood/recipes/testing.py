@@ -210,7 +210,7 @@ def fitted(
     """
     want = recipe.settings["evaluation"]
     found = detector(name, model, want)
-    if not found.needs:
+    if not found.fitted_attribute:
         return found
     images = recipe.settings["data"]
     whole = counted_as(load(images["train"], root=root), names, "the network")

@@ -205,7 +205,9 @@ def maximise(
         x = x.clone() if x.is_inference() else x.detach()
         best = Best(x)
         for climbed in objectives:
-            whole = [within.initial_points(v, restarts, generator) for v in x.split(parts or [len(x)])]
+            whole = [
+                within.initial_points(v, restarts, generator) for v in x.split(parts or [len(x)])
+            ]
             for z in map(torch.cat, zip(*whole, strict=True)):
                 found = search(climbed, x, z, within, rule, steps, step_size, keep == "best")
                 if keep == "best":

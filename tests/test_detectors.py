@@ -460,8 +460,12 @@ def test_towards_each_class_by_hand():
     assert torch.allclose(MaxLogit(raw()).attack_objectives(z)[:, 1:], z)
     assert torch.allclose(Energy(raw()).attack_objectives(z)[:, 1:], z)
     assert torch.allclose(ODIN(raw(), step=0).attack_objectives(z)[:, 1:], z - z.mean())
-    assert MSP(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(-1.836513, abs=1e-6)
-    assert MaxLogit(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(-3.169846, abs=1e-6)
+    assert MSP(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(
+        -1.836513, abs=1e-6
+    )
+    assert MaxLogit(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(
+        -3.169846, abs=1e-6
+    )
     reject = RejectClass(identity(4, reject=1))
     assert reject.attack_objectives(double([(3, 1, 0, 2)]))[0, 1:].tolist() == [1, -1, -2]
 
@@ -882,7 +886,10 @@ def refused(call) -> str:
         (lambda m: ODIN(m, step=math.nan), ["step", "nan"]),
         (lambda m: Energy(m, -1), ["temperature", "-1"]),
         (lambda m: ReAct(m, share=1.5), ["share", "1.5"]),
-        (lambda m: MSP(m).attack_objectives(GOOD, "up"), ["direction", "'up'", "'raise'", "'lower'"]),
+        (
+            lambda m: MSP(m).attack_objectives(GOOD, "up"),
+            ["direction", "'up'", "'raise'", "'lower'"],
+        ),
         (lambda m: GradNorm(m).attack_objectives(GOOD, "up"), ["direction", "'up'"]),
         (lambda m: Mahalanobis(m).fit(GOOD, LABELS).combine(GOOD, GOOD * math.inf), ["infinity"]),
     ],

@@ -28,9 +28,9 @@ from robustood.evaluate import (
     four_sides,
     mahalanobis_surrogate,
     measure,
-    objectives,
     ood_report,
     paper_attack,
+    score_objectives,
     scores,
     surrogate,
 )

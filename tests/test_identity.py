@@ -35,7 +35,7 @@ from robustood.evaluate import attack_score, epsilon_curve, four_sides, ood_repo
 from robustood.identity import check_identity, describe, identity
 from robustood.models import preact_resnet18, small_cnn
 from robustood.objectives import ALOE, ATOM, OutlierTraining, Standard
-from robustood.perturbations import L2, Linf, FiniteSubset
+from robustood.perturbations import L2, FiniteSubset, Linf
 from robustood.smoothing import Smoothed
 from robustood.training import fit
 

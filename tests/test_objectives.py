@@ -26,15 +26,15 @@ from robustood.objectives import (
     TRADES,
     Adversarial,
     InnerMax,
+    MinedALOE,
     Objective,
     OutlierExposure,
     OutlierTraining,
-    MinedALOE,
     Standard,
     to_reject,
     to_uniform,
 )
-from robustood.perturbations import L2, Corruption, Linf, Spatial, Compose
+from robustood.perturbations import L2, Compose, Corruption, Linf, Spatial
 from robustood.training import fit
 
 

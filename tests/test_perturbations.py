@@ -13,14 +13,14 @@ from robustood.models import mlp
 from robustood.objectives import Adversarial
 from robustood.perturbations import (
     L2,
+    Compose,
     Corruption,
+    FiniteSubset,
     Latent,
     Linf,
-    FiniteSubset,
     PerturbationSet,
     Random,
     Spatial,
-    Compose,
     norms,
 )
 
@@ -143,7 +143,8 @@ def test_the_one_loop_takes_it_unchanged(within):
 def test_starts_come_from_the_generator_alone(within):
     x, state = images(0), torch.get_rng_state()
     draws = [
-        torch.cat(list(within.initial_points(x, 3, torch.Generator().manual_seed(s)))) for s in (7, 7, 8)
+        torch.cat(list(within.initial_points(x, 3, torch.Generator().manual_seed(s))))
+        for s in (7, 7, 8)
     ]
     assert torch.equal(draws[0], draws[1])
     still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(
@@ -317,7 +318,9 @@ def test_worst_corruption_is_the_worst_of_all_renderings():
     x = images(1, n=5)
     dark = lambda moved: -moved.flatten(1).mean(1)  # noqa: E731
     found = maximise(dark, x, within, steps=9)
-    renderings = [within.apply(x, z) for z in within.initial_points(x, 1, torch.Generator().manual_seed(0))]
+    renderings = [
+        within.apply(x, z) for z in within.initial_points(x, 1, torch.Generator().manual_seed(0))
+    ]
     assert torch.equal(dark(found), torch.stack([dark(r) for r in renderings]).amax(0))
 
 

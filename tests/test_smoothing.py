@@ -17,7 +17,7 @@ from robustood.evaluate import attack_score
 from robustood.metrics import auroc
 from robustood.models import Classifier, adapt, densenet_bc, mlp, readout, small_cnn
 from robustood.objectives import OutlierTraining, to_reject
-from robustood.perturbations import L2, Corruption, Latent, Linf, Spatial, Compose, norms
+from robustood.perturbations import L2, Compose, Corruption, Latent, Linf, Spatial, norms
 from robustood.smoothing import (
     ABSTAIN,
     CertifiedScore,

@@ -30,7 +30,9 @@ class Detector(nn.Module, ABC):
     """
 
     model: Any
-    fitted_attribute: str | None = None  # the attribute that fit sets, where a detector must be fitted
+    fitted_attribute: str | None = (
+        None  # the attribute that fit sets, where a detector must be fitted
+    )
     n_untargeted: int = 1  # how many attack objectives are not about one class
 
     def __init__(self, model: nn.Module):

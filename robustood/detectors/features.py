@@ -273,7 +273,10 @@ class ViM(Detector):
         dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
         if dims > width:
             raise ValueError(f"dims must be at most the {width} features, got {dims}")
-        weight, bias = self.class_logits(head.weight.T).T.double(), self.class_logits(head.bias[None])[0]
+        weight, bias = (
+            self.class_logits(head.weight.T).T.double(),
+            self.class_logits(head.bias[None])[0],
+        )
         origin = -torch.linalg.pinv(weight) @ bias.double()
         second = origin.new_zeros(width, width)
         for h, _ in self.stream(self.features, x):
@@ -373,7 +376,9 @@ class ReAct(Detector):
         h = self.features(x)
         clipped = h.minimum(self.clip.to(h))
         through = clipped.detach() + (h - h.detach())  # the values exactly, h's gradient
-        return self.class_logits(self.part("head")(through)), self.class_logits(self.part("head")(clipped))
+        return self.class_logits(self.part("head")(through)), self.class_logits(
+            self.part("head")(clipped)
+        )
 
     def score(self, x: Inputs) -> Values:
         return self.outputs(x)[0].logsumexp(1)

@@ -110,7 +110,11 @@ def test_mahalanobis_agrees_on_a_network(peer, net, book, inputs):
     theirs = scaled(peer.Mahalanobis(None).fit_features(h, book.train.y), len(h))
     ours = detectors.Mahalanobis(readout(torch.eye(h.shape[1]))).fit(h, book.train.y)
     agree(
-        ours.paper_score(query), theirs.predict_features(query), "Mahalanobis, network", None, SINGLE
+        ours.paper_score(query),
+        theirs.predict_features(query),
+        "Mahalanobis, network",
+        None,
+        SINGLE,
     )
 
 

@@ -114,9 +114,7 @@ class Experiment:
         table["rows"] = [r for r in table["rows"] if not (again and r["seed"] == seed)]
         there = [row["settings"] for row in table["rows"] if row["seed"] == seed]
         if there:
-            print(
-                f"{self.name}  seed {seed}: {len(there)} rows are there; --again measures them anew"
-            )
+            print(f"{self.name}  seed {seed}: {len(there)} rows are there (anew: --again)")
         for settings in (each for each in self.wanted(seed) if plain(each) not in there):
             row = self.row(seed, settings)
             table["rows"] = sorted([*table["rows"], row], key=lambda r: r["seed"])

@@ -21,18 +21,18 @@ def tables() -> dict[str, Experiment]:
 
 
 def main() -> None:
-    """Measure the tables that are asked for."""
+    """List the tables, or measure those that are asked for."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m experiments", description=experiments.__doc__, formatter_class=style
     )
-    parser.add_argument("names", nargs="*", help="of tables, or what such names begin with")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of those that a table has; else all")
-    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("names", nargs="*", help="names of tables, or prefixes of names")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--again", action="store_true", help="measure again what is already there")
     args = parser.parse_args()
     known = tables()
     if unknown := [n for n in args.names if not any(name.startswith(n) for name in known)]:
-        parser.error(f"no table begins with {unknown[0]!r}; there are: {', '.join(known)}")
+        parser.error(f"no table starts with {unknown[0]!r}; there are: {', '.join(known)}")
     if not args.names:
         for name, each in known.items():
             table = each.table()

@@ -1,4 +1,4 @@
-"""Questions to the kept CIFAR-10 runs, beyond what their recipes measure: tables of chapter 13, ``book/13_results.md``.
+"""What the recipes of the kept CIFAR-10 runs do not measure: tables of chapter 13, ``book/13_results.md``.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.harness import ADAM, Row, digits, experiment, grid, train
+from experiments.harness import OPTIMISER, Row, digits, experiment, grid, train
 from robustood import evaluate, metrics
 from robustood import objectives as rules
 from robustood.attacks import pgd, robust_accuracy
@@ -31,7 +31,7 @@ FIT: Row = {"batch_size": 64, "outlier_batch_size": 128, "epochs": 40, "lr": 3e-
 FIT_LONG: Row = FIT | {"epochs": 60}
 FIT_SHORT: Row = FIT | {"epochs": 25}
 RECIPE: Row = {
-    **ADAM,
+    **OPTIMISER,
     **FIT,
     "train_digits": 1097,
     "model": "robustood.models.small_cnn",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.harness import ADAM, Row, digits, experiment, grid, train
+from experiments.harness import OPTIMISER, Row, digits, experiment, grid, train
 from robustood import data, toy
 from robustood.attacks import cross_entropy, fgsm, frozen, maximise, pgd, robust_accuracy
 from robustood.data import Data, Split
@@ -30,7 +30,7 @@ PAIR_RADII = (0.0, 0.1, 0.2, 0.3)
 FAR = (1.0, 2.0, 3.0, 4.0)
 PATH = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MODELS = {"linear": "64-10", "mlp": "64-128-128-10", "cnn": "robustood.models.small_cnn"}
-RECIPE: Row = ADAM | {
+RECIPE: Row = OPTIMISER | {
     "train_digits": 1097,
     "test_digits": 500,
     "batch_size": 128,

@@ -6,7 +6,7 @@ measured. The decorator :func:`experiment` names the rows, the settings that all
     @experiment(grid(train_eps=(0.0, 0.1)), {"epochs": 40}, seeds=(0, 1))
     def gradients(train_eps: float, seed: int) -> Row: ...
 
-A row is saved as soon as it is measured, and rows that are there are skipped, so a run can be stopped and goes on. On
+A row is saved as soon as it is measured, and rows that are there are skipped, so a run can be stopped and resumed. On
 one machine the numbers are a function of the settings. Only ``seconds`` differs: the CPU time of training, or of the
 whole row where the function does not return it.
 """
@@ -34,7 +34,10 @@ from robustood.training import Objective, fit
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "results"
 Row = dict[str, Any]  # settings, or what was measured; everything in it goes into JSON
-ADAM: Row = {"optimiser": "Adam", "schedule": "15 % linear warm-up, then half a cosine to zero"}
+OPTIMISER: Row = {
+    "optimiser": "Adam",
+    "schedule": "15 % linear warm-up, then half a cosine to zero",
+}
 
 digits = lru_cache(data.digits)
 
@@ -73,7 +76,7 @@ class Experiment:
 
     @property
     def scale(self) -> str:
-        """What the table's name begins with: the first word of the script's name."""
+        """The prefix of the table's name: the first word of the script's name."""
         return self.function.__module__.rpartition(".")[2].split("_")[0]
 
     @property
@@ -114,7 +117,7 @@ class Experiment:
         table["rows"] = [r for r in table["rows"] if not (again and r["seed"] == seed)]
         there = [row["settings"] for row in table["rows"] if row["seed"] == seed]
         if there:
-            print(f"{self.name}  seed {seed}: {len(there)} rows are there (anew: --again)")
+            print(f"{self.name}  seed {seed}: {len(there)} rows are there (--again repeats them)")
         for settings in (each for each in self.wanted(seed) if plain(each) not in there):
             row = self.row(seed, settings)
             table["rows"] = sorted([*table["rows"], row], key=lambda r: r["seed"])

@@ -1,8 +1,7 @@
-"""The digits experiments where there are more images: the MNIST tables of chapter 13, ``book/13_results.md``.
+"""The experiments of ``digits_training.py`` on more images: the MNIST tables of chapter 13, ``book/13_results.md``.
 
-They need the images: ``robustood data fetch mnist``. The measurements are those of ``digits_training.py``. No image is
-kept. The four networks that are trained on all images stay in ``data/weights/mnist_*.safetensors`` and are read
-from there as long as their card names the same recipe.
+They need the images: ``robustood data fetch mnist``. No image is kept. The four networks that are trained on all
+images stay in ``data/weights/mnist_*.safetensors`` and are read from there as long as their card names the same recipe.
 
 Seed 0 measures everything. Further seeds repeat the small training sets, with other images and weights.
 """
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import digits_training as digits
-from experiments.harness import ADAM, ROOT, Row, experiment, grid, plain, train
+from experiments.harness import OPTIMISER, ROOT, Row, experiment, grid, plain, train
 from robustood.attacks import frozen
 from robustood.checkpoints import load_weights, read_json, save_weights
 from robustood.data import Data, Split, load, pixels
@@ -32,7 +31,7 @@ SMALL = (0.0, 0.1, 0.2)  # training radii there: 300 steps are too few for 0.3
 REPEATED = 100  # up to this size all seeds are measured
 FAR = (2.0, 4.0, 6.0, 8.0)
 FAR_IMAGES = 500
-RECIPE: Row = ADAM | {
+RECIPE: Row = OPTIMISER | {
     "train_images": 60000,
     "epochs": 4,
     "batch_size": 64,

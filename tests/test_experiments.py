@@ -159,7 +159,7 @@ def test_a_run_that_was_stopped_goes_on(squares):
     assert [row["seed"] for row in read(each)["rows"]] == [0, 0, 1, 1]
 
 
-def test_again_measures_one_seed_anew_and_other_settings_everything(squares):
+def test_again_measures_one_seed_afresh_and_other_settings_everything(squares):
     each, calls = squares()
     each.measure(0)
     each.measure(1)
@@ -190,7 +190,7 @@ def test_a_grid_changes_the_last_value_fastest():
     ]  # fmt: skip
 
 
-def test_the_command_measures_what_begins_with_a_name(squares, monkeypatch, capsys):
+def test_the_command_measures_what_starts_with_a_name(squares, monkeypatch, capsys):
     each, calls = squares()
     monkeypatch.setattr(command, "tables", lambda: {"test_square": each, "other": None})
 
@@ -207,7 +207,7 @@ def test_the_command_measures_what_begins_with_a_name(squares, monkeypatch, caps
     with pytest.raises(SystemExit):
         run("squares")
     assert (
-        "no table begins with 'squares'; there are: test_square, other" in capsys.readouterr().err
+        "no table starts with 'squares'; there are: test_square, other" in capsys.readouterr().err
     )
     monkeypatch.setattr(command, "tables", lambda: {"test_square": each})
     run()

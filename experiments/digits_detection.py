@@ -240,8 +240,10 @@ def conditions(method: str, seed: int) -> Row:
     }
     row: Row = {name: {} for name in tests}
     for name, sets in tests.items():
-        for kind, x in outside.items():
-            v = evaluate.attack_in_turn(detector, x[:100], sets, direction="raise", steps=40)
+        for kind, v in outside.items():
+            v = v[:100]
+            if sets:
+                v = evaluate.attack_in_turn(detector, v, sets, direction="raise", steps=40)
             rates = evaluate.measure(still, still, scores(detector, v))
             row[name][kind] = {metric: rates[metric] for metric in ("auroc", "fpr")}
     return row | {"seconds": seconds}

@@ -131,10 +131,7 @@ def training_attack(run: str, attack: str, seed: int) -> Row:
     """
     detector, objective, _ = network(run)
     assert isinstance(objective, OutlierTraining)
-
-    def loss(x: Tensor) -> Tensor:
-        return objective.outlier_loss(detector.model(x))
-
+    loss = lambda x: objective.outlier_loss(detector.model(x))
     u, draw = pixels(stored(COMMON["seen"])), torch.Generator().manual_seed(seed)
     if how := WAYS[attack]:
         radius, steps, size = how

@@ -22,6 +22,7 @@ from robustood.attacks import pgd, robust_accuracy
 from robustood.data import glyphs
 from robustood.detectors import MSP, ODIN, Detector, Mahalanobis, RejectClass, post_hoc
 from robustood.evaluate import attack_score, ood_report, scores
+from robustood.losses import to_reject
 from robustood.models import Classifier, ccu_model, frozen, small_cnn
 from robustood.perturbations import Corruption, Linf
 from robustood.training import fit
@@ -56,7 +57,7 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 METHODS: dict[str, Any] = {
     "standard": rules.Standard(),
     "OE": rules.OutlierExposure(),
-    "reject": rules.OutlierTraining(outlier_loss=rules.to_reject, weight=1.0),
+    "reject": rules.OutlierTraining(outlier_loss=to_reject, weight=1.0),
     "ADV": rules.ADV(EPS),
     "AOE": rules.AOE(EPS),
     "ALOE": rules.ALOE(EPS),

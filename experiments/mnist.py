@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from experiments import digits_training as digits
 from experiments.harness import OPTIMISER, ROOT, Row, experiment, grid, plain, train
-from robustood.attacks import frozen
 from robustood.checkpoints import load_weights, read_json, save_weights
 from robustood.data import Data, Split, load, pixels
 from robustood.metrics import proportion
-from robustood.models import small_cnn
+from robustood.models import frozen, small_cnn
 from robustood.objectives import Adversarial, Standard
 from robustood.perturbations import Linf
 

@@ -154,7 +154,7 @@ def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkey
     (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(
         b""
     )  # restore looks for it first
-    again = lambda: results.restore("mine", tmp_path / "again")  # noqa: E731
+    again = lambda: results.restore("mine", tmp_path / "again")
     listed = "its run lacks recipe, seed, settings, data, history, finished"
     for wrong, call, said in [
         ({"run": 3, "report": None}, load, listed),

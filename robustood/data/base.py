@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -214,6 +214,7 @@ class Batch:
         outliers: auxiliary outliers, or None.
         generator: the run's source of randomness, on the device of x.
         progress: share of the training that is done, in [0, 1].
+        climb: how an attack climbs, where the loop has its own (:func:`robustood.attacks.search`).
     """
 
     x: Tensor
@@ -221,10 +222,7 @@ class Batch:
     outliers: Tensor | None = None
     generator: torch.Generator | None = None
     progress: float = 1.0
-
-    def at(self, progress: float) -> Batch:
-        """The same batch at another time of the training."""
-        return replace(self, progress=progress)
+    climb: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from robustood.perturbations.balls import L2, Ball, Linf, as_set
 from robustood.perturbations.base import (
-    Drawable,
     Inputs,
     PerturbationSet,
     Random,
     norms,
     per_sample,
-    places,
     sized,
 )
 from robustood.perturbations.finite import Compose, Corruption, FiniteSubset
@@ -31,7 +29,6 @@ __all__ = [
     "Ball",
     "Compose",
     "Corruption",
-    "Drawable",
     "FiniteSubset",
     "ImageGenerator",
     "Inputs",
@@ -43,6 +40,5 @@ __all__ = [
     "as_set",
     "norms",
     "per_sample",
-    "places",
     "sized",
 ]  # fmt: skip

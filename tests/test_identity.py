@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
+import datetime
 import enum
 import functools
-import itertools
 import json
 import logging
 import os
@@ -478,7 +478,7 @@ BUILT = {
     "things of libraries": lambda: [torch.float32, torch.device("cpu"), torch.relu, np.sin, len,
                                     nn.functional.conv2d, str.upper, torch.Tensor.add, nn.Linear, os],
     "bound": lambda: [nn.Identity().forward, [1].append, partial(pgd, steps=3)],
-    "counting": lambda: itertools.count(3),
+    "duration": lambda: datetime.timedelta(3),
     "function": lambda: lambda x, k=2: x * k,
     "local class": lambda: written("class A(nn.Module):\n    k = 1\n    def f(self): return super()\n", "A")(),
     "slotted": lambda: types.SimpleNamespace(a=1),

@@ -136,6 +136,11 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as JSON, or leave it as it was."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
 def as_json(value: Any, name: str) -> str:
     """A value as JSON that every reader takes; numbers of NumPy are written as Python's.
 

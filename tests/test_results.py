@@ -1,9 +1,7 @@
 """Runs are found wherever they lie, and the table shows what was measured and nothing else."""
 
 import json
-from pathlib import Path
 
-import keep_run
 import keeping
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import results_mnist
 import torch
 from photographs import need
 
-from robustood import data, metrics, results
+from robustood import artefacts, metrics, results
 from robustood.checkpoints import load_weights
 from robustood.results import load, table
 
@@ -66,7 +64,7 @@ def test_the_table_holds_the_numbers(tmp_path):
     assert set(rule) <= set("|- ") and len({len(line) for line in (head, rule, *lines)}) == 1
     named = [dict(zip(cells(head), cells(line), strict=True)) for line in lines]
     assert named[1] == {
-        "run": "b", "seed": "1", "epochs": "2/3", "attack": "1/255 both", "accuracy %": "93.1 [92.0 94.1]",
+        "run": "b", "seed": "1", "epochs": "2/3", "attack": "1/255 both", "accuracy %": "93.1 [92.0, 94.1]",
         "attacked %": "", "detector": "ODIN", "AUROC %": "90.0", "paper's attack": "70.0",
         "adaptive": "65.0", "seen": "95.0", "seen, adaptive": "80.0", "minutes": "8.2",
         "images/s": "1234", "x floor": "1.10",
@@ -109,7 +107,7 @@ def test_the_reject_class_is_the_deployed_detector_where_there_is_one():
     assert results.detector({"run": run(), "report": None}) == ""
 
 
-def test_runs_are_found_alone_in_folders_and_among_kept_results(tmp_path):
+def test_runs_are_found_alone_in_folders_and_among_saved_results(tmp_path):
     write(tmp_path / "one", run(), report())
     assert [r["folder"] for r in load(tmp_path / "one")] == ["one"]
     (tmp_path / "kept.json").write_text(json.dumps({"run": run(seed=5), "report": report()}))
@@ -128,6 +126,7 @@ def test_folders_without_runs(tmp_path):
 
 def test_the_shipped_results_load():
     assert (found := load()) and all(r["run"]["recipe"] for r in found)
+    assert {r["folder"] for r in found} < set(artefacts.names("results"))
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -142,7 +141,7 @@ def test_a_damaged_record_is_named(tmp_path):
         load(tmp_path)
 
 
-def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkeypatch):
+def test_saved_results_and_reports_that_lack_something_are_named(tmp_path, monkeypatch):
     write(tmp_path / "one", run())
     for text, said in [
         ("", "it is empty"), ("[]", "it lacks settings, means"), ('{"means": []}', "it lacks settings"),
@@ -155,74 +154,17 @@ def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkey
             (tmp_path / "one" / name).unlink()
     kept = tmp_path / "data" / "results" / "mine.json"
     kept.parent.mkdir(parents=True)
-    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
-    (tmp_path / "data" / "weights").mkdir()
-    (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(
-        b""
-    )  # restore looks for it first
-    again = lambda: results.restore("mine", tmp_path / "again")  # noqa: E731
+    monkeypatch.setattr(artefacts, "FOLDERS", (tmp_path / "data",))
     listed = "its run lacks recipe, seed, settings, data, history, finished"
-    for wrong, call, said in [
-        ({"run": 3, "report": None}, load, listed),
-        ({"run": 3, "report": None}, again, "its run lacks recipe, about, settings"),
-        (
-            {"run": run(), "report": {"means": []}},
-            load,
-            "its report lacks settings",
-        ),
-        (
-            {"run": {**run(), "about": ""}, "report": {"means": []}},
-            again,
-            "its report lacks settings",
-        ),
+    for wrong, said in [
+        ({"run": 3, "report": None}, listed),
+        ({"run": run(), "report": {"means": []}}, "its report lacks settings"),
     ]:
         kept.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
-            call()
+            load()
     kept.write_bytes(b"\xef\xbb\xbf" + json.dumps({"run": run(), "report": None}).encode())
     assert [r["folder"] for r in load()] == ["mine"]
-
-
-def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(keep_run, "DATA", tmp_path / "data")
-    folder = tmp_path / "mine"
-    measured = {**report(), "rows": [{}], "weights": "abc"}
-    write(folder, run(finished=False), measured)
-    with pytest.raises(
-        ValueError, match="mine is not finished; give its robustood train command again"
-    ):
-        keep_run.keep(folder)
-    (folder / "run.json").write_text(json.dumps(run()))
-    (folder / "weights.json").write_text('{"sha256": "other"}')
-    with pytest.raises(ValueError, match="mine: report measured other weights; evaluate again"):
-        keep_run.keep(folder)
-    assert not list((tmp_path / "data").glob("*/*"))
-    (folder / "weights.json").write_text('{"sha256": "abc"}')
-    (folder / "weights.safetensors").write_bytes(b"w")
-    np.savez_compressed(folder / "scores.npz")
-    np.savez_compressed(
-        folder / "scores_strong.npz", **{"MSP strong in": np.arange(3, dtype=np.float32)}
-    )
-    np.savez_compressed(folder / "scores_curve.npz")
-    (folder / "report_strong.json").write_text(json.dumps(measured))
-    (folder / "report_curve.json").write_text(json.dumps({**measured, "rows": []}))
-    monkeypatch.chdir(folder)
-    keep_run.keep(Path())  # called "mine" all the same
-    (kept,) = load(tmp_path / "data" / "results")
-    assert kept == load(folder)[0] and kept["folder"] == "mine"
-    kept = {str(file.relative_to(tmp_path / "data")) for file in (tmp_path / "data").glob("*/*")}
-    assert kept == {
-        "results/mine.json",
-        "scores/mine.npz",
-        "scores/mine.strong.npz",
-        "weights/mine.json",
-        "weights/mine.safetensors",
-    }
-    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
-    assert results.scores("mine") == {}
-    assert results.scores("mine", "strong")["MSP strong in"].tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"nothing kept as scores/mine\.curve\.npz"):
-        results.scores("mine", "curve")
 
 
 def test_the_mean_over_sets_is_the_rate_of_their_mixture():
@@ -262,8 +204,8 @@ def estimates(value):
 @pytest.mark.parametrize(
     "name", ["tradeoff", "changed", "sample_size", "gradients", "large_eps", "fiveseven"]
 )
-def test_the_kept_mnist_tables_are_whole(name):
-    kept = data.kept(f"mnist_{name}")
+def test_the_shipped_mnist_tables_are_whole(name):
+    kept = artefacts.result(f"mnist_{name}")
     assert (kept["name"], kept["scale"]) == (f"mnist_{name}", "mnist")
     assert {"python", "torch", "numpy"} <= kept["versions"].keys()
     experiment, settings = results_mnist.EXPERIMENTS[name]
@@ -277,8 +219,8 @@ def test_the_kept_mnist_tables_are_whole(name):
 
 
 @pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
-def test_the_kept_cifar10_tables_are_whole(name):
-    kept = data.kept(f"cifar10_{name}")
+def test_the_shipped_cifar10_tables_are_whole(name):
+    kept = artefacts.result(f"cifar10_{name}")
     experiment, settings = results_cifar10.EXPERIMENTS[name]
     assert kept["settings"] == keeping.plain(settings), "run make results-cifar10"
     assert [r["settings"] for r in kept["rows"]] == [setting for setting, _ in experiment(0)]
@@ -292,31 +234,33 @@ def test_the_kept_cifar10_tables_are_whole(name):
 
 
 @pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
-def test_the_kept_cifar10_tables_come_back(name):
+def test_the_shipped_cifar10_tables_come_back(name):
     """One row of each table, measured again on the real images."""
     need("cifar10:test", "tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
     # of faint changes ATOM under noise of eight grey levels, which the page rests on
     row = {"faint": 28, "training_attack": 1, "transfer": 2, "budgets": 0}[name]
     setting, task = list(results_cifar10.EXPERIMENTS[name][0](0))[row]
-    kept = next(r for r in data.kept(f"cifar10_{name}")["rows"] if r["settings"] == setting)
+    kept = next(r for r in artefacts.result(f"cifar10_{name}")["rows"] if r["settings"] == setting)
     measured = keeping.plain(task())
     for new, old in zip(estimates(measured), estimates(kept["metrics"]), strict=True):
         assert abs(new["value"] - old["value"]) <= 0.01
 
 
-def test_the_kept_mnist_accuracies_fall_with_the_test_radius():
-    rows = [row["metrics"] for row in data.kept("mnist_tradeoff")["rows"]]
-    rows += [{"pgd": row["metrics"]["exact"]} for row in data.kept("mnist_fiveseven")["rows"]]
+def test_the_shipped_mnist_accuracies_fall_with_the_test_radius():
+    rows = [row["metrics"] for row in artefacts.result("mnist_tradeoff")["rows"]]
+    rows += [
+        {"pgd": row["metrics"]["exact"]} for row in artefacts.result("mnist_fiveseven")["rows"]
+    ]
     for row in rows:
         for curve in (row["pgd"], list(row.get("targets", {}).values())):
             values = [e["value"] for e in curve]
             assert values == sorted(values, reverse=True)
 
 
-def test_the_kept_mnist_networks_load():
+def test_the_shipped_mnist_networks_load():
     torch.manual_seed(0)
     x = torch.rand(4, 1, 28, 28)
-    for row in data.kept("mnist_tradeoff")["rows"]:
+    for row in artefacts.result("mnist_tradeoff")["rows"]:
         eps, clean = row["settings"]["train_eps"], row["metrics"]["clean"]
         path, model = results_mnist.file_of(eps), results_mnist.network(seed=1)
         before = model(x)

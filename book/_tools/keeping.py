@@ -1,6 +1,6 @@
 """How the tools for the book's tables keep what they measure.
 
-A table is a file ``data/results/SCALE_NAME.json``, which ``robustood.data.kept`` reads. It holds the versions,
+A table is a file ``data/results/SCALE_NAME.json``, which ``robustood.artefacts.result`` reads. It holds the versions,
 the common settings, and one row for each setting and seed. A row is written as soon as it is measured,
 and rows that are there are skipped, so a run can be stopped and goes on. On one machine the numbers are a
 function of the settings; only ``seconds`` (CPU time of training) differs.

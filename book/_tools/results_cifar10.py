@@ -26,7 +26,7 @@ import torch
 from keeping import Experiment, Task, main
 from torch import Tensor, nn
 
-from robustood import metrics, results
+from robustood import artefacts, metrics
 from robustood.attacks import maximise
 from robustood.data import compress, load, pixels
 from robustood.detectors import MSP, Detector, RejectClass
@@ -35,8 +35,8 @@ from robustood.metrics import Estimate, proportion, threshold_at_tpr
 from robustood.objectives import OutlierTraining
 from robustood.perturbations import Linf
 from robustood.recipes import Recipe, read
-from robustood.recipes.running import trained
-from robustood.recipes.testing import fitted, pick
+from robustood.recipes.reports import fitted, pick
+from robustood.recipes.runs import trained
 from robustood.training import Objective
 
 RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "robustmining", "adv_8")
@@ -78,7 +78,7 @@ def images(name: str, n: int = COMMON["images a set"]) -> Tensor:
 def restored(short: str) -> tuple[nn.Module, Recipe]:
     """The network of a kept run, and the recipe that made it."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = results.restore(run_of(short), scratch)
+        folder = artefacts.restore(run_of(short), scratch)
         recipe = read(folder / "recipe.json")
         model, *_ = trained(recipe, folder, "cpu")
     return model, recipe

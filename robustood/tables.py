@@ -10,18 +10,18 @@ from __future__ import annotations
 import html as markup
 from collections.abc import Sequence
 
-from robustood.inputs import check_flag, check_several
+from robustood.inputs import check_flag, check_several, check_text
 
 __all__ = ["html", "text"]
 
-Cells = Sequence[Sequence[object]]
+Cells = Sequence[Sequence[str]]
 
 
 def text(cells: Cells, markdown: bool = False) -> str:
     """Cells under each other, the first line as the head.
 
     Args:
-        cells: lines of equal length; each cell is written as ``str`` does it.
+        cells: lines of equal length.
         markdown: with bars.
     """
     check_flag(markdown, "markdown")
@@ -44,7 +44,10 @@ def html(cells: Cells) -> str:
 
 def _lines(cells: Cells) -> list[list[str]]:
     check_several(cells, "cells", "lines, each a list of cells")
-    lines = [[str(cell) for cell in line] for line in cells]
-    if len({len(line) for line in lines}) > 1:
-        raise ValueError(f"cells must be lines of equal length, got {[*map(len, lines)]}")
-    return lines
+    for line in cells:
+        check_several(line, "cells: each", "texts", 0)
+        for cell in line:
+            check_text(cell, "cells: each of each line")
+    if len({len(line) for line in cells}) > 1:
+        raise ValueError(f"cells must be lines of equal length, got {[*map(len, cells)]}")
+    return [list(line) for line in cells]

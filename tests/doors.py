@@ -62,6 +62,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "checkpoints.from_json": PARTS,
     "checkpoints.read_state": PARTS,
     "checkpoints.write_state": PARTS,
+    "checkpoints.write_json": PARTS,
     "checkpoints.write_whole": PARTS,
     "data.Augment.*": LOOP,
     "data.Batch": LOOP,

@@ -6,7 +6,7 @@ import pytest
 
 from robustood import tables
 
-CELLS = [["run", "AUROC"], ["a & b", 0.9], ["c", ""]]
+CELLS = [["run", "AUROC"], ["a & b", "0.9"], ["c", ""]]
 
 
 def test_the_example_in_the_docstring():

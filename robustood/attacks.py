@@ -28,7 +28,7 @@ from robustood import inputs
 from robustood.inputs import check_choice, check_count, check_labels, check_number, taken
 from robustood.metrics import Estimate, proportion
 from robustood.models import Watch, frozen, reading, slope
-from robustood.perturbations import Batch, PerturbationSet, as_set, per_sample
+from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
 
 Values = Float[Tensor, " batch"]
 Logits = Float[Tensor, "batch classes"]
@@ -131,7 +131,7 @@ class APGD:
 
 def maximise(
     objective: Objective | Sequence[Objective],
-    x: Batch,
+    x: Inputs,
     within: PerturbationSet | float,
     *,
     steps: int,
@@ -143,7 +143,7 @@ def maximise(
     checked: bool = False,
     parts: Sequence[int] | None = None,
     search: Search | None = None,
-) -> Batch:
+) -> Inputs:
     """Search ``within`` for the perturbed input with the highest objective, for each sample.
 
     ``keep="last"`` returns the last iterate of the last restart and costs exactly ``steps``
@@ -196,8 +196,8 @@ def maximise(
         inputs.check_several(parts, "parts", "whole numbers that sum to the size of the batch")
         parts = [check_count(part, "parts: each", 1) for part in parts]
         check_number(sum(parts), "parts: their sum", len(x), len(x), "it is the size of the batch")
-    steps = steps if within.ascendable else 0
-    if getattr(within, "finite", not within.ascendable):
+    steps = steps if within.differentiable else 0
+    if getattr(within, "finite", not within.differentiable):
         keep = "best"
     rule, search = rule or Ascent(), search or ascent
     generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -205,7 +205,9 @@ def maximise(
         x = x.clone() if x.is_inference() else x.detach()
         best = Best(x)
         for climbed in objectives:
-            whole = [within.starts(v, restarts, generator) for v in x.split(parts or [len(x)])]
+            whole = [
+                within.initial_points(v, restarts, generator) for v in x.split(parts or [len(x)])
+            ]
             for z in map(torch.cat, zip(*whole, strict=True)):
                 found = search(climbed, x, z, within, rule, steps, step_size, keep == "best")
                 if keep == "best":
@@ -231,7 +233,7 @@ def ascent(
     """
     best, propose = Best(x), rule.begin(x, within, steps, step_size)
     for _ in range(steps):
-        moved, climb, judge, grad = uphill(objective, x, z, within)
+        moved, climb, judge, grad = value_and_grad(objective, x, z, within)
         if best_of:
             best.update(moved, judge)
         z = propose(z, climb, grad)
@@ -243,7 +245,7 @@ def ascent(
     return best.inputs, cast(Tensor, best.values)
 
 
-def uphill(
+def value_and_grad(
     objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The input that z makes, what to climb, what to judge by, and the gradient of the climb in z."""
@@ -320,7 +322,7 @@ def dlr(logits: Logits, y: Labels) -> Values:
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet | float) -> Batch:
+def fgsm(model: Model, x: Inputs, y: Labels, within: PerturbationSet | float) -> Inputs:
     """Fast gradient sign method: one full step from the clean input (Goodfellow et al. 2015).
 
     Args and errors as in :func:`pgd`. For ``Linf`` the step is eps times the sign of the
@@ -332,7 +334,7 @@ def fgsm(model: Model, x: Batch, y: Labels, within: PerturbationSet | float) -> 
 
 def pgd(
     model: Model,
-    x: Batch,
+    x: Inputs,
     y: Labels,
     within: PerturbationSet | float,
     *,
@@ -343,7 +345,7 @@ def pgd(
     keep: Literal["best", "last"] = "best",
     rule: Rule | None = None,
     generator: torch.Generator | None = None,
-) -> Batch:
+) -> Inputs:
     """Projected gradient descent against a classifier, untargeted (Madry et al. 2018, section 2.1).
 
     With ``keep="best"`` the iterate with the largest margin is returned, whatever loss was
@@ -384,9 +386,9 @@ def pgd(
         y = y.clone() if y.is_inference() else y
         logits = covering(read, int(y.max()))
         if loss == "targets":
-            climbed = towards_each(logits, x, y)
+            climbed = targeted_objectives(logits, x, y)
         elif keep == "best":
-            climbed = [away(logits, y, loss)]
+            climbed = [untargeted_objective(logits, y, loss)]
         else:
             climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
         found = maximise(
@@ -412,7 +414,7 @@ def covering(model: Model, highest: int) -> Model:
     return forward
 
 
-def away(model: Model, y: Labels, loss: str) -> Objective:
+def untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
     """Climb a loss, judge by the margin; both from one forward."""
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,7 +424,7 @@ def away(model: Model, y: Labels, loss: str) -> Objective:
     return objective
 
 
-def towards_each(model: Model, x: Batch, y: Labels, most: int = 9) -> list[Objective]:
+def targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[Objective]:
     """One objective for each wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
     with torch.no_grad():
         logits = model(x)
@@ -441,7 +443,7 @@ def towards_each(model: Model, x: Batch, y: Labels, most: int = 9) -> list[Objec
 
 def robust_accuracy(
     model: Model,
-    x: Batch,
+    x: Inputs,
     y: Labels,
     attack: Callable[[Model, Tensor, Tensor], Tensor] | None = None,
     *,

@@ -47,7 +47,7 @@ class Standard:
 
 
 @dataclass(frozen=True)
-class Attacked:
+class InnerMax:
     """What the attacked objectives share: the inner maximum.
 
     Attributes:
@@ -116,7 +116,7 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class Adversarial(Attacked):
+class Adversarial(InnerMax):
     r"""$\frac1B \sum_i \max_{S(x_i)} \ell(f(x_i'), y_i)$ (Madry et al. 2018, eq. 2.1).
 
     With ``steps=1, step_size=within.radius, restarts=0`` it is FGSM training (Goodfellow et al.
@@ -139,7 +139,7 @@ class Adversarial(Attacked):
 
 
 @dataclass(frozen=True)
-class TRADES(Attacked):
+class TRADES(InnerMax):
     r"""Accuracy plus a price on instability (Zhang et al. 2019, eq. 5):
 
     $$\frac1B \sum_i \ell(f(x_i), y_i) + \beta \max_{S(x_i)} \mathrm{KL}(f(x_i) \,\|\, f(x_i')).$$
@@ -187,11 +187,11 @@ class OutlierTraining:
     + s \max_{S_{out}(u)} \ell(f(u'))\big].$$
 
     The methods are choices of its parts (:func:`OutlierExposure`, :func:`AOE`, :func:`ALOE`,
-    :func:`NTOM`, :func:`ATOM`, :func:`ACET`, :func:`RobustMining`). Both inner maxima are found by the
+    :func:`NTOM`, :func:`ATOM`, :func:`ACET`, :func:`MinedALOE`). Both inner maxima are found by the
     shared loop; the update sees all inputs of a step in one batch.
 
     Attributes:
-        inside: set of the inner maximum over in-distribution inputs, an :class:`Attacked` for full
+        inside: set of the inner maximum over in-distribution inputs, an :class:`InnerMax` for full
             control, or None for clean ones. A number means ``Linf(number)``.
         outside: the same for outliers.
         outlier_loss: $\ell$, :func:`~robustood.detectors.to_uniform` or :func:`to_reject`.
@@ -209,8 +209,8 @@ class OutlierTraining:
             output that ``to_reject`` needs.
     """
 
-    inside: Attacked | PerturbationSet | float | None = None
-    outside: Attacked | PerturbationSet | float | None = None
+    inside: InnerMax | PerturbationSet | float | None = None
+    outside: InnerMax | PerturbationSet | float | None = None
     outlier_loss: Callable[[Tensor], Tensor] = to_uniform
     weight: float = 0.5
     attacked_share: float = 1.0
@@ -227,11 +227,11 @@ class OutlierTraining:
         for given in (self.inside, self.outside):
             self.inner(given)  # a bad set is refused here, not at the first step
 
-    def inner(self, given: Attacked | PerturbationSet | float | None) -> Attacked | None:
+    def inner(self, given: InnerMax | PerturbationSet | float | None) -> InnerMax | None:
         """The inner maximum that a setting stands for."""
-        if given is None or isinstance(given, Attacked):
+        if given is None or isinstance(given, InnerMax):
             return given
-        return Attacked(given, steps=self.steps, mode=BN_OF_ATTACK[self.bn])
+        return InnerMax(given, steps=self.steps, mode=BN_OF_ATTACK[self.bn])
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         x, u = self.worst(model, batch)
@@ -293,12 +293,12 @@ class OutlierTraining:
 BN_OF_ATTACK: dict[str, Literal["eval", "train", "batch"]] = {
     "eval": "eval", "train": "train", "separate": "batch",
 }  # fmt: skip
-Set = Attacked | PerturbationSet | float
+Set = InnerMax | PerturbationSet | float
 
 
 def given(within: Set) -> Set:
     """The set, refused here if it is none."""
-    if not isinstance(within, Attacked):
+    if not isinstance(within, InnerMax):
         as_set(within)
     return within
 
@@ -356,7 +356,7 @@ def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTr
     )  # fmt: skip
 
 
-def RobustMining(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
+def MinedALOE(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
     """ALOE's attacked inputs with ATOM's mined, half-attacked outliers: in neither paper."""
     return OutlierTraining(
         inside=within, outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
@@ -364,9 +364,9 @@ def RobustMining(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> O
     )  # fmt: skip
 
 
-def best_of(within: Set, steps: int) -> Attacked:
+def best_of(within: Set, steps: int) -> InnerMax:
     """An inner maximum that keeps the best iterate."""
-    return within if isinstance(within, Attacked) else Attacked(within, steps=steps, keep="best")
+    return within if isinstance(within, InnerMax) else InnerMax(within, steps=steps, keep="best")
 
 
 @dataclass(frozen=True)
@@ -428,16 +428,16 @@ class ROWL:
     wrong one of the K + 1 classes, each with its own label. The papers' code gives it only 5,000 outliers.
 
     Attributes:
-        inner: set of the targeted attack, an :class:`Attacked` for full control.
+        inner: set of the targeted attack, an :class:`InnerMax` for full control.
         steps: where ``inner`` is a set or a number.
     """
 
-    inner: Attacked | PerturbationSet | float
+    inner: InnerMax | PerturbationSet | float
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Attacked):
-            Attacked(self.inner, self.steps)  # a bad set is refused here, not at the first step
+        if not isinstance(self.inner, InnerMax):
+            InnerMax(self.inner, self.steps)  # a bad set is refused here, not at the first step
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         classes, _ = reject_outputs(model)
@@ -447,7 +447,7 @@ class ROWL:
         lot = lambda n: torch.randint(1, classes + 1, (n,), **how)  # noqa: E731
         drawn = [each(lot, len(part), batch.generator) for part in (batch.x, y[len(batch.x) :])]
         wrong = (y + torch.cat(drawn)) % (classes + 1)
-        inner = self.inner if isinstance(self.inner, Attacked) else Attacked(self.inner, self.steps)
+        inner = self.inner if isinstance(self.inner, InnerMax) else InnerMax(self.inner, self.steps)
         toward = lambda v: -attacks.cross_entropy(read(model, v), wrong)  # noqa: E731
         moved = inner.worst(model, x, toward, batch.generator, batch.progress)
         return cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
@@ -455,7 +455,7 @@ class ROWL:
 
 @dataclass(frozen=True)
 class CCU:
-    r"""Certified certain uncertainty (Meinke and Hein 2020, eq. 8), for :class:`~robustood.models.DensityGuarded`.
+    r"""Certified certain uncertainty (Meinke and Hein 2020, eq. 8), for :class:`~robustood.models.CCUModel`.
 
     $\tfrac12(-\log p(y \mid x) - \log p_{in}(x)) + \tfrac{\lambda}{2}(\ell_{OE}(u) - \log p_{out}(u))$ with the
     guarded posterior, all four averaged. The densities learn too, at a rate of their own. The code of ATOM
@@ -472,7 +472,7 @@ class CCU:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         if not hasattr(model, "inside"):
-            raise ValueError("model must be a DensityGuarded network; build it with models.guarded")
+            raise ValueError("model must be a CCUModel network; build it with models.ccu_model")
         u = needed(batch.outliers)
         guard: Any = model
         inside = cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()

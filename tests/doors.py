@@ -47,14 +47,14 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "attacks.Rule": PROTOCOL,
     "attacks.Rule.*": PROTOCOL,
     "attacks.ascent": LOOP,
-    "attacks.away": PARTS,
+    "attacks.untargeted_objective": PARTS,
     "attacks.covering": PARTS,
     "attacks.cross_entropy": LOOP,
     "attacks.dlr": LOOP,
     "attacks.margin": LOOP,
     "attacks.pair": LOOP,
-    "attacks.towards_each": PARTS,
-    "attacks.uphill": LOOP,
+    "attacks.targeted_objectives": PARTS,
+    "attacks.value_and_grad": LOOP,
     "callables.codes": PARTS,
     "callables.kept": PARTS,
     "checkpoints.as_json": PARTS,
@@ -77,11 +77,11 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "data.fetch": FETCHES,
     "data.place": LOOP,
     "data.redrawn": LOOP,
-    "detectors.*.classes": PARTS,
+    "detectors.*.class_logits": PARTS,
     "detectors.*.device": PARTS,
     "detectors.*.forward": LAYER,
     "detectors.*.logits": PARTS,
-    "detectors.*.ready": CHECK,
+    "detectors.*.check_is_fitted": CHECK,
     "detectors.*.stream": PARTS,
     "detectors.*.of": PARTS,
     "detectors.Detector": PROTOCOL,
@@ -129,7 +129,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "evaluate.Report": RESULT,
     "evaluate.Report.cells": PARTS,
     "evaluate.mahalanobis_surrogate": LOOP,
-    "evaluate.objectives": PARTS,
+    "evaluate.score_objectives": PARTS,
     "generative.*.forward": LAYER,
     "generative.Diagonal": LAYER,
     "generative.Diagonal.*": LAYER,
@@ -168,7 +168,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "models.Average.*": PARTS,
     "models.Averaged": PARTS,
     "models.Classifier": PARTS,
-    "models.DensityGuarded": PARTS,
+    "models.CCUModel": PARTS,
     "models.Mixture": PARTS,
     "models.Watch": PARTS,
     "models.Watch.*": PARTS,
@@ -197,23 +197,23 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "perturbations.*.ascend": LOOP,
     "perturbations.*.contains": LOOP,
     "perturbations.*.draw": LOOP,
-    "perturbations.*.null": LOOP,
+    "perturbations.*.identity": LOOP,
     "perturbations.*.norm": LOOP,
     "perturbations.*.project": LOOP,
     "perturbations.*.shrink": LOOP,
-    "perturbations.*.starts": LOOP,
+    "perturbations.*.initial_points": LOOP,
     "perturbations.*.uniform": LOOP,
     "perturbations.Ball": PROTOCOL,
     "perturbations.Drawable": PROTOCOL,
-    "perturbations.Generator": PROTOCOL,
-    "perturbations.Generator.*": PROTOCOL,
+    "perturbations.ImageGenerator": PROTOCOL,
+    "perturbations.ImageGenerator.*": PROTOCOL,
     "perturbations.Latent.directed": LOOP,
     "perturbations.Latent.shares": LOOP,
     "perturbations.Latent.truncated": LOOP,
-    "perturbations.Members": PARTS,
+    "perturbations.FiniteSubset": PARTS,
     "perturbations.PerturbationSet": PROTOCOL,
     "perturbations.Random.*": LOOP,
-    "perturbations.Then.split": LOOP,
+    "perturbations.Compose.split": LOOP,
     "perturbations.as_set": CHECK,
     "perturbations.norms": LOOP,
     "perturbations.per_sample": LOOP,
@@ -461,7 +461,7 @@ def calls(tmp: Path):
         ),
         "models.densenet_bc": dict(**network, depth=10, growth=4, init="papers"),
         "models.frozen": dict(model=NET, mode="batch"),
-        "models.guarded": dict(base=NET, x=X, outliers=U, components=2, seed=0),
+        "models.ccu_model": dict(base=NET, x=X, outliers=U, components=2, seed=0),
         "models.mlp": dict(inputs=5, hidden=[4], classes=3, reject=1, seed=0),
         "models.preact_resnet18": network,
         "models.readout": dict(weight=[[1.0, 2.0], [0.5, 1.0], [0.0, 2.0]], bias=torch.zeros(3), reject=1),
@@ -475,11 +475,11 @@ def calls(tmp: Path):
         "objectives.AOE": dict(within=WITHIN, steps=2, bn="eval"),
         "objectives.ATOM": dict(within=WITHIN, q=0.1, steps=2, bn="eval"),
         "objectives.NTOM": dict(q=0.1, bn="eval"),
-        "objectives.RobustMining": dict(within=WITHIN, q=0.1, steps=2, bn="eval"),
+        "objectives.MinedALOE": dict(within=WITHIN, q=0.1, steps=2, bn="eval"),
         "objectives.Adversarial": dict(
             within=WITHIN, **how, ramp=0.5, mode="eval", keep="last", clean=True
         ),
-        "objectives.Attacked": dict(within=WITHIN, **how, ramp=0.5, mode="eval", keep="last"),
+        "objectives.InnerMax": dict(within=WITHIN, **how, ramp=0.5, mode="eval", keep="last"),
         "objectives.CCU": dict(weight=0.5),
         "objectives.OutlierExposure": dict(weight=0.5),
         "objectives.OutlierTraining": dict(
@@ -499,7 +499,7 @@ def calls(tmp: Path):
         "perturbations.Random": dict(within=WITHIN),
         "perturbations.Spatial": dict(rotation=10.0, translation=0.4, scale=0.2, fill="border"),
         "perturbations.Spatial.grid": dict(self=Spatial(10.0, 1.0), points=[3, 3, 3, 1]),
-        "perturbations.Then": dict(first=Corruption(["fog"], [1]), second=WITHIN),
+        "perturbations.Compose": dict(first=Corruption(["fog"], [1]), second=WITHIN),
         "plotting.band": dict(
             axis=plt.figure().gca(), x=[1.0, 2.0], estimates=[metrics.proportion(3, 8)] * 2, label="a", colour="red"
         ),
@@ -589,8 +589,8 @@ def calls(tmp: Path):
         table[f"detectors.{name}"] = dict(model=REJECT if name == "RejectClass" else NET)
         if "fit" in vars(type(detector)):
             table[f"detectors.{name}.fit"] = dict(self=detector, x=MANY, y=MANY_Y)
-        table[f"detectors.{name}.climbs"] = dict(self=detector, x=X, direction="lower")
-        table[f"detectors.{name}.published"] = dict(self=detector, x=X)
+        table[f"detectors.{name}.attack_objectives"] = dict(self=detector, x=X, direction="lower")
+        table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

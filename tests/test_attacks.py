@@ -220,7 +220,7 @@ class Started(Linf):
         super().__init__(eps)
         object.__setattr__(self, "z", z)
 
-    def starts(self, x, restarts, generator=None):
+    def initial_points(self, x, restarts, generator=None):
         yield self.z[: len(x)].clone()
 
 
@@ -577,7 +577,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(batch):
 )
 def test_a_step_may_differ_from_sample_to_sample(batch, within):
     x, _ = batch
-    z = next(within.starts(x, 1, torch.Generator().manual_seed(1)))
+    z = next(within.initial_points(x, 1, torch.Generator().manual_seed(1)))
     grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     sizes = torch.linspace(0, 0.1, len(x))
     together = within.ascend(x, z.clone(), grad.clone(), sizes)

@@ -134,7 +134,7 @@ def test_from_packs_to_a_table(tiny, finished, capsys):
     assert run["history"][-1]["val_accuracy"] > 0.6  # of three classes
     assert run["speed"]["images_per_second"] > 0
     assert run["data"]["train"]["sha256"] == data.check("stripes:train")["sha256"]
-    assert run["data"]["train"]["twins of quality"] == run["data"]["outliers"]["jpeg"] == 60
+    assert run["data"]["train"]["jpeg_copies"] == run["data"]["outliers"]["jpeg"] == 60
     card = json.loads(Path("runs/tiny/weights.json").read_text())
     assert card["recipe"] == "tiny" and card["data"] == run["data"] and card["seed"] == 0
 
@@ -338,7 +338,7 @@ def test_real_images(tmp_path, monkeypatch, capsys):
     assert cli.main(["train", "aloe_cifar10_cpu", *flags]) == 0
     assert cli.main(["evaluate", "runs/aloe_cifar10_cpu"]) == 0
     run = json.loads(Path("runs/aloe_cifar10_cpu/run.json").read_text())
-    assert run["data"]["train"]["twins of quality"] == run["data"]["outliers"]["jpeg"]
+    assert run["data"]["train"]["jpeg_copies"] == run["data"]["outliers"]["jpeg"]
     assert run["data"]["outliers"]["without"] == "cifar10"
     assert "aloe_cifar10_cpu" in capsys.readouterr().out
 

@@ -722,7 +722,7 @@ def readonly(tmp_path, monkeypatch) -> Path:
             if wants and place in [path, *path.parents]:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        def guarded(self, mode="r", *rest, **more):
+        def ccu_model(self, mode="r", *rest, **more):
             refuse(self, mode[0] in "wa")
             return opener(self, mode, *rest, **more)
 

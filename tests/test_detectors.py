@@ -54,7 +54,7 @@ def identity(width: int, reject: int = 0) -> nn.Module:
 
 
 def number(detector: nn.Module, row) -> float:
-    return detector.published(double([row])).item()
+    return detector.paper_score(double([row])).item()
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +132,16 @@ def test_entropy_and_confidence_rank_differently():
     two, one = double([5, 5, *[-5] * 8]), double([4, *[0] * 9])
     z = torch.stack([two, one])
     assert to_uniform(z).tolist() == pytest.approx([8.693, 3.753], abs=1e-3)
-    assert MSP(raw()).published(z).tolist() == pytest.approx([0.4999, 0.8585], abs=1e-4)
+    assert MSP(raw()).paper_score(z).tolist() == pytest.approx([0.4999, 0.8585], abs=1e-4)
     p = torch.stack([double([0.5, 0.5, *[1e-300] * 8]), double([0.6, *[0.4 / 9] * 9])]).log()
-    assert Entropy(raw()).published(p).tolist() == pytest.approx([-0.693, -1.552], abs=1e-3)
+    assert Entropy(raw()).paper_score(p).tolist() == pytest.approx([-0.693, -1.552], abs=1e-3)
 
 
 def test_numbers_of_odin_with_a_step():
     head = readout(double([(1, 0), (0, 1), (0, 0)]))
     x = double([(2, 1)])
     odin = ODIN(head, 10, 0.1)
-    assert odin.published(x).item() == pytest.approx(0.370713, abs=1e-6)
+    assert odin.paper_score(x).item() == pytest.approx(0.370713, abs=1e-6)
     assert odin.stepped(x).tolist()[0] == pytest.approx([2.1, 0.9])
     probe = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(cross_entropy(head(probe) / 10, torch.tensor([0])), probe)
@@ -165,11 +165,11 @@ def test_numbers_of_weighted_layers():
     by_layer.weight, by_layer.bias = double([-0.8, -0.3]), double(-1.0)
     x = double([(-1.25, -6)])
     assert by_layer.score(x).item() == pytest.approx(-1.8, abs=1e-6)
-    assert by_layer.published(x).item() == pytest.approx(-0.858149, abs=1e-6)
+    assert by_layer.paper_score(x).item() == pytest.approx(-0.858149, abs=1e-6)
     # Where the published score rounds to -1 or to 0, the deployed one goes on.
     far = torch.tensor([(-200.0, -200.0), (-300.0, -300.0)])
     by_layer.float()
-    assert by_layer.published(far).tolist() == [-1, -1]
+    assert by_layer.paper_score(far).tolist() == [-1, -1]
     assert by_layer.score(far)[0] > by_layer.score(far)[1]
 
 
@@ -189,7 +189,7 @@ def test_numbers_of_vim():
     assert vim.alpha.item() == pytest.approx(12.5, abs=1e-6)
     query = double([(2, 1, 0.5)])
     assert vim.residual(query).item() == pytest.approx(0.5, abs=1e-6)
-    assert vim.published(query).item() == pytest.approx(-3.623072, abs=1e-6)
+    assert vim.paper_score(query).item() == pytest.approx(-3.623072, abs=1e-6)
     z, virtual = vim.of(query)
     assert z.logsumexp(1).item() == pytest.approx(2.626928, abs=1e-6)
     chance = torch.cat([z, virtual[:, None]], 1).softmax(1)[0, -1].item()
@@ -240,14 +240,14 @@ seeds = given(seed=st.integers(0, 9999), scale=st.floats(0.01, 30))
 @seeds
 def test_bounds_of_the_scores_of_the_outputs(seed, scale):
     z, classes = some(seed, scale=scale), 6
-    gap = Energy(raw()).published(z) - MaxLogit(raw()).published(z)
+    gap = Energy(raw()).paper_score(z) - MaxLogit(raw()).paper_score(z)
     assert (gap >= 0).all() and (gap <= math.log(classes) + 1e-12).all()
-    msp = MSP(raw()).published(z)
+    msp = MSP(raw()).paper_score(z)
     assert (msp >= 1 / classes).all() and (msp <= 1).all()
-    entropy = -Entropy(raw()).published(z)
+    entropy = -Entropy(raw()).paper_score(z)
     assert (entropy >= 0).all() and (entropy <= math.log(classes) + 1e-12).all()
     # MSP and energy differ by the largest output alone.
-    apart = MaxLogit(raw()).published(z) - Energy(raw()).published(z)
+    apart = MaxLogit(raw()).paper_score(z) - Energy(raw()).paper_score(z)
     assert torch.allclose(msp.log(), apart, atol=1e-12)
 
 
@@ -257,7 +257,7 @@ def test_log_odds_are_those_of_the_softmax(seed, scale):
     p = z.softmax(1)
     rest = torch.stack([torch.cat([p[:, :t], p[:, t + 1 :]], 1).sum(1) for t in range(6)], 1)
     assert torch.allclose(log_odds(z), p.log() - rest.log(), atol=1e-9)
-    assert torch.allclose(MSP(raw()).score(z).sigmoid(), MSP(raw()).published(z), atol=1e-12)
+    assert torch.allclose(MSP(raw()).score(z).sigmoid(), MSP(raw()).paper_score(z), atol=1e-12)
 
 
 @seeds
@@ -281,7 +281,7 @@ def test_gradients_of_entropy_and_energy(seed, scale):
     entropy = -(p * log_p).sum(1, keepdim=True)
     of = lambda score: torch.autograd.grad(score(probe).sum(), probe)[0]  # noqa: E731
     by_hand = p * (log_p + entropy)
-    assert torch.allclose(of(Entropy(raw()).published), by_hand, atol=1e-12)
+    assert torch.allclose(of(Entropy(raw()).paper_score), by_hand, atol=1e-12)
     assert torch.allclose(of(Entropy(raw()).score) * entropy, by_hand, atol=1e-12)
     assert torch.allclose(of(Energy(raw()).score), p, atol=1e-12)
     tempered = (probe.detach() / 4).softmax(1)
@@ -290,7 +290,7 @@ def test_gradients_of_entropy_and_energy(seed, scale):
 
 def test_entropy_has_no_gradient_at_uniform_and_at_one_class():
     probe = double([[1.0] * 5, [900, 0, 0, 0, 0]]).requires_grad_()
-    (grad,) = torch.autograd.grad(Entropy(raw()).published(probe).sum(), probe)
+    (grad,) = torch.autograd.grad(Entropy(raw()).paper_score(probe).sum(), probe)
     assert grad.abs().max() < 1e-12
     (grad,) = torch.autograd.grad(Entropy(raw()).score(probe).sum(), probe)
     assert grad[0].abs().max() < 1e-12 and grad[1, 0] > 0.9  # the deployed one has one left
@@ -301,9 +301,9 @@ def test_the_limit_of_odin_is_the_lead_over_the_mean(seed, scale):
     z = some(seed, scale=min(scale, 10))
     lead = z.amax(1) - z.mean(1)
     odin = ODIN(raw(), 1e6, 0)
-    assert torch.allclose(odin.published(z), 1 / 6 + lead / 6e6, atol=1e-9)
+    assert torch.allclose(odin.paper_score(z), 1 / 6 + lead / 6e6, atol=1e-9)
     assert torch.allclose(odin.score(z), lead * 6 / 5, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(ODIN(raw(), 1.0, 0).published(z), MSP(raw()).published(z), atol=0)
+    assert torch.allclose(ODIN(raw(), 1.0, 0).paper_score(z), MSP(raw()).paper_score(z), atol=0)
 
 
 @given(seed=st.integers(0, 9999), k=st.integers(1, 12))
@@ -332,7 +332,7 @@ def test_identities_of_the_scores_of_the_features(seed, scale):
     energy = Energy(head).score(h)
     assert torch.allclose(ViM(head, 6).fit(h).score(h), energy, atol=1e-12)
     react = ReAct(head, math.inf).double()
-    assert torch.equal(react.score(h), energy) and torch.equal(react.published(h), energy)
+    assert torch.equal(react.score(h), energy) and torch.equal(react.paper_score(h), energy)
     means = torch.stack([h[y == c].mean(0) for c in range(3)])
     plain = features.Gaussian(means, torch.eye(6).double())
     squared = (h[:, None] - means).square().sum(2)
@@ -358,7 +358,7 @@ def test_mahalanobis_is_linear_discriminant_analysis():
 def test_gradnorm_vanishes_at_uniform_and_at_no_feature_only():
     norm = GradNorm(readout(double([(1, -1), (-1, 1)])))
     h = double([(2, 2), (0, 0), (2, 1)])
-    assert norm.published(h)[:2].tolist() == [0, 0] and norm.published(h)[2] > 0.1
+    assert norm.paper_score(h)[:2].tolist() == [0, 0] and norm.paper_score(h)[2] > 0.1
     assert norm.score(h).isfinite().all()
 
 
@@ -367,8 +367,8 @@ def test_one_reject_output_is_the_k_plus_one_class(seed, scale):
     z = some(seed, 9, 6, scale)
     one, three = RejectClass(identity(6, reject=1)), RejectClass(identity(6, reject=3))
     p = z.softmax(1)
-    assert torch.allclose(one.published(z), -p[:, 5], atol=1e-12)
-    assert torch.allclose(three.published(z), -p[:, 3:].sum(1), atol=1e-12)
+    assert torch.allclose(one.paper_score(z), -p[:, 5], atol=1e-12)
+    assert torch.allclose(three.paper_score(z), -p[:, 3:].sum(1), atol=1e-12)
     assert torch.allclose(torch.sigmoid(-three.score(z)), p[:, 3:].sum(1), atol=1e-12)
 
 
@@ -378,7 +378,7 @@ def test_only_class_outputs_count(net, inputs):
     z = model(inputs)[:, :7]
     for kind in (MSP, MaxLogit, Energy, Entropy):
         assert torch.equal(kind(model).score(inputs), kind(raw()).score(z))
-    assert GradNorm(model).climbs(inputs).shape[1] == 3 + 7
+    assert GradNorm(model).attack_objectives(inputs).shape[1] == 3 + 7
     head = model.head
     assert torch.allclose(
         ViM(model).fit(inputs).origin,
@@ -393,7 +393,7 @@ def test_only_class_outputs_count(net, inputs):
 def test_score_and_published_rank_alike(detector, inputs):
     x = inputs.double()
     with torch.no_grad():
-        deployed, printed = detector.score(x), detector.published(x)
+        deployed, printed = detector.score(x), detector.paper_score(x)
     rise = lambda s: (s[:, None] - s).sign()  # noqa: E731
     assert (rise(deployed) * rise(printed) < 0).sum() == 0
     areas = [auroc(values[:150], values[150:]) for values in (deployed, printed)]
@@ -408,7 +408,7 @@ def test_the_deployed_score_goes_on_where_the_published_one_is_full(kind, levels
     lead = torch.tensor([20.0, 25, 50, 70, 90, 120, 300, 5000])
     z = torch.cat([lead[:, None], torch.zeros(8, 9)], 1)
     detector = kind(raw())
-    assert detector.published(z).unique().numel() == levels
+    assert detector.paper_score(z).unique().numel() == levels
     assert (detector.score(z).diff() > 0).all()
     probe = z.clone().requires_grad_()
     (grad,) = torch.autograd.grad(detector.score(probe).sum(), probe)
@@ -418,7 +418,7 @@ def test_the_deployed_score_goes_on_where_the_published_one_is_full(kind, levels
 def test_the_reject_score_goes_on_at_both_ends():
     z = torch.tensor([(0.0, 0, v) for v in (-300.0, -200.0, 200.0, 300.0)])
     reject = RejectClass(readout(torch.eye(3), reject=1))
-    assert reject.published(z).unique().numel() == 2 and (reject.score(z).diff() < 0).all()
+    assert reject.paper_score(z).unique().numel() == 2 and (reject.score(z).diff() < 0).all()
 
 
 def test_saturated_scores_tie_and_log_odds_do_not(net, book):
@@ -429,7 +429,7 @@ def test_saturated_scores_tie_and_log_odds_do_not(net, book):
         sharp.head.bias *= 12
     x = book.test.x
     with torch.no_grad():
-        printed, deployed = MSP(sharp).published(x), MSP(sharp).score(x)
+        printed, deployed = MSP(sharp).paper_score(x), MSP(sharp).score(x)
     assert printed.unique().numel() < 0.5 * len(x)
     assert deployed.unique().numel() > 0.98 * len(x)
 
@@ -440,9 +440,9 @@ def test_saturated_scores_tie_and_log_odds_do_not(net, book):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_first_objective_is_the_score(detector, inputs, direction):
     x = inputs.double()[::5]
-    columns = detector.climbs(x, direction)
+    columns = detector.attack_objectives(x, direction)
     wanted = detector.score(x) if direction == "raise" else -detector.score(x)
-    assert columns.shape[0] == len(x) and columns.shape[1] >= detector.general >= 1
+    assert columns.shape[0] == len(x) and columns.shape[1] >= detector.n_untargeted >= 1
     assert torch.allclose(columns[:, 0].to(wanted), wanted, rtol=1e-12, atol=1e-12)
     assert columns.isfinite().all()
 
@@ -450,20 +450,24 @@ def test_the_first_objective_is_the_score(detector, inputs, direction):
 def test_columns_after_the_general_ones_are_one_a_class(detector, inputs):
     x = inputs.double()[:3]
     classes = 7 if isinstance(detector, RejectClass) else 10
-    assert detector.climbs(x).shape == (3, detector.general + classes)
-    assert detector.climbs(x, "lower").shape[1] < detector.general + classes
+    assert detector.attack_objectives(x).shape == (3, detector.n_untargeted + classes)
+    assert detector.attack_objectives(x, "lower").shape[1] < detector.n_untargeted + classes
 
 
 def test_towards_each_class_by_hand():
     z = double([(3, 1, 0)])
-    assert torch.allclose(MSP(raw()).climbs(z)[:, 1:], log_odds(z))
-    assert torch.allclose(MaxLogit(raw()).climbs(z)[:, 1:], z)
-    assert torch.allclose(Energy(raw()).climbs(z)[:, 1:], z)
-    assert torch.allclose(ODIN(raw(), step=0).climbs(z)[:, 1:], z - z.mean())
-    assert MSP(raw()).climbs(z, "lower")[0, 1].item() == pytest.approx(-1.836513, abs=1e-6)
-    assert MaxLogit(raw()).climbs(z, "lower")[0, 1].item() == pytest.approx(-3.169846, abs=1e-6)
+    assert torch.allclose(MSP(raw()).attack_objectives(z)[:, 1:], log_odds(z))
+    assert torch.allclose(MaxLogit(raw()).attack_objectives(z)[:, 1:], z)
+    assert torch.allclose(Energy(raw()).attack_objectives(z)[:, 1:], z)
+    assert torch.allclose(ODIN(raw(), step=0).attack_objectives(z)[:, 1:], z - z.mean())
+    assert MSP(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(
+        -1.836513, abs=1e-6
+    )
+    assert MaxLogit(raw()).attack_objectives(z, "lower")[0, 1].item() == pytest.approx(
+        -3.169846, abs=1e-6
+    )
     reject = RejectClass(identity(4, reject=1))
-    assert reject.climbs(double([(3, 1, 0, 2)]))[0, 1:].tolist() == [1, -1, -2]
+    assert reject.attack_objectives(double([(3, 1, 0, 2)]))[0, 1:].tolist() == [1, -1, -2]
 
 
 def gradient(score, x) -> torch.Tensor:
@@ -504,9 +508,9 @@ def test_the_gradient_of_react_passes_the_clip():
     h = double([(0.5, 4, 1)])
     p = readout(weight)(h.clamp_max(1)).softmax(1)
     assert torch.allclose(gradient(react.score, h), p @ weight)
-    clipped = gradient(react.published, h)
+    clipped = gradient(react.paper_score, h)
     assert clipped[0, 1] == 0 and torch.allclose(clipped[0, 0], (p @ weight)[0, 0])
-    both = react.climbs(h)[0, :2]
+    both = react.attack_objectives(h)[0, :2]
     assert both[0] == both[1]
 
 
@@ -531,9 +535,9 @@ def test_scores_and_gradients_are_finite_everywhere(x, direction, dtype):
     ]
     for detector in every:
         probe = x.to(dtype).clone().requires_grad_()
-        columns = detector.climbs(probe, direction)
+        columns = detector.attack_objectives(probe, direction)
         name = type(detector).__name__
-        assert columns.isfinite().all() and detector.published(probe).isfinite().all(), name
+        assert columns.isfinite().all() and detector.paper_score(probe).isfinite().all(), name
         for column in columns.T:
             (grad,) = torch.autograd.grad(column.sum(), probe, retain_graph=True)
             assert grad.isfinite().all(), name
@@ -546,7 +550,7 @@ def test_the_gradient_is_that_of_the_values(detector, inputs):
     x = inputs.double()[[3, 160, 290]]
     along = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for direction in DIRECTIONS:
-        columns = lambda v, d=direction: detector.climbs(v, d)  # noqa: E731
+        columns = lambda v, d=direction: detector.attack_objectives(v, d)  # noqa: E731
         _, by_graph = torch.autograd.functional.jvp(columns, x, along)
         by_values = (columns(x + 1e-6 * along) - columns(x - 1e-6 * along)) / 2e-6
         assert torch.allclose(by_graph, by_values, rtol=1e-3, atol=1e-4)
@@ -577,10 +581,10 @@ def test_scoring_and_fitting_leave_everything_alone(net, book):
     rng, numpy_rng = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     for build in BUILD.values():
         made = build(model, x, book.train.y[:200])
-        made.climbs(x[:9]), made.published(x[:9])
+        made.attack_objectives(x[:9]), made.paper_score(x[:9])
         gradient(made.score, x[:9])
         with torch.no_grad():
-            made.climbs(x[:9], "lower")
+            made.attack_objectives(x[:9], "lower")
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert not model.head.bias.requires_grad and model.head.weight.requires_grad
@@ -597,8 +601,8 @@ def test_works_where_gradients_are_off(detector, inputs):
     with torch.inference_mode():
         inner = x.clone()
         assert torch.equal(detector.score(inner), wanted)
-        assert torch.allclose(detector.climbs(inner)[:, 0].to(wanted), wanted)
-        assert detector.published(inner).isfinite().all()
+        assert torch.allclose(detector.attack_objectives(inner)[:, 0].to(wanted), wanted)
+        assert detector.paper_score(inner).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "RejectClass"])
@@ -791,8 +795,8 @@ def test_a_deeper_network_by_adaptation(book):
     x, y = book.train.x[:200], book.train.y[:200]
     for name, detector in post_hoc(model, x, y).items():
         assert detector.score(x[:7]).shape == (7,), name
-        assert detector.published(x[:7]).isfinite().all(), name
-    assert torch.equal(MSP(model).published(x), inner(x).softmax(1).amax(1))
+        assert detector.paper_score(x[:7]).isfinite().all(), name
+    assert torch.equal(MSP(model).paper_score(x), inner(x).softmax(1).amax(1))
 
 
 # --- keeping and moving ---------------------------------------------------------------------------
@@ -840,7 +844,7 @@ def test_fitting_again_forgets_the_first_time(net, book):
 
 
 @pytest.mark.parametrize("kind", [Mahalanobis, KNN, ViM, ReAct])
-@pytest.mark.parametrize("call", ["score", "published", "climbs"])
+@pytest.mark.parametrize("call", ["score", "paper_score", "attack_objectives"])
 def test_scoring_before_fit_is_refused(net, book, kind, call):
     with pytest.raises(RuntimeError, match=rf"{kind.__name__} is not fitted; call fit\(x, y\)"):
         getattr(kind(net), call)(book.test.x[:2])
@@ -882,8 +886,11 @@ def refused(call) -> str:
         (lambda m: ODIN(m, step=math.nan), ["step", "nan"]),
         (lambda m: Energy(m, -1), ["temperature", "-1"]),
         (lambda m: ReAct(m, share=1.5), ["share", "1.5"]),
-        (lambda m: MSP(m).climbs(GOOD, "up"), ["direction", "'up'", "'raise'", "'lower'"]),
-        (lambda m: GradNorm(m).climbs(GOOD, "up"), ["direction", "'up'"]),
+        (
+            lambda m: MSP(m).attack_objectives(GOOD, "up"),
+            ["direction", "'up'", "'raise'", "'lower'"],
+        ),
+        (lambda m: GradNorm(m).attack_objectives(GOOD, "up"), ["direction", "'up'"]),
         (lambda m: Mahalanobis(m).fit(GOOD, LABELS).combine(GOOD, GOOD * math.inf), ["infinity"]),
     ],
 )

@@ -483,7 +483,7 @@ ACCEPTED = {
     **{
         f"detectors.{kind}.{method}.x": HELD | {"uint8": EITHER, "int64": REFUSED, "bool": REFUSED}
         for kind in doors.DETECTORS
-        for method in ("climbs", "published", "score")
+        for method in ("attack_objectives", "paper_score", "score")
     },
     **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
     **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},

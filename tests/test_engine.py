@@ -317,13 +317,13 @@ def test_a_run_with_an_engine_reports_its_speed_and_another_does_not(photos):
 def test_draws_of_several_processes_are_parts_of_one(photos):
     x, whole = photos.test.x, Linf(0.1)
     alone = torch.Generator().manual_seed(4)
-    together = next(iter(whole.starts(x, 1, alone)))
+    together = next(iter(whole.initial_points(x, 1, alone)))
     for rank in (0, 1):
         shared = Shared("cpu")
         shared.place = (rank, 2)
         shared.manual_seed(4)
         own = slice(rank, None, 2)
-        assert torch.equal(next(iter(whole.starts(x[own], 1, shared))), together[own])
+        assert torch.equal(next(iter(whole.initial_points(x[own], 1, shared))), together[own])
 
 
 TRAINING = """
@@ -333,7 +333,7 @@ TRAINING = """
     from robustood import attacks, engine
     from robustood.data import Augment, Data, Split
     from robustood.models import small_cnn
-    from robustood.objectives import RobustMining
+    from robustood.objectives import MinedALOE
     from robustood.perturbations import L2
     from robustood.training import fit
 
@@ -345,7 +345,7 @@ TRAINING = """
     outliers = (torch.rand(96, 3, 16, 16, generator=made) * 255).byte()
     data = Data(Split(x, y), Split(x[:8], y[:8]), Split(x[:8], y[:8]), outliers, compressed=255 - x)
     model = small_cnn(3, 1, channels=3, size=16, batch_norm=True)
-    history = fit(model, RobustMining(L2(0.3), steps=2), data, epochs=2, batch_size=24,
+    history = fit(model, MinedALOE(L2(0.3), steps=2), data, epochs=2, batch_size=24,
                   outlier_batch_size=16, lr=0.01, augment=Augment(2), minutes=minutes, run_dir=folder,
                   optimiser=torch.optim.SGD, engine=engine.Engine(channels_last=True))
     if engine.rank() == 0:

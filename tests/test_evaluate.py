@@ -62,7 +62,7 @@ def test_a_wrapped_network_is_measured_as_the_network_itself(book, wrap):
         own, outer = build(model), build(wrap(model))
         x = book.test.x[:20]
         assert torch.equal(own.score(x), outer.score(x))
-        assert torch.equal(own.published(x), outer.published(x))
+        assert torch.equal(own.paper_score(x), outer.paper_score(x))
         how = {"within": Linf(0.1), "direction": "lower"}
         assert torch.equal(
             attack_score(own, x, steps=3, **how), attack_score(outer, x, steps=3, **how)
@@ -138,16 +138,16 @@ def test_more_steps_restarts_and_targets_are_no_weaker(zoo, book):
 def test_the_likeliest_targets_are_climbed_first(net, book):
     detector, x = MSP(net), book.ood["noise"][:6]
     with torch.no_grad():
-        columns = detector.climbs(x)
+        columns = detector.attack_objectives(x)
         order = columns[:, 1:].argsort(1, descending=True)
-        found = objectives(detector, x, "raise", targets=2)
+        found = score_objectives(detector, x, "raise", targets=2)
         assert len(found) == 3
         assert torch.equal(found[0](x)[0], columns[:, 0])
         for j in (0, 1):
             climb, judge = found[1 + j](x)
             assert torch.equal(climb, columns[:, 1:].gather(1, order[:, [j]])[:, 0])
             assert torch.equal(judge, detector.score(x))
-        assert len(objectives(detector, x, "lower", targets=0)) == 2
+        assert len(score_objectives(detector, x, "lower", targets=0)) == 2
 
 
 @both_directions
@@ -191,7 +191,7 @@ def test_of_a_finite_set_every_member_is_judged(zoo, book):
     names = ("gaussian_noise", "contrast")
     set_ = Corruption(names=names, severities=(1, 3))
     worst = attack_score(detector, x, set_, direction="raise")
-    members = [set_.apply(x, z) for z in set_.starts(x, 1, None)]
+    members = [set_.apply(x, z) for z in set_.initial_points(x, 1, None)]
     assert len(members) == 5
     best = np.max([scores(detector, v) for v in members], 0)
     assert np.allclose(scores(detector, worst), best, atol=1e-6)

@@ -297,7 +297,7 @@ def test_the_descent_starts_at_the_projected_encoding(cvae, turned):
     x, y = turned.test.x[:10], turned.test.y[:10]
     with torch.no_grad():
         code = cvae.encode(x, y)
-        (start,) = Entered(cvae, 1.0, start=code).starts(x, 1)
+        (start,) = Entered(cvae, 1.0, start=code).initial_points(x, 1)
         assert start.norm(dim=1).max() <= 1 + 1e-6
         assert torch.equal(start[code.norm(dim=1) < 1], code[code.norm(dim=1) < 1])
         found = set_metrics(cvae, x, y, 1.0, steps=0)

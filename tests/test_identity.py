@@ -35,7 +35,7 @@ from robustood.evaluate import attack_score, epsilon_curve, four_sides, ood_repo
 from robustood.identity import check_identity, describe, identity
 from robustood.models import preact_resnet18, small_cnn
 from robustood.objectives import ALOE, ATOM, OutlierTraining, Standard
-from robustood.perturbations import L2, Linf, Members
+from robustood.perturbations import L2, Linf, FiniteSubset
 from robustood.smoothing import Smoothed
 from robustood.training import fit
 
@@ -67,7 +67,7 @@ class Own(Detector):
     def score(self, x):
         return self.slope * self.logits(x).amax(1)
 
-    published = score
+    paper_score = score
 
 
 class Leaky(nn.Module):
@@ -488,7 +488,7 @@ BUILT = {
     "detector": lambda: ODIN(small_cnn()),
     "smoothed": lambda: Smoothed(small_cnn(), L2(1.0), 0.5),
     "objectives": lambda: [ALOE(0.1), ATOM(0.1), objectives.SOFL(), objectives.CCU(), Standard()],
-    "members": lambda: Members(Linf(0.1), torch.zeros(3, 4)),
+    "members": lambda: FiniteSubset(Linf(0.1), torch.zeros(3, 4)),
     "cache": lambda: functools.lru_cache(pgd),
     "weak": lambda: weakref.ref(nn.Linear),
 }  # fmt: skip
@@ -629,7 +629,7 @@ class Mine(Detector):
     @staticmethod
     def rule(z): return z + {static}
     @property
-    def published(self): return {property}
+    def paper_score(self): return {property}
 """
 
 
@@ -778,7 +778,7 @@ def test_a_line_for_people():
     assert describe(attack_score) == "robustood.evaluate.attack.attack_score"
     assert describe(partial(attack_score, steps=1)) == f"[{describe(attack_score)}, ['steps', 1]]"
     assert "cross_entropy" in describe(Settings()) and "seen" not in describe(Settings())
-    big = [Members(Linf(0.1), torch.full((300, 300), k)) for k in (0.0, 1.0)]
+    big = [FiniteSubset(Linf(0.1), torch.full((300, 300), k)) for k in (0.0, 1.0)]
     assert describe(big[0]) != describe(big[1])
     nets = [small_cnn(seed=s) for s in (0, 0, 1)]
     assert describe(nets[0]) == describe(nets[1]) != describe(nets[2])

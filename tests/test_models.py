@@ -955,7 +955,7 @@ MORE_DOORS = DOORS | {
         )
     ],
     "certified_score": lambda m: smoothing.certified_score(
-        lambda v: 1 + detectors.RejectClass(m).published(v), X, L2(0.1), sigma=0.1, n=10
+        lambda v: 1 + detectors.RejectClass(m).paper_score(v), X, L2(0.1), sigma=0.1, n=10
     ).mean,
 }  # fmt: skip
 

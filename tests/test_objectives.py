@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustood import attacks
 from robustood.attacks import pgd
 from robustood.data import Batch, digits
-from robustood.models import guarded, mlp, small_cnn
+from robustood.models import ccu_model, mlp, small_cnn
 from robustood.objectives import (
     ACET,
     ADV,
@@ -25,16 +25,16 @@ from robustood.objectives import (
     SOFL,
     TRADES,
     Adversarial,
-    Attacked,
+    InnerMax,
     Objective,
     OutlierExposure,
     OutlierTraining,
-    RobustMining,
+    MinedALOE,
     Standard,
     to_reject,
     to_uniform,
 )
-from robustood.perturbations import L2, Corruption, Linf, Spatial, Then
+from robustood.perturbations import L2, Corruption, Linf, Spatial, Compose
 from robustood.training import fit
 
 
@@ -158,10 +158,10 @@ def test_of_several_restarts_the_best_is_kept(batch):
 def test_a_finite_first_set_is_searched_whole(batch):
     """The members' worst, not the last member."""
     model = small_cnn()
-    pair = Then(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
+    pair = Compose(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
     climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
     found = climbed(Adversarial(pair, steps=1).worst(model, batch.x, climbed, batch.generator))
-    for z in pair.starts(batch.x, 1, torch.Generator().manual_seed(1)):
+    for z in pair.initial_points(batch.x, 1, torch.Generator().manual_seed(1)):
         assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
 
 
@@ -270,10 +270,10 @@ def run(objective, data, model):
         (AOE(0.0), OutlierExposure()),
         (ADV(0.0), Standard()),
         (ATOM(0.0), NTOM()),
-        (RobustMining(0.0), NTOM()),
+        (MinedALOE(0.0), NTOM()),
         (ACET(0.0), OutlierExposure(weight=1.0)),
     ],
-    ids=["ALOE", "AOE", "ADV", "ATOM", "RobustMining", "ACET"],
+    ids=["ALOE", "AOE", "ADV", "ATOM", "MinedALOE", "ACET"],
 )
 def test_radius_zero_is_the_clean_method_bit_for_bit(data, net, at_zero, limit):
     one, other = run(at_zero, data, net()), run(limit, data, net())
@@ -306,7 +306,7 @@ def test_the_formula_by_hand(mixed):
     """Both inner maxima, the shares and the weight, term by term."""
     model = small_cnn(reject=1)
     objective = OutlierTraining(
-        inside=Attacked(0.1, steps=3, restarts=0), outside=Attacked(0.05, steps=2, restarts=0),
+        inside=InnerMax(0.1, steps=3, restarts=0), outside=InnerMax(0.05, steps=2, restarts=0),
         outlier_loss=to_reject, weight=0.7, attacked_share=0.25,
     )  # fmt: skip
     x = pgd(model, mixed.x, mixed.y, Linf(0.1), steps=3, restarts=0, keep="last")
@@ -348,7 +348,7 @@ def test_both_sides_are_attacked_in_one_batch_as_they_would_be_apart(mixed, shar
     attacked = round(share * len(mixed.outliers))
     assert calls == [len(mixed.x) + attacked] * 3
     mixed.generator.manual_seed(7)
-    inner, clean = Attacked(0.1, steps=3), len(mixed.outliers) - attacked
+    inner, clean = InnerMax(0.1, steps=3), len(mixed.outliers) - attacked
 
     def on_labels(v):
         return attacks.cross_entropy(model(v), mixed.y)
@@ -403,7 +403,7 @@ def test_lean_costs_of_a_step(data):
     assert step(AOE(0.1)) <= 1.02 * 832
     assert 0.9 * 1344 <= step(ALOE(0.1)) <= 1.02 * 1344
     assert step(ATOM(0.1)) <= 1.02 * (576 + 2 * 5 * 64 + 64)
-    assert step(RobustMining(0.1)) <= 1.02 * (576 + 2 * 5 * 64 + 2 * 5 * 64 + 64)
+    assert step(MinedALOE(0.1)) <= 1.02 * (576 + 2 * 5 * 64 + 2 * 5 * 64 + 64)
 
 
 def test_sofl_waits_then_answers_itself_or_at_random(mixed):
@@ -444,7 +444,7 @@ def test_rowl_at_radius_zero_is_k_plus_1_training(mixed):
 
 def test_the_guarded_posterior_in_closed_form(data, mixed):
     base = small_cnn()
-    model = guarded(base, data.train.x, data.outliers, components=5)
+    model = ccu_model(base, data.train.x, data.outliers, components=5)
     x = mixed.outliers[:6]
     p_in, p_out = model.inside(x).double().exp(), model.outside(x).double().exp()
     f = base(x).softmax(1).double()
@@ -456,7 +456,7 @@ def test_the_guarded_posterior_in_closed_form(data, mixed):
 
 
 def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
-    model = guarded(small_cnn(), data.train.x, data.outliers, components=5)
+    model = ccu_model(small_cnn(), data.train.x, data.outliers, components=5)
     start = [p.detach().clone() for p in model.inside.parameters()]
 
     def densities():
@@ -483,7 +483,7 @@ def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
         (lambda b: NTOM()(small_cnn(), b), "model has no reject output"),
         (lambda b: SOFL()(small_cnn(), b), "model has no reject output"),
         (lambda b: ROWL(0.1)(small_cnn(), b), "model has no reject output"),
-        (lambda b: CCU()(small_cnn(), b), "model must be a DensityGuarded network"),
+        (lambda b: CCU()(small_cnn(), b), "model must be a CCUModel network"),
         (lambda b: ALOE(0.1)(small_cnn(), replace(b, outliers=None)), "data.outliers is empty"),
         (lambda b: OutlierExposure(weight=-1.0), "weight must be .* got -1"),
         (lambda b: OutlierTraining(attacked_share=1.5), "attacked_share must be .* got 1.5"),

@@ -16,11 +16,11 @@ from robustood.perturbations import (
     Corruption,
     Latent,
     Linf,
-    Members,
+    FiniteSubset,
     PerturbationSet,
     Random,
     Spatial,
-    Then,
+    Compose,
     norms,
 )
 
@@ -55,11 +55,11 @@ FINITE = [
 ]
 LEARNED = [Latent(SHADES, 2.0), Latent(SHADES, 0.0), Latent(Shades(40), 28.0)]
 PAIRS = [
-    Then(Latent(SHADES, 1.0), Linf(0.1)),
-    Then(Spatial(30, 1), Linf(0.1)),
-    Then(Corruption(("contrast", "shot_noise"), (3,)), Linf(8 / 255)),
-    Then(L2(0.5), Spatial(20)),
-    Then(Corruption(("brightness",), (2,)), Spatial(10).grid(3)),
+    Compose(Latent(SHADES, 1.0), Linf(0.1)),
+    Compose(Spatial(30, 1), Linf(0.1)),
+    Compose(Corruption(("contrast", "shot_noise"), (3,)), Linf(8 / 255)),
+    Compose(L2(0.5), Spatial(20)),
+    Compose(Corruption(("brightness",), (2,)), Spatial(10).grid(3)),
 ]
 IDENTITY = {Linf: 0.0, L2: 0.0, Corruption: 0.0}  # exact; others resample
 
@@ -84,7 +84,7 @@ def test_keeps_the_protocol(within):
 def test_starts_and_steps_stay_in_the_set(within, seed, size):
     x = images(seed)
     generator = torch.Generator().manual_seed(seed)
-    for z in within.starts(x, 2, generator):
+    for z in within.initial_points(x, 2, generator):
         assert within.contains(x, z).all()
         moved = within.apply(x, z)
         assert moved.shape == x.shape and moved.isfinite().all()
@@ -94,18 +94,18 @@ def test_starts_and_steps_stay_in_the_set(within, seed, size):
         grad[0] = 0  # a dead gradient moves nothing, and makes no NaN
         stepped = within.ascend(x, z.clone(), grad, size * within.radius)
         assert within.contains(x, stepped).all() and torch.allclose(stepped[0], z[0], atol=1e-6)
-        if not within.ascendable:
+        if not within.differentiable:
             assert torch.equal(stepped, z)
 
 
 @EVERY_SET
 def test_the_null_parameter_is_the_identity(within):
-    x, zero = images(0), within.null(images(0))
+    x, zero = images(0), within.identity(images(0))
     assert (within.apply(x, zero) - x).abs().max() <= tolerance(within)
     assert within.contains(x, zero).all()
-    assert torch.equal(next(iter(within.starts(x, 0, torch.Generator()))), zero)
-    if not isinstance(within, Then) and within.ascendable:  # the second start is x itself
-        assert torch.equal(list(within.starts(x, 3, torch.Generator()))[1], zero)
+    assert torch.equal(next(iter(within.initial_points(x, 0, torch.Generator()))), zero)
+    if not isinstance(within, Compose) and within.differentiable:  # the second start is x itself
+        assert torch.equal(list(within.initial_points(x, 3, torch.Generator()))[1], zero)
 
 
 @EVERY_SET
@@ -113,7 +113,7 @@ def test_the_null_parameter_is_the_identity(within):
 def test_a_sample_does_not_depend_on_its_companions(within, steps):
     """For given starts: applied and stepped alone or in the batch, a sample fares the same."""
     x = images(3, n=4).double()
-    start = list(within.starts(x, 2, torch.Generator().manual_seed(1)))[-1]
+    start = list(within.initial_points(x, 2, torch.Generator().manual_seed(1)))[-1]
     grads = torch.randn(steps, *start.shape, generator=torch.Generator().manual_seed(2)).double()
 
     def walk(part):
@@ -134,7 +134,7 @@ def test_the_one_loop_takes_it_unchanged(within):
     before = x.clone()
     bright = lambda moved: moved.flatten(1).mean(1)  # noqa: E731
     found = maximise(bright, x, within, steps=3, restarts=2, checked=True)
-    starts = list(within.starts(x, 2, torch.Generator().manual_seed(0)))
+    starts = list(within.initial_points(x, 2, torch.Generator().manual_seed(0)))
     best = torch.stack([bright(within.apply(x, z)) for z in starts]).amax(0)
     assert (bright(found) >= best - 1e-6).all() and torch.equal(x, before)
 
@@ -143,7 +143,8 @@ def test_the_one_loop_takes_it_unchanged(within):
 def test_starts_come_from_the_generator_alone(within):
     x, state = images(0), torch.get_rng_state()
     draws = [
-        torch.cat(list(within.starts(x, 3, torch.Generator().manual_seed(s)))) for s in (7, 7, 8)
+        torch.cat(list(within.initial_points(x, 3, torch.Generator().manual_seed(s))))
+        for s in (7, 7, 8)
     ]
     assert torch.equal(draws[0], draws[1])
     still = (within.radius == 0 and not isinstance(within, Corruption)) or within == Spatial(
@@ -157,7 +158,7 @@ def test_starts_come_from_the_generator_alone(within):
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 5))
 def test_projection_is_idempotent_and_lands_in_the_set(within, seed, scale):
     x = images(seed)
-    shape = within.null(x).shape
+    shape = within.identity(x).shape
     z = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
     once = within.project(x, z.clone())
     assert within.contains(x, once).all()
@@ -207,10 +208,10 @@ def test_starts_are_uniform_in_the_ball():
     """For l2, (|z| / eps)^n is uniform on [0, 1]; for linf each coordinate is, on [-eps, eps]."""
     x = torch.zeros(4000, 5)
     generator = torch.Generator().manual_seed(0)
-    (z,) = L2(2.0, None).starts(x, 1, generator)
+    (z,) = L2(2.0, None).initial_points(x, 1, generator)
     assert kstest((norms(z) / 2).pow(5).numpy(), "uniform").pvalue > 0.01
     assert z.mean(0).abs().max() < 0.1
-    (z,) = Linf(2.0, None).starts(x, 1, generator)
+    (z,) = Linf(2.0, None).initial_points(x, 1, generator)
     assert kstest((z.flatten() / 4 + 0.5).numpy(), "uniform").pvalue > 0.01
 
 
@@ -300,14 +301,14 @@ def test_a_grid_holds_its_points_and_the_finer_grid_finds_more():
 def test_corruption_lists_the_clean_image_and_every_member():
     within = Corruption(("fog", "jpeg_compression"), (1, 3, 5))
     x = images(0)
-    members = list(within.starts(x, 7, torch.Generator().manual_seed(0)))
+    members = list(within.initial_points(x, 7, torch.Generator().manual_seed(0)))
     assert [tuple(z[0, :2].tolist()) for z in members] == [
         (0, 0), (1, 1), (1, 3), (1, 5), (2, 1), (2, 3), (2, 5)
     ]  # fmt: skip
     mixed = torch.stack([members[i][i % 3] for i in (0, 4, 2)])
     alone = [within.apply(x[[i]], mixed[[i]]) for i in range(3)]
     assert torch.equal(within.apply(x, mixed), torch.cat(alone))
-    assert len(list(Corruption().starts(x, 1, None))) == 19 * 5 + 1
+    assert len(list(Corruption().initial_points(x, 1, None))) == 19 * 5 + 1
     outside = torch.tensor([[3.0, 1, 0], [1, 2, 0], [0.5, 1, 0]])
     assert not within.contains(x, outside).any()
 
@@ -317,17 +318,19 @@ def test_worst_corruption_is_the_worst_of_all_renderings():
     x = images(1, n=5)
     dark = lambda moved: -moved.flatten(1).mean(1)  # noqa: E731
     found = maximise(dark, x, within, steps=9)
-    renderings = [within.apply(x, z) for z in within.starts(x, 1, torch.Generator().manual_seed(0))]
+    renderings = [
+        within.apply(x, z) for z in within.initial_points(x, 1, torch.Generator().manual_seed(0))
+    ]
     assert torch.equal(dark(found), torch.stack([dark(r) for r in renderings]).amax(0))
 
 
 def test_then_is_the_first_set_where_the_second_is_a_point():
     x = images(2)
-    pair = Then(Spatial(30, 1), Linf(0.0))
-    z = next(iter(pair.starts(x, 1, torch.Generator().manual_seed(4))))
+    pair = Compose(Spatial(30, 1), Linf(0.0))
+    z = next(iter(pair.initial_points(x, 1, torch.Generator().manual_seed(4))))
     assert torch.allclose(pair.apply(x, z), Spatial(30, 1).apply(x, z[:, :4]))
     turned = Spatial(30, 1).apply(x, z[:, :4])
-    wide = Then(Spatial(30, 1), Linf(0.1))
+    wide = Compose(Spatial(30, 1), Linf(0.1))
     found = maximise(lambda m: m.flatten(1).sum(1), x, wide, steps=5, restarts=2)
     assert found.flatten(1).sum(1).min() > turned.flatten(1).sum(1).min()
     assert found.max() <= 1 + 1e-6
@@ -335,7 +338,7 @@ def test_then_is_the_first_set_where_the_second_is_a_point():
 
 def test_members_share_the_parents_images():
     x = images(0)
-    few = Members(Linf(0.2, None), torch.full((1, 1, 8, 8), 0.2))
+    few = FiniteSubset(Linf(0.2, None), torch.full((1, 1, 8, 8), 0.2))
     found = maximise(lambda m: m.flatten(1).sum(1), x, few, steps=5, checked=True)
     assert torch.allclose(found, x + 0.2)
 
@@ -403,7 +406,7 @@ def test_a_latent_row_is_projected_alone():
 def test_latent_steps_follow_the_unit_gradient_and_a_dead_one_stays():
     within, x = Latent(SHADES, 2.0), images(0)
     grad = torch.tensor([[0.0, 3e-20, 4e-20], [0.0, 0, 0], [1.0, 0, 0]])
-    stepped = within.ascend(x, within.null(x), grad, 0.5)
+    stepped = within.ascend(x, within.identity(x), grad, 0.5)
     assert torch.allclose(stepped, torch.tensor([[0.0, 0.3, 0.4], [0, 0, 0], [0.5, 0, 0]]))
 
 
@@ -430,7 +433,7 @@ def test_the_truncated_normal_has_the_law_of_its_norm(latent, radius):
 
 def test_latent_starts_have_uniform_length():
     x = images(0)[:1].expand(4000, -1, -1, -1)
-    (u,) = Latent(SHADES, 2.0).starts(x, 1, torch.Generator().manual_seed(0))
+    (u,) = Latent(SHADES, 2.0).initial_points(x, 1, torch.Generator().manual_seed(0))
     assert kstest((norms(u) / 2).numpy(), "uniform").pvalue > 0.01
 
 

@@ -34,8 +34,8 @@ def test_the_examples_in_the_docstrings():
 
 def test_every_method_has_its_recipes():
     wanted = [f"{m}_cifar{n}_paper" for m in OLD for n in (10, 100)]
-    wanted += [f"{m}_cifar{n}_fast" for m in [*OLD, "robustmining"] for n in (10, 100)]
-    wanted += [f"{m}_cifar10_cpu" for m in [*OLD, "robustmining"]]
+    wanted += [f"{m}_cifar{n}_fast" for m in [*OLD, "minedaloe"] for n in (10, 100)]
+    wanted += [f"{m}_cifar10_cpu" for m in [*OLD, "minedaloe"]]
     wanted += [f"{m}_cifar100_cpu" for m in ("standard", "oe", "aoe", "aloe")]
     wanted += LEARNED_SETS
     assert sorted(wanted) == ALL
@@ -48,7 +48,7 @@ def test_each_recipe_resolves_and_builds(name):
     assert recipe.about and "\n" not in recipe.about
     assert set(recipe.settings.to_dict()) == set(SECTIONS)
     objective = recipe.objective()
-    mines = name.split("_")[0] in ("ntom", "atom", "robustmining")
+    mines = name.split("_")[0] in ("ntom", "atom", "minedaloe")
     assert needs_reject(objective) == mines
     assert recipe.settings.model["classes"] == classes
     assert recipe.settings.data.known == f"cifar{classes}"
@@ -191,7 +191,7 @@ def test_later_bases_win_and_the_file_itself_last(tmp_path):
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
-    recipe = read("robustmining_cifar100_fast", ["training.seed=7"])
+    recipe = read("minedaloe_cifar100_fast", ["training.seed=7"])
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert read(tmp_path / "recipe.json") == recipe
 
@@ -472,7 +472,7 @@ def test_every_image_passes_through_jpeg_once_where_the_recipe_says_so(sets):
     found, cards = images.to_train(recipe, None)
     train = data.compress(held["cifar10:train"].x, 75)
     assert torch.equal(torch.cat([found.train.x, found.val.x]), train)
-    assert found.compressed is None and cards["train"]["twins of quality"] == 0
+    assert found.compressed is None and cards["train"]["jpeg_copies"] == 0
     assert torch.equal(
         found.outliers, held["tinyimagenet:train"].x[1::2]
     )  # JPEG before, so left alone

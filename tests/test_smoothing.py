@@ -17,7 +17,7 @@ from robustood.evaluate import attack_score
 from robustood.metrics import auroc
 from robustood.models import Classifier, adapt, densenet_bc, mlp, readout, small_cnn
 from robustood.objectives import OutlierTraining, to_reject
-from robustood.perturbations import L2, Corruption, Latent, Linf, Spatial, Then, norms
+from robustood.perturbations import L2, Corruption, Latent, Linf, Spatial, Compose, norms
 from robustood.smoothing import (
     ABSTAIN,
     CertifiedScore,
@@ -273,8 +273,8 @@ def test_any_set_with_euclidean_parameters_will_do(net, book):
             "Euclidean parameters.* got Corruption",
         ),
         (
-            lambda m, x: certify(m, x, Then(Corruption(("fog",), (1,)), L2(0.1)), sigma=1.0),
-            "Euclidean parameters.* got Then",
+            lambda m, x: certify(m, x, Compose(Corruption(("fog",), (1,)), L2(0.1)), sigma=1.0),
+            "Euclidean parameters.* got Compose",
         ),
         (lambda m, x: certify(m, x, FREE, sigma=-1.0), "sigma must be .* got -1"),
         (lambda m, x: certify(m, x, FREE, sigma=1.0, alpha=0.0), "alpha must be .* got 0.0"),
@@ -308,7 +308,7 @@ def contradictions(model, x, within, found, factor, sigma, alpha, steps, at_leas
     """
     sure = found.label != ABSTAIN
     x, label, radius = x[sure], found.label[sure], factor * 0.999 * found.radius[sure]
-    z = within.null(x)
+    z = within.identity(x)
     smooth = Smoothed(model, within, sigma, draws=32)
     unit = L2(1.0, box=None)  # a ball of radius 1 in z / radius
     size = radius.to(z).view(-1, *[1] * (z.ndim - 1))
@@ -451,7 +451,7 @@ def test_noise_is_what_the_set_makes_of_a_normal_law():
 def accepted(model):
     """The score of a reject class as a probability."""
     reject = RejectClass(model)
-    return lambda v: 1 + reject.published(v)
+    return lambda v: 1 + reject.paper_score(v)
 
 
 def test_attacked_scores_stay_between_the_bounds(noisy_net, book):

@@ -39,8 +39,8 @@ from robustood.recipes.reports import fitted, pick
 from robustood.recipes.runs import trained
 from robustood.training import Objective
 
-RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "robustmining", "adv_8")
-ATTACKED = ("ntom", "atom", "acet", "atom_fine", "robustmining")  # in training, but for the first
+RUNS = ("standard", "oe", "aloe", "ntom", "atom", "acet", "atom_fine", "minedaloe", "adv_8")
+ATTACKED = ("ntom", "atom", "acet", "atom_fine", "minedaloe")  # in training, but for the first
 COMMON: dict[str, Any] = {
     "images a set": 500, "accepted": 0.95, "inputs": "cifar10:test", "seen": "tinyimagenet:val",
     "new": ["svhn:train", "textures", "scenes", "cifar100:test"],
@@ -203,7 +203,7 @@ def budgets(seed: int) -> Iterator[Task]:
     if seed:
         return
     sides, n = ("inputs", "outliers"), SEARCHED["images a set"]
-    for short in ("atom", "atom_fine", "acet", "robustmining"):
+    for short in ("atom", "atom_fine", "acet", "minedaloe"):
         for steps, first, targets in SEARCHED["budgets"]:
             how: dict[str, Any] = {"steps": steps, "step_size": first / 255, "targets": targets}
 

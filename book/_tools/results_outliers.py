@@ -30,7 +30,7 @@ from robustood.evaluate import (
     paper_attack,
     scores,
 )
-from robustood.models import Classifier, frozen, guarded, small_cnn
+from robustood.models import Classifier, frozen, ccu_model, small_cnn
 from robustood.objectives import (
     ACET,
     ADV,
@@ -43,7 +43,7 @@ from robustood.objectives import (
     SOFL,
     OutlierExposure,
     OutlierTraining,
-    RobustMining,
+    MinedALOE,
     Standard,
     to_reject,
 )
@@ -163,7 +163,7 @@ def fallen(rule: str, name: str, seed: int) -> dict[str, Any]:
 
 ROBUST: dict[str, Any] = RECIPE | {
     "epochs": 60, "model": "robustood.models.small_cnn, width 2", "eps": EPS,
-    "train_attack": "2 steps of 1.25 eps from a random start, last iterate (ACET, ATOM, RobustMining: "
+    "train_attack": "2 steps of 1.25 eps from a random start, last iterate (ACET, ATOM, MinedALOE: "
     "5 steps of eps / 2, best iterate)",
 }  # fmt: skip
 METHODS: dict[str, Any] = {
@@ -178,7 +178,7 @@ METHODS: dict[str, Any] = {
     "ROWL": ROWL(EPS),
     "NTOM": NTOM(0.0),
     "ATOM": ATOM(EPS, 0.0),
-    "RobustMining": RobustMining(EPS, 0.0),
+    "MinedALOE": MinedALOE(EPS, 0.0),
 }
 MAIN = (
     "standard",
@@ -187,7 +187,7 @@ MAIN = (
     "AOE",
     "ALOE",
 )  # attacked towards every class, the others towards 3
-REJECTS = {"SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "RobustMining": 1}
+REJECTS = {"SOFL": 5, "ROWL": 1, "NTOM": 1, "ATOM": 1, "MinedALOE": 1}
 
 
 @lru_cache
@@ -196,7 +196,7 @@ def defended(method: str, seed: int) -> tuple[Any, float]:
     began = time.process_time()
     model: Any = small_cnn(seed=seed, width=2, reject=REJECTS.get(method, 0))
     if method == "CCU":
-        model = guarded(model, digits().train.x, digits().outliers)
+        model = ccu_model(model, digits().train.x, digits().outliers)
     fit(model, METHODS[method], digits(), epochs=ROBUST["epochs"], batch_size=64, seed=seed)
     return model, time.process_time() - began
 

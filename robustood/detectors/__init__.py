@@ -2,8 +2,8 @@ r"""Scores that tell outliers: higher means more like the training distribution.
 
 A detector wraps a classifier and accepts an input where its score is at least a threshold. Each
 has two scores. ``score`` is the deployed one: unsaturated, in log space, so that two confident
-inputs never tie and a gradient is left to follow. ``published`` is the number that the paper
-prints, a strictly increasing map of it. ``climbs`` lists the objectives that an attack on the
+inputs never tie and a gradient is left to follow. ``paper_score`` is the number that the paper
+prints, a strictly increasing map of it. ``attack_objectives`` lists the objectives that an attack on the
 score should try.
 
 Notation: outputs $z \in \mathbb R^K$ of the network, $p = \mathrm{softmax}(z)$,

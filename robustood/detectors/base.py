@@ -30,8 +30,10 @@ class Detector(nn.Module, ABC):
     """
 
     model: Any
-    needs: str | None = None  # the attribute that fit sets, where a detector must be fitted
-    general: int = 1  # how many columns of climbs are not about one class
+    fitted_attribute: str | None = (
+        None  # the attribute that fit sets, where a detector must be fitted
+    )
+    n_untargeted: int = 1  # how many attack objectives are not about one class
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -43,13 +45,13 @@ class Detector(nn.Module, ABC):
         """The deployed score; differentiable, through pre-processing and clipping too."""
 
     @abstractmethod
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         """The score as the paper prints it."""
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """Objectives that an attack should climb to raise (or lower) the score, one a column.
 
-        The first column is the score itself, negated where it is to be lowered. ``general`` columns are
+        The first column is the score itself, negated where it is to be lowered. ``n_untargeted`` columns are
         for every input; those after them pull towards one class each.
         """
         return signed(self.score(x), direction)[:, None]
@@ -63,7 +65,7 @@ class Detector(nn.Module, ABC):
 
     def logits(self, x: Inputs) -> Tensor:
         """The class outputs (batch, classes)."""
-        return self.classes(read(self.model, entered(x)))
+        return self.class_logits(read(self.model, entered(x)))
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
         """The network's penultimate features; like all of its parts it gets a copy of x."""
@@ -82,13 +84,13 @@ class Detector(nn.Module, ABC):
             )
         return found
 
-    def classes(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
+    def class_logits(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
         """Outputs without those that reject."""
         return split(self.model, z)[0]
 
-    def ready(self) -> None:
+    def check_is_fitted(self) -> None:
         """Refuse to score before fit."""
-        if self.needs and getattr(self, self.needs) is None:
+        if self.fitted_attribute and getattr(self, self.fitted_attribute) is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} is not fitted; call fit(x, y) on training images first")
 

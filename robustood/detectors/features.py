@@ -32,7 +32,7 @@ class Mahalanobis(Detector):
 
     $M = \max_c -\tfrac12 (h - \mu_c)^\top \Sigma^{-1} (h - \mu_c)$, on the penultimate features or
     on the channel means of every stage. The stages are added until :meth:`combine` weighs them by a
-    logistic regression $t = w^\top M + b$ with label 1 for outliers; then ``published`` is
+    logistic regression $t = w^\top M + b$ with label 1 for outliers; then ``paper_score`` is
     $-\sigma(t)$ and the deployed score $-t$.
 
     Args:
@@ -44,11 +44,11 @@ class Mahalanobis(Detector):
     >>> spread = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
     >>> h, y = torch.cat([spread, spread + torch.tensor([4.0, 0])]), torch.arange(8) // 4
     >>> detector = Mahalanobis(readout(torch.eye(2))).fit(h, y)
-    >>> print(f"{detector.published(torch.tensor([[1.0, 1.0]])).item():.2f}")
+    >>> print(f"{detector.paper_score(torch.tensor([[1.0, 1.0]])).item():.2f}")
     -1.25
     """
 
-    needs = "layer_fits"
+    fitted_attribute = "layer_fits"
     layer_fits: Any
     weight: Tensor | None
     bias: Tensor | None
@@ -91,7 +91,7 @@ class Mahalanobis(Detector):
     @torch.no_grad()
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
         """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
-        self.ready()
+        self.check_is_fitted()
         x, outliers = finite(x), finite(outliers, "outliers")
         if x.shape[1:] != outliers.shape[1:]:
             raise ValueError(
@@ -117,13 +117,13 @@ class Mahalanobis(Detector):
     def distances(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
         """All layers; one forward where there is no input step."""
         if self.step:
-            self.ready()
+            self.check_is_fitted()
             return torch.stack([self.by_class(x, i) for i in range(len(self.layer_fits))], 1)
         return self.unmoved(x)
 
     def unmoved(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
         """All layers, without the input step."""
-        self.ready()
+        self.check_is_fitted()
         fits = zip(self.layer_fits, self.parts(x), strict=True)
         return torch.stack([gaussian(h) for gaussian, h in fits], 1)
 
@@ -144,11 +144,11 @@ class Mahalanobis(Detector):
     def score(self, x: Inputs) -> Values:
         return self.weighed(self.layer_scores(x))
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         score = self.score(x)
         return score if self.weight is None else -torch.sigmoid(-score)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """Raise: the score and, for each class, all layers' closeness to it. Lower: the score, and smooth."""
         distances = self.distances(x)
         score = self.weighed(distances.amax(2))
@@ -170,13 +170,13 @@ class KNN(Detector):
     >>> bank = torch.tensor([[3.0, 4], [1, 0], [0, 2]]).double()
     >>> for k in (1, 2):
     ...     knn = KNN(readout(torch.eye(2).double()), k).fit(bank, torch.tensor([0, 1, 1]))
-    ...     print(f"{knn.published(torch.tensor([[6.0, 8.1]]).double()).item():.5f}")
+    ...     print(f"{knn.paper_score(torch.tensor([[6.0, 8.1]]).double()).item():.5f}")
     -0.00595
     -0.62681
     """
 
-    needs = "bank"
-    general = 2
+    fitted_attribute = "bank"
+    n_untargeted = 2
     bank: Tensor
     prototypes: Tensor
 
@@ -201,7 +201,7 @@ class KNN(Detector):
         return self
 
     def query(self, x: Inputs) -> Float[Tensor, "batch width"]:
-        self.ready()
+        self.check_is_fitted()
         return normalize(self.features(x))
 
     def nearest(self, q: Tensor) -> tuple[Values, Float[Tensor, "batch k"]]:
@@ -217,10 +217,10 @@ class KNN(Detector):
     def score(self, x: Inputs) -> Values:
         return -self.nearest(self.query(x))[0]
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.score(x)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score and the mean cosine with the k nearest; to raise it, also with each class's mean."""
         q = self.query(x)
         farthest, cosines = self.nearest(q)
@@ -245,12 +245,12 @@ class ViM(Detector):
     >>> o = torch.tensor([-0.5, 0.5, 0])
     >>> h = o + torch.tensor([[3.0, 0, 0.1], [-3, 0, 0.1], [0, 2, -0.1], [0, -2, -0.1]])
     >>> vim = ViM(readout(*head), dims=2).fit(h)
-    >>> print(f"{vim.alpha.item():.2f} {vim.published(torch.tensor([[2.0, 1, 0.5]])).item():.5f}")
+    >>> print(f"{vim.alpha.item():.2f} {vim.paper_score(torch.tensor([[2.0, 1, 0.5]])).item():.5f}")
     12.50 -3.62307
     """
 
-    needs = "alpha"
-    general = 3
+    fitted_attribute = "alpha"
+    n_untargeted = 3
     origin: Tensor
     outside: Tensor
     alpha: Tensor
@@ -273,7 +273,10 @@ class ViM(Detector):
         dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
         if dims > width:
             raise ValueError(f"dims must be at most the {width} features, got {dims}")
-        weight, bias = self.classes(head.weight.T).T.double(), self.classes(head.bias[None])[0]
+        weight, bias = (
+            self.class_logits(head.weight.T).T.double(),
+            self.class_logits(head.bias[None])[0],
+        )
         origin = -torch.linalg.pinv(weight) @ bias.double()
         second = origin.new_zeros(width, width)
         for h, _ in self.stream(self.features, x):
@@ -297,7 +300,7 @@ class ViM(Detector):
 
     def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Class outputs and the virtual logit of features."""
-        z = self.classes(self.part("head")(h))
+        z = self.class_logits(self.part("head")(h))
         return z, self.alpha * self.residual(h)
 
     def residual(self, h: Float[Tensor, "batch width"]) -> Values:
@@ -305,16 +308,16 @@ class ViM(Detector):
         return ((h - self.origin) @ self.outside).square().sum(1).clamp_min(1e-30).sqrt()
 
     def score(self, x: Inputs) -> Values:
-        self.ready()
+        self.check_is_fitted()
         z, virtual = self.of(self.features(x))
         return z.logsumexp(1) - virtual
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.score(x)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score and its two terms; to raise it, also each class output minus the virtual one."""
-        self.ready()
+        self.check_is_fitted()
         z, virtual = self.of(self.features(x))
         energy = z.logsumexp(1)
         columns = torch.stack([energy - virtual, energy, -virtual], 1)
@@ -327,7 +330,7 @@ class ReAct(Detector):
     r"""Energy of clipped features, $\mathrm{LSE}(W \min(h, c) + b)$ (Sun et al. 2021, eq. 3).
 
     A clipped unit has no gradient, which hides it from a plain attack. The gradient of ``score``
-    passes the clip as if it were not there; ``climbs`` holds both.
+    passes the clip as if it were not there; ``attack_objectives`` holds both.
 
     Args:
         clip: c; None to take it from data.
@@ -336,13 +339,13 @@ class ReAct(Detector):
     >>> from robustood.models import readout
     >>> h, head = torch.tensor([[0.5, 4, 1]]), readout([[1.0, 1, 0], [0, 1, 1]])
     >>> for c in (float("inf"), 1.0):
-    ...     print(f"{ReAct(head, clip=c).published(h).item():.6f}")
+    ...     print(f"{ReAct(head, clip=c).paper_score(h).item():.6f}")
     5.474077
     2.474077
     """
 
-    needs = "clip"
-    general = 2
+    fitted_attribute = "clip"
+    n_untargeted = 2
     clip: Tensor
 
     def __init__(self, model: nn.Module, clip: float | None = None, share: float = 0.9):
@@ -369,19 +372,21 @@ class ReAct(Detector):
 
     def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class outputs of clipped features: with the gradient passed through the clip, and as is."""
-        self.ready()
+        self.check_is_fitted()
         h = self.features(x)
         clipped = h.minimum(self.clip.to(h))
         through = clipped.detach() + (h - h.detach())  # the values exactly, h's gradient
-        return self.classes(self.part("head")(through)), self.classes(self.part("head")(clipped))
+        return self.class_logits(self.part("head")(through)), self.class_logits(
+            self.part("head")(clipped)
+        )
 
     def score(self, x: Inputs) -> Values:
         return self.outputs(x)[0].logsumexp(1)
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.outputs(x)[1].logsumexp(1)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score with both gradients; to raise it, also each output."""
         z, clipped = self.outputs(x)
         columns = torch.stack([z.logsumexp(1), clipped.logsumexp(1)], 1)
@@ -398,16 +403,16 @@ class GradNorm(Detector):
 
     >>> from robustood.models import readout
     >>> norm = GradNorm(readout([[1.0, 1, 0], [0, 1, 1]]))
-    >>> print(f"{norm.published(torch.tensor([[0.5, 4, 1]])).item():.6f}")
+    >>> print(f"{norm.paper_score(torch.tensor([[0.5, 4, 1]])).item():.6f}")
     1.347053
     """
 
-    general = 3
+    n_untargeted = 3
 
     def factors(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         r"""$\|h\|_1$, $\|p - 1/K\|_1$ and the class outputs."""
         h = self.features(x)
-        z = self.classes(self.part("head")(h))
+        z = self.class_logits(self.part("head")(h))
         return h.abs().sum(1), (z.softmax(1) - 1 / z.shape[1]).abs().sum(1), z
 
     def logs(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,11 +425,11 @@ class GradNorm(Detector):
         size, peak, _ = self.logs(x)
         return size + peak
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         size, peak, _ = self.factors(x)
         return size * peak
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The two factors apart and together; to raise them, also the log-odds of each class."""
         size, peak, z = self.logs(x)
         columns = torch.stack([size + peak, size, peak], 1)

@@ -31,17 +31,17 @@ class MSP(Detector):
 
     >>> z = torch.tensor([[3.0, 1.0, 0.0]])
     >>> msp = MSP(nn.Identity())
-    >>> print(f"{msp.published(z).item():.6f} {msp.score(z).item():.6f}")
+    >>> print(f"{msp.paper_score(z).item():.6f} {msp.score(z).item():.6f}")
     0.843795 1.686738
     """
 
     def score(self, x: Inputs) -> Values:
         return log_odds(self.logits(x)).amax(1)
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.logits(x).softmax(1).amax(1)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also the log-odds of each class, to lower it, closeness to uniform."""
         odds = log_odds(z := self.logits(x))
         score = odds.amax(1, keepdim=True)
@@ -53,17 +53,17 @@ class MSP(Detector):
 class MaxLogit(Detector):
     r"""Largest output, $\max_k z_k$ (Hendrycks et al. 2022).
 
-    >>> MaxLogit(nn.Identity()).published(torch.tensor([[3.0, 1.0, 0.0]])).item()
+    >>> MaxLogit(nn.Identity()).paper_score(torch.tensor([[3.0, 1.0, 0.0]])).item()
     3.0
     """
 
     def score(self, x: Inputs) -> Values:
         return self.logits(x).amax(1)
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.score(x)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each output, to lower it, their smooth maximum."""
         z = self.logits(x)
         top = z.amax(1, keepdim=True)
@@ -77,7 +77,7 @@ class Energy(Detector):
 
     >>> z = torch.tensor([[3.0, 1.0, 0.0]])
     >>> for T in (1.0, 2.0):
-    ...     print(f"{Energy(nn.Identity(), T).published(z).item():.6f}")
+    ...     print(f"{Energy(nn.Identity(), T).paper_score(z).item():.6f}")
     3.169846
     3.928738
     """
@@ -93,10 +93,10 @@ class Energy(Detector):
     def score(self, x: Inputs) -> Values:
         return self.of(self.logits(x))
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return self.score(x)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each output, to lower it, the largest."""
         z = self.logits(x)
         if direction == "raise":
@@ -110,7 +110,7 @@ class Entropy(Detector):
     The deployed score is $-\log H$: where one class leads, $H$ is a sum of small positive terms
     and its logarithm does not round to zero.
 
-    >>> print(f"{Entropy(nn.Identity()).published(torch.tensor([[3.0, 1.0, 0.0]])).item():.6f}")
+    >>> print(f"{Entropy(nn.Identity()).paper_score(torch.tensor([[3.0, 1.0, 0.0]])).item():.6f}")
     -0.524267
     """
 
@@ -130,11 +130,11 @@ class Entropy(Detector):
         far = (u + torch.log1p(-u)).masked_fill(top, -torch.inf).logsumexp(1)
         return -torch.where(others < -40, far, near)
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         z = self.logits(x)
         return (z.softmax(1) * z.log_softmax(1)).sum(1)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """Its gradient vanishes at uniform and at one class: the log-odds of each class join it."""
         z = self.logits(x)
         if direction == "raise":
@@ -160,7 +160,7 @@ class ODIN(Detector):
     ...     _ = model.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 0]])), model.bias.zero_()
     >>> x = torch.tensor([[2.0, 1.0]])
     >>> for T, step in ((1000.0, 0.0), (10.0, 0.0), (10.0, 0.1)):
-    ...     print(f"{ODIN(model, T, step).published(x).item():.6f}")
+    ...     print(f"{ODIN(model, T, step).paper_score(x).item():.6f}")
     0.333667
     0.367165
     0.370713
@@ -189,10 +189,10 @@ class ODIN(Detector):
     def score(self, x: Inputs) -> Values:
         return self.of(self.logits(self.stepped(x)))
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return (self.logits(self.stepped(x)) / self.temperature).softmax(1).amax(1)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also the lead of each class at the stepped input."""
         z = self.logits(self.stepped(x)).double()
         score = self.of(z)[:, None]
@@ -209,7 +209,7 @@ class RejectClass(Detector):
     >>> from robustood.models import readout
     >>> reject = RejectClass(readout(torch.eye(4), reject=1))
     >>> z = torch.tensor([[3.0, 1, 0, 2]])
-    >>> print(f"{reject.published(z).item():.6f} {reject.score(z).item():.6f}")
+    >>> print(f"{reject.paper_score(z).item():.6f} {reject.score(z).item():.6f}")
     -0.236883 1.169846
 
     Raises:
@@ -234,10 +234,10 @@ class RejectClass(Detector):
         z, reject = self.halves(x)
         return z.logsumexp(1) - reject[:, 0]
 
-    def published(self, x: Inputs) -> Values:
+    def paper_score(self, x: Inputs) -> Values:
         return -split(self.model, read(self.model, entered(x)).softmax(1))[1].sum(1)
 
-    def climbs(self, x: Inputs, direction: Direction = "raise") -> Columns:
+    def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each class over rejection, to lower it, the largest class."""
         z, reject = self.halves(x)
         score = z.logsumexp(1, keepdim=True) - reject

@@ -6,7 +6,7 @@ that want to be let in) or the lowest (in-distribution inputs that are to be tur
 $$\max_{z \in Z} S(\mathrm{apply}(x, z)) \quad\text{or}\quad \min_{z \in Z} S(\mathrm{apply}(x, z)).$$
 
 *Adaptive* means: climb what the detector itself says should be climbed
-(:meth:`robustood.detectors.Detector.climbs`), keep the best by the deployed score, and start more than
+(:meth:`robustood.detectors.Detector.attack_objectives`), keep the best by the deployed score, and start more than
 once. The papers' attacks climb surrogates instead; :func:`paper_attack` repeats them, so that both can
 stand side by side. Any attack is a lower bound on the damage.
 """
@@ -19,7 +19,7 @@ from robustood.evaluate.attack import (
     attack_in_turn,
     attack_score,
     mahalanobis_surrogate,
-    objectives,
+    score_objectives,
     paper_attack,
     surrogate,
 )
@@ -34,5 +34,5 @@ from robustood.evaluate.report import (
 
 __all__ = [
     "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
-    "mahalanobis_surrogate", "measure", "objectives", "ood_report", "paper_attack", "scores", "surrogate",
+    "mahalanobis_surrogate", "measure", "score_objectives", "ood_report", "paper_attack", "scores", "surrogate",
 ]  # fmt: skip

@@ -44,10 +44,10 @@ def attack_score(
     batch_size: int = 512,
     generator: torch.Generator | None = None,
 ) -> Inputs:
-    """Attack the deployed score adaptively: every objective of ``climbs``, best-of by the score.
+    """Attack the deployed score adaptively: every objective of ``attack_objectives``, best-of by the score.
 
     Pre-processing, clipping and neighbours are those of the attacked point at each step, because they
-    are part of ``climbs``. A start takes steps + 1 forwards of the detector for each objective.
+    are part of ``attack_objectives``. A start takes steps + 1 forwards of the detector for each objective.
 
     Args:
         detector: fitted where it needs to be; its mode and its network's are restored.
@@ -87,7 +87,7 @@ def attack_score(
         rule=rule or APGD(), generator=generator, checked=True,
     )  # fmt: skip
     watch = Watch()
-    if not within.ascendable:  # nothing is climbed: one look at each member is enough
+    if not within.differentiable:  # nothing is climbed: one look at each member is enough
         climbed = watch.over(lambda v: signed(detector.score(v), direction))
         with torch.no_grad(), frozen(detector):
             found = [search(climbed, v) for v in x.split(batch_size)]
@@ -96,7 +96,7 @@ def attack_score(
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            climbed = objectives(detector, part, direction, targets)
+            climbed = score_objectives(detector, part, direction, targets)
             moved = search([watch.over(each) for each in climbed], part)
             with torch.no_grad():  # a failed search leaves the clean input
                 gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
@@ -111,20 +111,20 @@ def check_detector(detector: Detector) -> None:
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
 
 
-def objectives(
+def score_objectives(
     detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
 ) -> list[Objective]:
     """What an adaptive attack climbs in turn, each judged by the deployed score."""
     with torch.no_grad():
-        clean = detector.climbs(x, direction)
-    general = detector.general if direction == "raise" else clean.shape[1]
-    order = clean[:, general:].argsort(1, descending=True)[:, :targets] + general
-    always = torch.arange(general, device=x.device).expand(len(x), -1)
+        clean = detector.attack_objectives(x, direction)
+    n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
+    order = clean[:, n_untargeted:].argsort(1, descending=True)[:, :targets] + n_untargeted
+    always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
     columns = torch.cat([always, order], 1)
 
     def objective(column: Tensor) -> Objective:
         def climb(v: Tensor) -> tuple[Tensor, Tensor]:
-            values = detector.climbs(v, direction)
+            values = detector.attack_objectives(v, direction)
             return values.gather(1, column)[:, 0], values[:, 0]
 
         return climb
@@ -144,7 +144,7 @@ def attack_in_turn(
 
     With a :class:`~robustood.perturbations.Corruption` and an ``Linf`` ball it is the fourth test condition of
     ATOM (Chen et al. 2021, section 4). Greedy, so not always worse than each set alone, and a lower bound on
-    the worst of :class:`~robustood.perturbations.Then`.
+    the worst of :class:`~robustood.perturbations.Compose`.
 
     Args:
         within: the sets in turn.

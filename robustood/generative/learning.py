@@ -17,7 +17,7 @@ from robustood.data.pairs import redrawn
 from robustood.generative.networks import Images, Values, divergence
 from robustood.inputs import check_choice, check_flag, check_number, check_several
 from robustood.models import frozen
-from robustood.perturbations import Generator
+from robustood.perturbations import ImageGenerator
 from robustood.perturbations.latent import check_maker
 
 Distance = Literal["squared error", "cross-entropy"]
@@ -89,7 +89,7 @@ class Resampled:
         generator: such as a trained :class:`ConditionalVAE`, used frozen and in eval mode.
     """
 
-    generator: Generator
+    generator: ImageGenerator
 
     def __post_init__(self) -> None:
         check_maker(self.generator)

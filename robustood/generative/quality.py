@@ -96,7 +96,7 @@ class Entered(Latent):
 
     start: Tensor
 
-    def starts(
+    def initial_points(
         self, x: Images, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Latents]:
         yield self.project(x, self.start.clone())

@@ -12,13 +12,13 @@ from robustood.models.average import Average, Averaged
 from robustood.models.base import (
     Adapted,
     Classifier,
-    DensityGuarded,
+    CCUModel,
     Mixture,
     Normalise,
     adapt,
     batch_statistics,
     frozen,
-    guarded,
+    ccu_model,
     mlp,
     networks,
     readout,
@@ -39,8 +39,8 @@ from robustood.models.reading import (
 from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
-    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "DensityGuarded", "Mixture", "Normalise",
-    "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "guarded",
+    "STATISTICS", "Adapted", "Average", "Averaged", "Classifier", "CCUModel", "Mixture", "Normalise",
+    "Watch", "adapt", "batch_statistics", "check_finite", "declared", "densenet_bc", "frozen", "ccu_model",
     "mlp", "networks", "preact_resnet18", "read", "reading", "readout", "resnet", "seeded", "slope", "small_cnn",
     "split", "through", "wide_resnet",
 ]  # fmt: skip

@@ -385,11 +385,11 @@ class Mixture(nn.Module):
         return (bumps + self.log_shares.log_softmax(0)).logsumexp(1)
 
 
-class DensityGuarded(nn.Module):
+class CCUModel(nn.Module):
     r"""A classifier that returns to the uniform distribution where no training data lie.
 
     $p(y \mid x) = \frac{F_y(x)\, p_{in}(x) + \lambda\, p_{out}(x) / K}{p_{in}(x) + \lambda\, p_{out}(x)}$ (Meinke and
-    Hein 2020, eq. 5), in log space; the outputs are $\log p(y \mid x)$. Made by :func:`guarded`.
+    Hein 2020, eq. 5), in log space; the outputs are $\log p(y \mid x)$. Made by :func:`ccu_model`.
     """
 
     reject = 0
@@ -412,9 +412,9 @@ class DensityGuarded(nn.Module):
         return [{"params": [*self.base.parameters()]}, {"params": densities, "scale": 0.01}]
 
 
-def guarded(
+def ccu_model(
     base: Classifier, x: Tensor, outliers: Tensor, components: int = 20, seed: int = 0
-) -> DensityGuarded:
+) -> CCUModel:
     """Guard a classifier by two mixtures, set up by k-means in the PCA coordinates of x.
 
     Args:
@@ -452,4 +452,4 @@ def guarded(
         scale = typical / math.sqrt(points.shape[1])
         return Mixture(whitened, centres, scale.expand(components).clone())
 
-    return DensityGuarded(base, mixture(x), mixture(outliers))
+    return CCUModel(base, mixture(x), mixture(outliers))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from robustood.perturbations.balls import L2, Ball, Linf, as_set
 from robustood.perturbations.base import (
-    Batch,
+    Inputs,
     Drawable,
     PerturbationSet,
     Random,
@@ -22,11 +22,11 @@ from robustood.perturbations.base import (
     places,
     sized,
 )
-from robustood.perturbations.finite import Corruption, Members, Then
-from robustood.perturbations.latent import Generator, Latent
+from robustood.perturbations.finite import Corruption, FiniteSubset, Compose
+from robustood.perturbations.latent import ImageGenerator, Latent
 from robustood.perturbations.spatial import Spatial
 
 __all__ = [
-    "L2", "Ball", "Batch", "Corruption", "Drawable", "Generator", "Latent", "Linf", "Members",
-    "PerturbationSet", "Random", "Spatial", "Then", "as_set", "norms", "per_sample", "places", "sized",
+    "L2", "Ball", "Inputs", "Corruption", "Drawable", "ImageGenerator", "Latent", "Linf", "FiniteSubset",
+    "PerturbationSet", "Random", "Spatial", "Compose", "as_set", "norms", "per_sample", "places", "sized",
 ]  # fmt: skip

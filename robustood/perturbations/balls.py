@@ -14,7 +14,7 @@ from torch import Tensor
 from robustood.data import drawn
 from robustood.inputs import TOLERANCE, check_number
 from robustood.perturbations.base import (
-    Batch,
+    Inputs,
     PerturbationSet,
     check_box,
     norms,
@@ -38,7 +38,7 @@ class Ball(ABC):
 
     eps: float
     box: tuple[float, float] | None = (0, 1)
-    ascendable = True
+    differentiable = True
 
     def __post_init__(self) -> None:
         check_number(self.eps, "eps", 0, 1e6, "give a radius of at least 0, such as 8/255")
@@ -53,28 +53,28 @@ class Ball(ABC):
         check_number(factor, "factor", 0, 1e12)
         return replace(self, eps=factor * self.eps)
 
-    def null(self, x: Batch) -> Batch:
+    def identity(self, x: Inputs) -> Inputs:
         return torch.zeros_like(x)
 
-    def starts(
-        self, x: Batch, restarts: int, generator: torch.Generator | None = None
-    ) -> Iterator[Batch]:
+    def initial_points(
+        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
+    ) -> Iterator[Inputs]:
         for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.null(x)
+            yield self.draw(x, generator) if place == "random" else self.identity(x)
 
-    def draw(self, x: Batch, generator: torch.Generator | None = None) -> Batch:
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Inputs:
         """A parameter drawn uniformly from the ball, then clipped to the box."""
         return self.project(x, self.uniform(x, generator))
 
-    def apply(self, x: Batch, z: Batch) -> Batch:
+    def apply(self, x: Inputs, z: Inputs) -> Inputs:
         return x + z
 
-    def project(self, x: Batch, z: Batch) -> Batch:
+    def project(self, x: Inputs, z: Inputs) -> Inputs:
         """Ball first, then box, whose clip moves towards x: the norm cannot grow. Overwrites z."""
         z = self.shrink(z)
         return z if self.box is None else z.add_(x).clamp_(*self.box).sub_(x)
 
-    def contains(self, x: Batch, z: Batch) -> Bool[Tensor, " batch"]:
+    def contains(self, x: Inputs, z: Inputs) -> Bool[Tensor, " batch"]:
         fits = self.norm(z) <= self.eps + TOLERANCE
         if self.box is None:
             return fits
@@ -83,19 +83,19 @@ class Ball(ABC):
         return fits & (moved.amin(1) >= low - TOLERANCE) & (moved.amax(1) <= high + TOLERANCE)
 
     @abstractmethod
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+    def ascend(self, x: Inputs, z: Inputs, grad: Inputs, step_size: float | Tensor) -> Inputs:
         """One steepest ascent step in the ball's norm, then projection."""
 
     @abstractmethod
-    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+    def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
         """A perturbation drawn uniformly from the ball."""
 
     @abstractmethod
-    def shrink(self, z: Batch) -> Batch:
+    def shrink(self, z: Inputs) -> Inputs:
         """The nearest point of the ball; overwrites z."""
 
     @abstractmethod
-    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+    def norm(self, z: Inputs) -> Float[Tensor, " batch"]:
         """Size of each perturbation."""
 
 
@@ -114,17 +114,17 @@ class Linf(Ball):
                 f"{self.eps:g}/255, and box=None for vectors that are no pixels"
             )
 
-    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+    def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
         """Uniform in the cube."""
         return drawn(x, lambda z: z.uniform_(-self.eps, self.eps, generator=generator), generator)
 
-    def shrink(self, z: Batch) -> Batch:
+    def shrink(self, z: Inputs) -> Inputs:
         return z.clamp_(-self.eps, self.eps)
 
-    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+    def norm(self, z: Inputs) -> Float[Tensor, " batch"]:
         return z.flatten(1).abs().amax(1)
 
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+    def ascend(self, x: Inputs, z: Inputs, grad: Inputs, step_size: float | Tensor) -> Inputs:
         return self.project(x, grad.sign().mul_(sized(step_size, x)).add_(z))
 
 
@@ -146,20 +146,20 @@ def as_set(within: PerturbationSet | float) -> PerturbationSet:
 class L2(Ball):
     r"""$\{\delta : \|\delta\|_2 \le \varepsilon\}$; steepest ascent is the unit gradient."""
 
-    def uniform(self, x: Batch, generator: torch.Generator | None) -> Batch:
+    def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
         """Uniform in the ball: a Gaussian direction with radius eps U^(1/n)."""
         direction = drawn(x, lambda z: z.normal_(generator=generator), generator)
         u = drawn(x.flatten(1)[:, 0], lambda u: u.uniform_(generator=generator), generator)
         length = self.eps * u ** (1 / x[0].numel()) / norms(direction).clamp_min(1e-12)
         return direction.mul_(per_sample(length, x))
 
-    def shrink(self, z: Batch) -> Batch:
+    def shrink(self, z: Inputs) -> Inputs:
         return z.mul_(per_sample((self.eps / norms(z).clamp_min(1e-12)).clamp_max(1), z))
 
-    def norm(self, z: Batch) -> Float[Tensor, " batch"]:
+    def norm(self, z: Inputs) -> Float[Tensor, " batch"]:
         return norms(z)
 
-    def ascend(self, x: Batch, z: Batch, grad: Batch, step_size: float | Tensor) -> Batch:
+    def ascend(self, x: Inputs, z: Inputs, grad: Inputs, step_size: float | Tensor) -> Inputs:
         grad = grad.nan_to_num(0.0, 0.0, 0.0)  # one dead pixel must not move all the others
         # Divide by the largest entry first: the squares of tiny gradients underflow to zero.
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustood.inputs import check_instance, check_number
 
-Batch = Float[Tensor, "batch *shape"]
+Inputs = Float[Tensor, "batch *shape"]
 
 
 @runtime_checkable
@@ -20,37 +20,37 @@ class PerturbationSet(Protocol):
     """What an attack needs to know about $S(x)$.
 
     Attributes:
-        ascendable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
+        differentiable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
             searched by enumeration.
         finite (optional): whether the starts are members that must all be judged; default: if
-            it is not ascendable.
+            it is not differentiable.
         box (optional): range of valid inputs, None for vectors without one; default (0, 1).
         radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius /
             steps.
     """
 
     @property
-    def ascendable(self) -> bool: ...
+    def differentiable(self) -> bool: ...
     @property
     def radius(self) -> float: ...
 
-    def null(self, x: Tensor) -> Tensor:
+    def identity(self, x: Tensor) -> Tensor:
         """The parameter that leaves x as it is."""
         ...
 
-    def starts(
+    def initial_points(
         self, x: Tensor, restarts: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Yield parameters to start from.
 
-        A continuous set yields ``restarts``: the first at random, the second the null one, where a search
-        often ends elsewhere, the others at random; for 0, the null one alone. A finite set
-        yields all its members, the null one first.
+        A continuous set yields ``restarts``: the first at random, the second the identity, where a search
+        often ends elsewhere, the others at random; for 0, the identity alone. A finite set
+        yields all its members, the identity first.
         """
         ...
 
     def apply(self, x: Tensor, z: Tensor) -> Tensor:
-        """The perturbed inputs, differentiable in z where the set is ascendable."""
+        """The perturbed inputs, differentiable in z where the set is differentiable."""
         ...
 
     def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
@@ -90,24 +90,24 @@ def check_box(box: object) -> None:
         raise ValueError(f"box must be (low, high) with low < high, got {box!r}")
 
 
-def norms(z: Batch) -> Float[Tensor, " batch"]:
+def norms(z: Inputs) -> Float[Tensor, " batch"]:
     """Euclidean norm of each sample."""
     return z.flatten(1).norm(dim=1)
 
 
-def per_sample(values: Shaped[Tensor, " batch"], like: Batch) -> Tensor:
+def per_sample(values: Shaped[Tensor, " batch"], like: Inputs) -> Tensor:
     """Reshape one number per sample so that it broadcasts over ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def sized(step_size: float | Tensor, like: Batch) -> float | Tensor:
+def sized(step_size: float | Tensor, like: Inputs) -> float | Tensor:
     """A step that broadcasts over ``like``: one number, or one a sample."""
     return per_sample(step_size, like) if isinstance(step_size, Tensor) else step_size
 
 
 def places(restarts: int) -> list[str]:
     """Where a continuous set is entered: more restarts only add to fewer."""
-    return ["random", "null", *["random"] * (restarts - 2)][:restarts] or ["null"]
+    return ["random", "identity", *["random"] * (restarts - 2)][:restarts] or ["identity"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,6 @@ class Random:
                 f"within must be a set that can draw(x, generator), got {type(self.within).__name__}"
             )
 
-    def __call__(self, x: Batch, generator: torch.Generator | None = None) -> Batch:
+    def __call__(self, x: Inputs, generator: torch.Generator | None = None) -> Inputs:
         with torch.no_grad():
             return self.within.apply(x, self.within.draw(x, generator))

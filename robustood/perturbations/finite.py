@@ -13,12 +13,12 @@ from torch import Tensor
 from robustood.corruptions import NAMES, corrupt
 from robustood.data import each
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
-from robustood.perturbations.base import Batch, PerturbationSet, check_set
+from robustood.perturbations.base import Inputs, PerturbationSet, check_set
 
 
 @dataclass(frozen=True)
-class Members:
-    """A finite part of another set: its starts are all its members, the null one first.
+class FiniteSubset:
+    """A finite part of another set: its starts are all its members, the identity first.
 
     Attributes:
         parent: the set that makes images of parameters.
@@ -27,36 +27,36 @@ class Members:
 
     parent: PerturbationSet
     points: Tensor
-    ascendable = False
+    differentiable = False
     radius = 0.0
 
     @property
     def box(self) -> tuple[float, float] | None:
         return getattr(self.parent, "box", (0, 1))
 
-    def null(self, x: Batch) -> Tensor:
-        return self.parent.null(x)
+    def identity(self, x: Inputs) -> Tensor:
+        return self.parent.identity(x)
 
-    def starts(
-        self, x: Batch, restarts: int = 0, generator: torch.Generator | None = None
+    def initial_points(
+        self, x: Inputs, restarts: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
         """Every member, whatever the number of restarts."""
-        yield self.null(x)
+        yield self.identity(x)
         for point in self.points.to(x):
             yield point.expand(len(x), *point.shape).clone()
 
-    def apply(self, x: Batch, z: Tensor) -> Batch:
+    def apply(self, x: Inputs, z: Tensor) -> Inputs:
         return self.parent.apply(x, z)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         return z
 
-    def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
-        points = torch.cat([self.null(x[:1]), self.points.to(x)]).flatten(1)
+    def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
+        points = torch.cat([self.identity(x[:1]), self.points.to(x)]).flatten(1)
         return torch.cdist(z.flatten(1), points, p=torch.inf).amin(1) <= TOLERANCE
 
 
-def lots(high: int, x: Batch, generator: torch.Generator | None) -> Int[Tensor, " batch"]:
+def lots(high: int, x: Inputs, generator: torch.Generator | None) -> Int[Tensor, " batch"]:
     """A whole number below ``high`` for each sample."""
     draw = lambda n: torch.randint(high, (n,), generator=generator, device=x.device)  # noqa: E731
     return each(draw, len(x), generator)
@@ -79,7 +79,7 @@ class Corruption:
 
     names: Sequence[str] = NAMES
     severities: Sequence[int] = (1, 2, 3, 4, 5)
-    ascendable = False
+    differentiable = False
     radius = 0.0
 
     def __post_init__(self) -> None:
@@ -91,29 +91,29 @@ class Corruption:
             check_count(severity, "severities: severity", low=1)
             check_number(severity, "severity", 1, 5, "severities are 1, 2, 3, 4 and 5")
 
-    def null(self, x: Batch) -> Float[Tensor, "batch 3"]:
+    def identity(self, x: Inputs) -> Float[Tensor, "batch 3"]:
         return torch.zeros(len(x), 3, device=x.device)  # float32 also for half-precision images
 
-    def starts(
-        self, x: Batch, restarts: int = 0, generator: torch.Generator | None = None
+    def initial_points(
+        self, x: Inputs, restarts: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[Float[Tensor, "batch 3"]]:
         """The clean image, then every corruption at every severity, each with its own noise."""
-        z = self.null(x)
+        z = self.identity(x)
         yield z
         for place, severity in itertools.product(range(len(self.names)), self.severities):
             seeds = lots(2**24, x, generator)  # exact in float32
             where = torch.tensor([place + 1, severity], device=x.device).expand(len(x), 2)
             yield torch.cat([where, seeds[:, None]], 1).to(z)
 
-    def draw(self, x: Batch, generator: torch.Generator | None = None) -> Float[Tensor, "batch 3"]:
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Float[Tensor, "batch 3"]:
         """A corruption and a severity drawn uniformly, never the clean image."""
         place = 1 + lots(len(self.names), x, generator)
         severity = torch.tensor(self.severities, device=x.device)[
             lots(len(self.severities), x, generator)
         ]
-        return torch.stack([place, severity, lots(2**24, x, generator)], 1).to(self.null(x))
+        return torch.stack([place, severity, lots(2**24, x, generator)], 1).to(self.identity(x))
 
-    def apply(self, x: Batch, z: Float[Tensor, "batch 3"]) -> Batch:
+    def apply(self, x: Inputs, z: Float[Tensor, "batch 3"]) -> Inputs:
         moved = x.detach().clone()
         kinds = z[:, :2].long()
         for place, severity in kinds.unique(dim=0).tolist():
@@ -123,23 +123,23 @@ class Corruption:
                 moved[chosen] = corrupt(moved[chosen], self.names[place - 1], severity, seeds)
         return moved
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         return z
 
-    def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
+    def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
         severities = z.new_tensor([float(s) for s in self.severities])
         named = (z[:, 0] >= 1) & (z[:, 0] <= len(self.names)) & (z[:, 0] == z[:, 0].round())
         return (z[:, 0] == 0) | (named & torch.isin(z[:, 1], severities))
 
 
 @dataclass(frozen=True)
-class Then:
+class Compose:
     r"""First one set, then another around its result: $\{b(a(x, z_a), z_b)\}$.
 
     The parameters stand side by side, flattened, in one tensor. A finite first set is searched
     through all its members, each with every start of the second; two sets with random starts
     draw both anew each time. Gradients reach the first set through the second, so the pair is
-    ascendable if the second is.
+    differentiable if the second is.
 
     Attributes:
         first, second: any two sets.
@@ -154,49 +154,49 @@ class Then:
         check_set(self.second, "second")
 
     @property
-    def ascendable(self) -> bool:
-        return self.second.ascendable
+    def differentiable(self) -> bool:
+        return self.second.differentiable
 
     @property
     def finite(self) -> bool:
         """One of the two has members that must all be judged."""
-        return any(getattr(s, "finite", not s.ascendable) for s in (self.first, self.second))
+        return any(getattr(s, "finite", not s.differentiable) for s in (self.first, self.second))
 
     @property
     def box(self) -> tuple[float, float] | None:
         return getattr(self.first, "box", (0, 1))
 
-    def null(self, x: Batch) -> Float[Tensor, "batch numbers"]:
-        return torch.cat([self.first.null(x).flatten(1), self.second.null(x).flatten(1)], 1)
+    def identity(self, x: Inputs) -> Float[Tensor, "batch numbers"]:
+        return torch.cat([self.first.identity(x).flatten(1), self.second.identity(x).flatten(1)], 1)
 
-    def starts(
-        self, x: Batch, restarts: int, generator: torch.Generator | None = None
+    def initial_points(
+        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Float[Tensor, "batch numbers"]]:
-        each = min(restarts, 1) if self.first.ascendable else restarts
-        for z in self.first.starts(x, restarts, generator):
-            for further in self.second.starts(self.first.apply(x, z), each, generator):
+        each = min(restarts, 1) if self.first.differentiable else restarts
+        for z in self.first.initial_points(x, restarts, generator):
+            for further in self.second.initial_points(self.first.apply(x, z), each, generator):
                 yield torch.cat([z.flatten(1), further.flatten(1)], 1)
 
-    def split(self, x: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Inputs, z: Tensor) -> tuple[Tensor, Tensor]:
         """The two sets' own parameters."""
-        a, b = self.first.null(x), self.second.null(x)
+        a, b = self.first.identity(x), self.second.identity(x)
         width = a[0].numel()
         return z[:, :width].reshape(a.shape), z[:, width:].reshape(b.shape)
 
-    def apply(self, x: Batch, z: Float[Tensor, "batch numbers"]) -> Batch:
+    def apply(self, x: Inputs, z: Float[Tensor, "batch numbers"]) -> Inputs:
         a, b = self.split(x, z)
         return self.second.apply(self.first.apply(x, a), b)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """Each part steps by ``step_size`` times its own radius."""
         a, b = self.split(x, z)
         grad_a, grad_b = (part.clone() for part in self.split(x, grad))
-        if self.first.ascendable:
+        if self.first.differentiable:
             a = self.first.ascend(x, a, grad_a, step_size * self.first.radius)
         moved = self.first.apply(x, a)
         b = self.second.ascend(moved, b, grad_b, step_size * self.second.radius)
         return torch.cat([a.flatten(1), b.flatten(1)], 1)
 
-    def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
+    def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
         a, b = self.split(x, z)
         return self.first.contains(x, a) & self.second.contains(self.first.apply(x, a), b)

@@ -15,13 +15,13 @@ from robustood.data import drawn
 from robustood.inputs import TOLERANCE, check_instance, check_number
 from robustood.models import frozen
 from robustood.perturbations.balls import L2
-from robustood.perturbations.base import Batch, check_box, norms, places
+from robustood.perturbations.base import Inputs, check_box, norms, places
 
 Latents = Float[Tensor, "batch latent"]
 
 
 @runtime_checkable
-class Generator(Protocol):
+class ImageGenerator(Protocol):
     """What makes an image of a condition and a latent variable.
 
     Attributes:
@@ -39,7 +39,7 @@ class Generator(Protocol):
 def check_maker(generator: object) -> None:
     """Refuse what makes no images of latent variables."""
     such_as = "a network that must have generate(x, u) and latent, such as a ConditionalVAE"
-    check_instance(generator, "generator", Generator, such_as)
+    check_instance(generator, "generator", ImageGenerator, such_as)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Latent:
 
     For a conditional variational autoencoder $g(x, u)$ decodes $z = \mu(x) + \sigma(x) \odot u$, so
     $\|u\|_2$ is the Mahalanobis distance of z from the prior. The generator is used as it is: frozen, in
-    eval mode, and the gradient reaches u alone. The centre $u = 0$ is the null parameter; it gives
+    eval mode, and the gradient reaches u alone. The centre $u = 0$ is the identity parameter; it gives
     the generator's best copy of x, not x itself.
 
     Attributes:
@@ -61,10 +61,10 @@ class Latent:
         ValueError: for a negative radius, or what is no generator.
     """
 
-    generator: Generator = field(repr=False)
+    generator: ImageGenerator = field(repr=False)
     radius: float
     box: tuple[float, float] | None = (0, 1)
-    ascendable = True
+    differentiable = True
 
     def __post_init__(self) -> None:
         check_number(self.radius, "radius", 0, 1e6, "give it in standard deviations of the prior")
@@ -81,36 +81,36 @@ class Latent:
         check_number(factor, "factor", 0, 1e12)
         return replace(self, radius=factor * self.radius)
 
-    def null(self, x: Batch) -> Latents:
+    def identity(self, x: Inputs) -> Latents:
         return x.new_zeros(len(x), self.generator.latent)
 
-    def starts(
-        self, x: Batch, restarts: int, generator: torch.Generator | None = None
+    def initial_points(
+        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Latents]:
         """Random ones have a uniform direction and a length uniform in [0, radius]."""
         for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.null(x)
+            yield self.draw(x, generator) if place == "random" else self.identity(x)
 
-    def apply(self, x: Batch, z: Latents) -> Batch:
+    def apply(self, x: Inputs, z: Latents) -> Inputs:
         with frozen(self.generator):
             return self.generator.generate(x.clone(), z.clone())
 
-    def ascend(self, x: Batch, z: Latents, grad: Latents, step_size: float | Tensor) -> Latents:
+    def ascend(self, x: Inputs, z: Latents, grad: Latents, step_size: float | Tensor) -> Latents:
         """A step along the unit gradient of each row, then back into the ball, row by row."""
         return self.ball.ascend(z, z, grad, step_size)
 
-    def project(self, x: Batch, z: Latents) -> Latents:
+    def project(self, x: Inputs, z: Latents) -> Latents:
         """The nearest row in the ball; overwrites z."""
         return self.ball.shrink(z)
 
-    def contains(self, x: Batch, z: Latents) -> Bool[Tensor, " batch"]:
+    def contains(self, x: Inputs, z: Latents) -> Bool[Tensor, " batch"]:
         return norms(z) <= self.radius * (1 + TOLERANCE) + TOLERANCE
 
-    def draw(self, x: Batch, generator: torch.Generator | None = None) -> Latents:
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Latents:
         """A uniform direction, a length uniform in [0, radius]."""
         return self.directed(x, self.radius * self.shares(x, generator), generator)
 
-    def truncated(self, x: Batch, generator: torch.Generator | None = None) -> Latents:
+    def truncated(self, x: Inputs, generator: torch.Generator | None = None) -> Latents:
         r"""A standard normal truncated to the ball, the density of the probabilistic set.
 
         The direction is uniform and $\|u\|^2$ is chi-square below $\varepsilon^2$, by its inverse
@@ -126,14 +126,14 @@ class Latent:
             length = self.radius * share ** (1 / (k - self.radius**2))
         return self.directed(x, length.clamp_max(self.radius), generator)
 
-    def shares(self, x: Batch, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
+    def shares(self, x: Inputs, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
         """Numbers uniform in [0, 1], one a sample."""
         first = x.flatten(1)[:, 0]
         return drawn(first, lambda u: u.uniform_(generator=generator), generator)
 
     def directed(
-        self, x: Batch, length: Float[Tensor, " batch"], generator: torch.Generator | None
+        self, x: Inputs, length: Float[Tensor, " batch"], generator: torch.Generator | None
     ) -> Latents:
         """Rows of these lengths in uniform directions."""
-        way = drawn(self.null(x), lambda u: u.normal_(generator=generator), generator)
+        way = drawn(self.identity(x), lambda u: u.normal_(generator=generator), generator)
         return way * (length / norms(way).clamp_min(1e-12))[:, None]

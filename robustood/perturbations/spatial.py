@@ -14,8 +14,8 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from robustood.data import drawn
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
-from robustood.perturbations.base import Batch, places, sized
-from robustood.perturbations.finite import Members
+from robustood.perturbations.base import Inputs, places, sized
+from robustood.perturbations.finite import FiniteSubset
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Spatial:
     translation: float = 0.0
     scale: float = 0.0
     fill: str = "zeros"
-    ascendable = True
+    differentiable = True
     radius = 1.0
 
     def __post_init__(self) -> None:
@@ -56,22 +56,22 @@ class Spatial:
         ranges = (self.rotation, self.translation, self.translation, self.scale)
         return [size > 0 for size in ranges]
 
-    def null(self, x: Batch) -> Float[Tensor, "batch 4"]:
+    def identity(self, x: Inputs) -> Float[Tensor, "batch 4"]:
         return x.new_zeros(len(x), 4)
 
-    def starts(
-        self, x: Batch, restarts: int, generator: torch.Generator | None = None
+    def initial_points(
+        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Float[Tensor, "batch 4"]]:
         """Uniform in the ranges."""
         for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.null(x)
+            yield self.draw(x, generator) if place == "random" else self.identity(x)
 
-    def draw(self, x: Batch, generator: torch.Generator | None = None) -> Float[Tensor, "batch 4"]:
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Float[Tensor, "batch 4"]:
         """A parameter drawn uniformly from the ranges."""
-        z = drawn(self.null(x), lambda z: z.uniform_(-1, 1, generator=generator), generator)
+        z = drawn(self.identity(x), lambda z: z.uniform_(-1, 1, generator=generator), generator)
         return self.project(x, z)
 
-    def apply(self, x: Batch, z: Float[Tensor, "batch 4"]) -> Batch:
+    def apply(self, x: Inputs, z: Float[Tensor, "batch 4"]) -> Inputs:
         height, width = x.shape[-2:]
         angle = z[:, 0] * (self.rotation * torch.pi / 180)
         size = 1 + z[:, 3] * self.scale
@@ -87,11 +87,11 @@ class Spatial:
         where = affine_grid(torch.stack([across, along], 1), list(x.shape), align_corners=False)
         return grid_sample(x, where, padding_mode=self.fill, align_corners=False)
 
-    def ascend(self, x: Batch, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """Coordinates count in units of their ranges, so the step is the sign of the gradient."""
         return self.project(x, grad.sign().mul_(sized(step_size, z)).add_(z))
 
-    def project(self, x: Batch, z: Tensor) -> Tensor:
+    def project(self, x: Inputs, z: Tensor) -> Tensor:
         """Clip to the ranges; overwrites z."""
         z = z.clamp_(-1, 1)
         for coordinate, moves in enumerate(self.moving):
@@ -99,10 +99,10 @@ class Spatial:
                 z[:, coordinate] = 0
         return z
 
-    def contains(self, x: Batch, z: Tensor) -> Bool[Tensor, " batch"]:
+    def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
         return z.abs().amax(1) <= 1 + TOLERANCE
 
-    def grid(self, points: int | Sequence[int]) -> Members:
+    def grid(self, points: int | Sequence[int]) -> FiniteSubset:
         """The finite set of a regular grid over the ranges.
 
         Args:
@@ -119,4 +119,4 @@ class Spatial:
             torch.linspace(-1, 1, n) if n > 1 and moves else torch.zeros(1)
             for n, moves in zip(counts, self.moving, strict=True)
         ]
-        return Members(self, torch.cartesian_prod(*axes))
+        return FiniteSubset(self, torch.cartesian_prod(*axes))

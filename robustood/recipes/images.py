@@ -70,7 +70,7 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         )
     train, val = divided(inside, want)
     quality = 0 if everywhere(want) else copies_quality(want.jpeg, outliers)
-    cards["train"] |= {"held out": held, "twins of quality": quality}
+    cards["train"] |= {"held out": held, "jpeg_copies": quality}
     found = Data(
         train=plain(train),
         val=plain(val),

@@ -49,7 +49,7 @@ METHODS = {  # the keys of each; those of ATTACK go to its inner maxima
     "ACET": (*ATTACK, "bn", "weight", "attacked_share"),
     "NTOM": ("bn", "weight", *MINING),
     "ATOM": (*ATTACK, "bn", "weight", "attacked_share", *MINING),
-    "RobustMining": (*ATTACK, "bn", "weight", "attacked_share", *MINING),
+    "MinedALOE": (*ATTACK, "bn", "weight", "attacked_share", *MINING),
     "Variational": ("beta", "schedule", "distance"),
 }
 

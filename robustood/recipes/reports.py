@@ -185,7 +185,7 @@ def fitted(
     want, images = recipe.settings.evaluation, recipe.settings.data
     settings = (want.odin_temperature, want.odin_step) if name == "ODIN" else ()
     found: Detector = getattr(detectors, name)(model, *settings)
-    if not found.needs:
+    if not found.fitted_attribute:
         return found
     whole = counted_as(load(images.train, root=root), names, "the network")
     some = pick(divided(whole, images)[0], want.n_fit)

@@ -31,7 +31,7 @@ from robustood.data import drawn
 from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
 from robustood.models import declared, frozen, read, reading
-from robustood.perturbations import Batch, Linf, PerturbationSet, as_set
+from robustood.perturbations import Inputs, Linf, PerturbationSet, as_set
 
 Model = Callable[[Tensor], Tensor]
 Labels = Int[Tensor, " batch"]
@@ -60,7 +60,7 @@ class Noise:
     def __post_init__(self) -> None:
         check_number(self.sigma, "sigma", 0, 1e6)
         object.__setattr__(self, "within", as_set(self.within))
-        finite = getattr(self.within, "finite", not self.within.ascendable)
+        finite = getattr(self.within, "finite", not self.within.differentiable)
         if isinstance(self.within, Linf) or finite:
             raise ValueError(
                 f"within must have Euclidean parameters, such as L2(0.5), got {self.within!r}; "
@@ -68,17 +68,17 @@ class Noise:
             )
 
     def __call__(
-        self, x: Batch, generator: torch.Generator | None = None, z: Tensor | None = None
+        self, x: Inputs, generator: torch.Generator | None = None, z: Tensor | None = None
     ) -> Tensor:
         """One noisy copy of each input, around the parameters z (default: of x itself)."""
-        z = self.within.null(x) if z is None else z
+        z = self.within.identity(x) if z is None else z
         nu = drawn(z, lambda v: v.normal_(generator=generator), generator)
         return self.within.apply(x, z + self.sigma * nu)
 
     def total(
         self,
         f: Model,
-        x: Batch,
+        x: Inputs,
         n: int,
         z: Tensor | None,
         batch_size: int,
@@ -90,15 +90,15 @@ class Noise:
         inputs.check_generator(generator)
         if z is not None:
             check_values(z, None, "at")
-            null = self.within.null(x)
-            if z.shape != null.shape or z.dtype != null.dtype:
+            identity = self.within.identity(x)
+            if z.shape != identity.shape or z.dtype != identity.dtype:
                 raise ValueError(
-                    f"at must hold one parameter an input, {null.dtype} of shape {tuple(null.shape)}, got "
+                    f"at must hold one parameter an input, {identity.dtype} of shape {tuple(identity.shape)}, got "
                     f"{z.dtype} of shape {tuple(z.shape)}"
                 )
             z = z.detach()
         generator = generator or torch.Generator(x.device).manual_seed(0)
-        z, sums = self.within.null(x) if z is None else z, []
+        z, sums = self.within.identity(x) if z is None else z, []
         for part, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
             most, sum_ = max(1, batch_size // len(part)), torch.zeros(())
             for done in range(0, n, most):
@@ -116,7 +116,7 @@ class Noise:
 @torch.no_grad()
 def votes(
     model: Model,
-    x: Batch,
+    x: Inputs,
     within: PerturbationSet,
     *,
     sigma: float,
@@ -164,7 +164,7 @@ class CertifiedVote:
 
 def certify(
     model: Model,
-    x: Batch,
+    x: Inputs,
     within: PerturbationSet,
     *,
     sigma: float,
@@ -206,7 +206,7 @@ def certify(
 
 def predict(
     model: Model,
-    x: Batch,
+    x: Inputs,
     within: PerturbationSet,
     *,
     sigma: float,
@@ -322,7 +322,7 @@ class CertifiedScore:
 @torch.no_grad()
 def certified_score(
     score: Model,
-    x: Batch,
+    x: Inputs,
     within: PerturbationSet,
     *,
     sigma: float,
@@ -336,7 +336,7 @@ def certified_score(
 
     Args:
         score: inputs to values in [0, 1], higher for more in-distribution, such as ``lambda v: 1 +
-            RejectClass(model).published(v)``; a module is put in eval mode for the time being.
+            RejectClass(model).paper_score(v)``; a module is put in eval mode for the time being.
         alpha: probability, for each input and each of its two bounds, that the bound is wrong. For one
             statement about many inputs at once, divide by their number.
         x, within, sigma, n, at, batch_size, generator: as in :func:`votes`.
@@ -438,10 +438,10 @@ class Smoothed(nn.Module):
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
         self.classes, self.reject = declared(model)
 
-    def forward(self, x: Batch, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
+    def forward(self, x: Inputs, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
         """Log-probabilities at the parameters z (default: of x itself)."""
         within, m = self.noise.within, self.draws
-        z = within.null(x) if z is None else z
+        z = within.identity(x) if z is None else z
         generator = torch.Generator(x.device).manual_seed(self.seed)
         nu = torch.randn(m, *z.shape[1:], dtype=z.dtype, device=z.device, generator=generator)
         around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)

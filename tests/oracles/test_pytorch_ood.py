@@ -62,16 +62,16 @@ def agree(ours, theirs, name: str, size=None, within=RELATIVE) -> None:
 def test_scores_of_the_outputs_agree(peer, net, inputs, name, theirs, settings):
     ours, other = getattr(detectors, name)(net, *settings), getattr(peer, theirs)(net, *settings)
     with torch.no_grad():
-        agree(ours.published(inputs), other(inputs), f"{name} {settings or ''}")
+        agree(ours.paper_score(inputs), other(inputs), f"{name} {settings or ''}")
 
 
 def test_entropy_agrees_where_theirs_clips_nothing(peer, net, inputs):
     """Theirs adds 1e-7 log 1e-7 for each class whose probability is smaller: at most 2e-5."""
     with torch.no_grad():
-        ours, theirs = detectors.Entropy(net).published(inputs), -peer.Entropy(net)(inputs)
+        ours, theirs = detectors.Entropy(net).paper_score(inputs), -peer.Entropy(net)(inputs)
         smallest = net(inputs).softmax(1).amin(1)
         soft = 0.2 * net(inputs)  # no probability below 1e-7
-        whole = detectors.Entropy(torch.nn.Identity()).published(soft)
+        whole = detectors.Entropy(torch.nn.Identity()).paper_score(soft)
     assert (ours - theirs).abs().max() < 10 * 1.7e-6
     kept = smallest > 1e-7
     assert kept.sum() > 100
@@ -83,7 +83,7 @@ def test_entropy_agrees_where_theirs_clips_nothing(peer, net, inputs):
 def test_odin_agrees(peer, net, inputs, temperature, step):
     ours = detectors.ODIN(net, temperature, step)
     theirs = peer.ODIN(net, eps=step, temperature=temperature)
-    agree(ours.published(inputs), theirs(inputs), f"ODIN T={temperature:g} step={step:g}")
+    agree(ours.paper_score(inputs), theirs(inputs), f"ODIN T={temperature:g} step={step:g}")
 
 
 def scaled(theirs, n: int):
@@ -96,9 +96,9 @@ def test_mahalanobis_agrees(peer, cloud):
     h, y, query, head = cloud
     ours = detectors.Mahalanobis(head).fit(h, y)
     theirs = scaled(peer.Mahalanobis(None).fit_features(h, y), len(h))
-    agree(ours.published(query), theirs.predict_features(query), "Mahalanobis, features")
+    agree(ours.paper_score(query), theirs.predict_features(query), "Mahalanobis, features")
     outside = query * 30
-    agree(ours.published(outside), theirs.predict_features(outside), "Mahalanobis, far features")
+    agree(ours.paper_score(outside), theirs.predict_features(outside), "Mahalanobis, far features")
 
 
 def test_mahalanobis_agrees_on_a_network(peer, net, book, inputs):
@@ -110,7 +110,11 @@ def test_mahalanobis_agrees_on_a_network(peer, net, book, inputs):
     theirs = scaled(peer.Mahalanobis(None).fit_features(h, book.train.y), len(h))
     ours = detectors.Mahalanobis(readout(torch.eye(h.shape[1]))).fit(h, book.train.y)
     agree(
-        ours.published(query), theirs.predict_features(query), "Mahalanobis, network", None, SINGLE
+        ours.paper_score(query),
+        theirs.predict_features(query),
+        "Mahalanobis, network",
+        None,
+        SINGLE,
     )
 
 
@@ -120,7 +124,7 @@ def test_mahalanobis_with_an_input_step_agrees(peer, cloud, step):
     ours = detectors.Mahalanobis(head, step=step).fit(h, y)
     theirs = peer.MahalanobisODIN(head.features, eps=step).fit_features(h, y)
     scaled(theirs._base, len(h))
-    agree(ours.published(query), theirs.predict(query), f"MahalanobisODIN step={step:g}")
+    agree(ours.paper_score(query), theirs.predict(query), f"MahalanobisODIN step={step:g}")
 
 
 @pytest.mark.parametrize("k", [1, 5, 50])
@@ -129,7 +133,7 @@ def test_neighbours_agree(peer, net, book, inputs, k):
     with torch.no_grad():
         h, query = net.features(book.train.x), net.features(inputs)
     theirs = peer.KNN(None, k=k, normalize=True).fit_features(h, book.train.y)
-    agree(ours.published(inputs), theirs.predict_features(query), f"KNN k={k}")
+    agree(ours.paper_score(inputs), theirs.predict_features(query), f"KNN k={k}")
 
 
 @pytest.mark.parametrize("dims", [8, 24, 40])
@@ -140,7 +144,7 @@ def test_vim_agrees(peer, cloud, dims):
     theirs = peer.ViM(None, d=dims, w=weight, b=bias).fit_features(h, y)
     z, virtual = ours.of(query)
     size = z.logsumexp(1) + virtual
-    agree(ours.published(query), theirs.predict_features(query), f"ViM dims={dims}", size)
+    agree(ours.paper_score(query), theirs.predict_features(query), f"ViM dims={dims}", size)
     assert ours.alpha.item() == pytest.approx(theirs.alpha, rel=1e-4)
 
 
@@ -151,13 +155,13 @@ def test_vim_agrees_on_a_network(peer, net, book, inputs):
     theirs = peer.ViM(None, d=16, w=net.head.weight, b=net.head.bias).fit_features(h, book.train.y)
     z, virtual = ours.of(query)
     size = z.logsumexp(1) + virtual
-    agree(ours.published(inputs), theirs.predict_features(query), "ViM, network", size, SINGLE)
+    agree(ours.paper_score(inputs), theirs.predict_features(query), "ViM, network", size, SINGLE)
 
 
 def test_react_agrees(peer, net, book, inputs):
     ours = detectors.ReAct(net).fit(book.train.x)
     same = peer.ReAct(net.features, net.head, threshold=ours.clip.item())
-    agree(ours.published(inputs), same.predict(inputs), "ReAct, one clip")
+    agree(ours.paper_score(inputs), same.predict(inputs), "ReAct, one clip")
     own = peer.ReAct(net.features, net.head)
     with torch.no_grad():
         own.fit_feature_maps(net.features(book.train.x), book.train.y)
@@ -167,4 +171,4 @@ def test_react_agrees(peer, net, book, inputs):
 
 def test_gradnorm_agrees(peer, net, inputs):
     theirs = peer.GradNorm(net, param_filter=lambda name: name == "head.weight").to("cpu")
-    agree(detectors.GradNorm(net).published(inputs), theirs.predict(inputs), "GradNorm")
+    agree(detectors.GradNorm(net).paper_score(inputs), theirs.predict(inputs), "GradNorm")

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from robustood.attacks import ascent
+from robustood.attacks import Objective, ascent, climb_at
 from robustood.data import Batch, Data
 from robustood.data.batches import check_augment
 from robustood.inputs import (
@@ -47,6 +47,7 @@ from robustood.inputs import (
     check_several,
     check_values,
 )
+from robustood.perturbations import Ball, PerturbationSet
 
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
@@ -91,6 +92,20 @@ class Engine:
         return model if self == Engine() and world() == 1 else Running(model, self)
 
 
+MOST_GRAPHS = (
+    2  # one ball for inputs, one for outliers; a radius that grows would need one per step
+)
+
+
+def traceable(
+    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`robustood.attacks.value_and_grad` in the form that a compiler can trace."""
+    total = lambda z: climb_at(objective, x, z, within)
+    grad, (moved, climb, judge) = torch.func.grad(total, has_aux=True)(z)
+    return moved.detach(), climb.detach(), judge.detach(), grad
+
+
 class Running(nn.Module):
     """A network inside an engine. Anything that is no forward is the network's own."""
 
@@ -99,7 +114,9 @@ class Running(nn.Module):
         self.module, self.engine = model, engine
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.calls: dict[str, Any] = {"update": model, "search": ascent}
+        self.calls: dict[str, Any] = {"update": model}
+        self.climb = self.compiled_ascent if engine.compile else None
+        self.graphs: set[Ball] = set()
         if world() > 1:
             synchronise_statistics(model)
             # The wrapper would send the buffers at each forward; they are equal already.
@@ -113,7 +130,7 @@ class Running(nn.Module):
             how: dict[str, Any] = {"backend": engine.compile} if engine.compile is not True else {}
             graphs = {} if how else {"mode": "reduce-overhead"}
             self.calls["update"] = torch.compile(self.calls["update"], dynamic=False, **how)
-            self.calls["search"] = torch.compile(
+            self.calls["ascent"] = torch.compile(
                 ascent, dynamic=False, fullgraph=True, **how, **graphs
             )
 
@@ -123,11 +140,19 @@ class Running(nn.Module):
         except AttributeError:
             return getattr(self.module, name)
 
-    def search(self, *how: Any) -> tuple[Tensor, Tensor]:
-        """Climb from one start (:func:`robustood.attacks.ascent`), compiled if the engine says so."""
-        found, values = self.calls["search"](*how)
-        # A replayed graph writes over what it returned before.
-        return (found.clone(), values.clone()) if self.engine.compile else (found, values)
+    def compiled_ascent(
+        self, objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`robustood.attacks.ascent`, compiled where a graph or two serve all steps of a run.
+
+        They do where neither the set nor the statistics of the network change.
+        """
+        if isinstance(within, Ball) and len(self.graphs) < MOST_GRAPHS:
+            self.graphs.add(within)
+        if within not in self.graphs or self.module.training:
+            return ascent(objective, x, z, within, *how)
+        found, values = self.calls["ascent"](objective, x, z, within, *how, gradient=traceable)
+        return found.clone(), values.clone()  # a replayed graph writes over what it returned before
 
     def forward(self, x: Tensor) -> Tensor:
         attacked = not any(p.requires_grad for p in self.module.parameters())

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from robustood import attacks, inputs
-from robustood.data import Batch, Data, each
-from robustood.detectors import to_uniform
+from robustood import attacks, inputs, rng
+from robustood.data import Batch, Data
 from robustood.inputs import check_choice, check_count, check_number
+from robustood.losses import cross_entropy, divergence, to_reject, to_uniform
 from robustood.mining import Mining
 from robustood.models import batch_statistics, declared, frozen, read
 from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
@@ -43,7 +43,7 @@ class Standard:
     r"""Empirical risk: $\frac1B \sum_i \ell(f(x_i), y_i)$ with the cross-entropy $\ell$."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        return cross_entropy(read(model, batch.x), batch.y)
+        return F.cross_entropy(read(model, batch.x), batch.y)
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,15 @@ class InnerMax:
         model: nn.Module,
         x: Tensor,
         objective: attacks.Objective,
-        generator: torch.Generator | None,
-        progress: float = 1.0,
+        batch: Batch,
         parts: Sequence[int] | None = None,
     ) -> Tensor:
-        """The worst inputs that an attack finds, by the shared loop; parts as there."""
-        within = self.set_at(progress)
-        # One graph serves all steps of a run if neither the set nor the network's buffers change in it.
-        steady = isinstance(within, Ball) and not self.ramp and self.mode == "eval"
+        """The worst inputs that an attack finds; parts as in :func:`robustood.attacks.search`."""
         with frozen(model, self.mode):
-            return attacks.maximise(
-                objective, x, within, steps=self.steps, step_size=self.step_size,
+            return attacks.search(
+                objective, x, self.set_at(batch.progress), steps=self.steps, step_size=self.step_size,
                 restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
-                generator=generator, checked=True, parts=parts,
-                search=getattr(model, "search", None) if steady else None,
+                generator=batch.generator, parts=parts, climb=batch.climb,
             )  # fmt: skip
 
 
@@ -131,11 +126,11 @@ class Adversarial(InnerMax):
     clean: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        loss = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
-        worst = self.worst(model, batch.x, loss, batch.generator, batch.progress)
+        loss = lambda x: cross_entropy(read(model, x), batch.y)
+        worst = self.worst(model, batch.x, loss, batch)
         if self.clean:
             return torch.maximum(loss(batch.x), loss(worst)).mean()
-        return cross_entropy(read(model, worst), batch.y)
+        return F.cross_entropy(read(model, worst), batch.y)
 
 
 @dataclass(frozen=True)
@@ -161,22 +156,12 @@ class TRADES(InnerMax):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         with torch.no_grad(), frozen(model, self.mode):
-            anchor = log_softmax(read(model, batch.x), 1)
-        apart = lambda x: divergence(anchor, read(model, x)).sum(1)  # noqa: E731
-        worst = self.worst(model, batch.x, apart, batch.generator, batch.progress)
+            anchor = F.log_softmax(read(model, batch.x), 1)
+        apart = lambda x: divergence(anchor, read(model, x)).sum(1)
+        worst = self.worst(model, batch.x, apart, batch)
         clean = read(model, batch.x)
-        unstable = divergence(log_softmax(clean, 1), read(model, worst)).sum(1).mean()
-        return cross_entropy(clean, batch.y) + self.beta * unstable
-
-
-def divergence(log_p: Tensor, logits: Tensor) -> Tensor:
-    r"""Terms of $\mathrm{KL}(p \,\|\, \mathrm{softmax}(z))$, (batch, classes)."""
-    return kl_div(log_softmax(logits, 1), log_p, reduction="none", log_target=True)
-
-
-def to_reject(z: Float[Tensor, "batch outputs"]) -> Float[Tensor, " batch"]:
-    r"""$-\log F_{K+1}$: the cross-entropy to the last output, which rejects (Chen et al. 2021, eq. 2)."""
-    return z.logsumexp(1) - z[:, -1]
+        unstable = divergence(F.log_softmax(clean, 1), read(model, worst)).sum(1).mean()
+        return F.cross_entropy(clean, batch.y) + self.beta * unstable
 
 
 @dataclass(frozen=True)
@@ -194,7 +179,7 @@ class OutlierTraining:
         inside: set of the inner maximum over in-distribution inputs, an :class:`InnerMax` for full
             control, or None for clean ones. A number means ``Linf(number)``.
         outside: the same for outliers.
-        outlier_loss: $\ell$, :func:`~robustood.detectors.to_uniform` or :func:`to_reject`.
+        outlier_loss: $\ell$, :func:`~robustood.losses.to_uniform` or :func:`~robustood.losses.to_reject`.
         weight: $\lambda$ on the mean over a step's outliers; 0 leaves them out altogether.
         attacked_share: s, the share of a step's outliers that is attacked, the last ones.
         mine: which outliers of the pool an epoch uses (:class:`robustood.mining.Mining`); None for all.
@@ -236,14 +221,14 @@ class OutlierTraining:
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         x, u = self.worst(model, batch)
         if u is None:
-            return cross_entropy(read(model, x), batch.y)
+            return F.cross_entropy(read(model, x), batch.y)
         if self.bn == "separate":
             z_in = read(model, x)
             with batch_statistics(model):
                 z_out = read(model, u)
         else:
             z_in, z_out = read(model, torch.cat([x, u])).split([len(x), len(u)])
-        return cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
+        return F.cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
 
     def worst(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Inputs and outliers as the update sees them; of outliers clean ones first, None without weight.
@@ -257,22 +242,22 @@ class OutlierTraining:
         if u is None or clean == len(u):
             outside = None
         rest = x[:0] if u is None else u[clean:]
-        on_labels = lambda x: attacks.cross_entropy(read(model, x), batch.y)  # noqa: E731
-        on_outliers = lambda u: self.outlier_loss(read(model, u))  # noqa: E731
+        on_labels = lambda x: cross_entropy(read(model, x), batch.y)
+        on_outliers = lambda u: self.outlier_loss(read(model, u))
 
         def on_both(v: Tensor) -> Tensor:
             z_in, z_out = read(model, v).split([len(x), len(rest)])
-            return torch.cat([attacks.cross_entropy(z_in, batch.y), self.outlier_loss(z_out)])
+            return torch.cat([cross_entropy(z_in, batch.y), self.outlier_loss(z_out)])
 
         if inside and inside == outside and inside.mode == "eval":
             both, parts = torch.cat([x, rest]), (len(x), len(rest))
-            moved = inside.worst(model, both, on_both, batch.generator, batch.progress, parts)
+            moved = inside.worst(model, both, on_both, batch, parts)
             x, rest = moved.split(parts)
         else:
             if inside:
-                x = inside.worst(model, x, on_labels, batch.generator, batch.progress)
+                x = inside.worst(model, x, on_labels, batch)
             if outside:
-                rest = outside.worst(model, rest, on_outliers, batch.generator, batch.progress)
+                rest = outside.worst(model, rest, on_outliers, batch)
         return x, None if u is None else torch.cat([u[:clean], rest])
 
     def outliers(self, model: nn.Module, batch: Batch) -> Tensor | None:
@@ -390,16 +375,14 @@ class SOFL:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         if batch.progress < self.start or batch.outliers is None:
-            return cross_entropy(read(model, batch.x), batch.y)
+            return F.cross_entropy(read(model, batch.x), batch.y)
         classes, rejects = reject_outputs(model)
         z = read(model, torch.cat([batch.x, batch.outliers]))
         z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
         answer = z_out.argmax(1)
-        how: dict[str, Any] = {"device": z.device, "generator": batch.generator}
-        lot = lambda n: torch.randint(classes, classes + rejects, (n,), **how)  # noqa: E731
-        drawn = each(lot, len(answer), batch.generator)
+        drawn = rng.integers(classes, classes + rejects, answer, batch.generator)
         pseudo = torch.where(answer >= classes, answer, drawn)
-        return cross_entropy(z_in, batch.y) + self.weight * cross_entropy(z_out, pseudo)
+        return F.cross_entropy(z_in, batch.y) + self.weight * F.cross_entropy(z_out, pseudo)
 
 
 def needed(outliers: Tensor | None) -> Tensor:
@@ -441,16 +424,16 @@ class ROWL:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
         classes, _ = reject_outputs(model)
-        x = torch.cat([batch.x, needed(batch.outliers)])
+        outliers = needed(batch.outliers)
+        x = torch.cat([batch.x, outliers])
         y = torch.cat([batch.y, batch.y.new_full((len(x) - len(batch.y),), classes)])
-        how: dict[str, Any] = {"device": x.device, "generator": batch.generator}
-        lot = lambda n: torch.randint(1, classes + 1, (n,), **how)  # noqa: E731
-        drawn = [each(lot, len(part), batch.generator) for part in (batch.x, y[len(batch.x) :])]
+        parts = (batch.x, outliers)
+        drawn = [rng.integers(1, classes + 1, part, batch.generator) for part in parts]
         wrong = (y + torch.cat(drawn)) % (classes + 1)
         inner = self.inner if isinstance(self.inner, InnerMax) else InnerMax(self.inner, self.steps)
-        toward = lambda v: -attacks.cross_entropy(read(model, v), wrong)  # noqa: E731
-        moved = inner.worst(model, x, toward, batch.generator, batch.progress)
-        return cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
+        toward = lambda v: -cross_entropy(read(model, v), wrong)
+        moved = inner.worst(model, x, toward, batch)
+        return F.cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
 
 
 @dataclass(frozen=True)
@@ -475,6 +458,6 @@ class CCU:
             raise ValueError("model must be a CCUModel network; build it with models.ccu_model")
         u = needed(batch.outliers)
         guard: Any = model
-        inside = cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()
+        inside = F.cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()
         outside = to_uniform(read(model, u)).mean() - guard.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

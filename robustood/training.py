@@ -14,7 +14,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robustood.checkpoints import check_same, read_state, write_state, write_whole
-from robustood.data import Batch, Data, Shared, draw
+from robustood.data import Batch, Data, draw
 from robustood.data.batches import Change
 from robustood.engine import (
     Engine,
@@ -51,6 +51,7 @@ from robustood.inputs import (
 )
 from robustood.models import Average, Averaged, declared
 from robustood.objectives import Objective
+from robustood.rng import SharedGenerator
 
 Monitor = Callable[[nn.Module], dict[str, float]]
 Tell = Callable[[dict[str, float]], object]
@@ -273,7 +274,7 @@ class Run:
 
     def generator(self, seed: int) -> torch.Generator:
         """A source of randomness on the run's device, shared with the other processes."""
-        generator = Shared(self.device)
+        generator = SharedGenerator(self.device)
         generator.place = (rank(), world())
         return generator.manual_seed(seed)
 
@@ -315,7 +316,11 @@ class Run:
             done = self.epoch * self.steps + self.step
             for group in self.adapt.param_groups:
                 group["lr"] = rate(done) * group.get("scale", 1.0)
-            loss = objective(self.running, batch.at(done / (self.epochs * self.steps)))
+            batch = replace(
+                batch, progress=done / (self.epochs * self.steps),
+                climb=getattr(self.running, "climb", None),
+            )  # fmt: skip
+            loss = objective(self.running, batch)
             self.adapt.zero_grad(set_to_none=True)
             loss.backward()
             self.adapt.step()

@@ -46,8 +46,8 @@ def attack(batch, eps=0.1, *, steps=5):
 def test_a_function_gives_defaults_closure_globals_and_attributes():
     assert parts(attack) == {"eps": 0.1, "steps": 5, "SCALE": 3.0}  # not the global x
 
-    factor, late = 2.0, lambda: unassigned
-    rule = lambda y, power=2: late() or (factor * y**power, SCALE)  # noqa: E731
+    factor, late = 2.0, lambda: unassigned  # noqa: F821
+    rule = lambda y, power=2: late() or (factor * y**power, SCALE)
     rule.power = 9
     assert parts(rule) == {"power": 2, "factor": 2.0, "late": late, "SCALE": 3.0,
                            "attribute power": 9}  # fmt: skip

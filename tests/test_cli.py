@@ -65,7 +65,7 @@ def stripes(n, seed, kind="stripes"):
     noise = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 3
     row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    draw = lambda *shape: torch.rand(*shape, generator=noise)  # noqa: E731
+    draw = lambda *shape: torch.rand(*shape, generator=noise)
     phase, tint = 6.3 * draw(n, 1, 1), 0.5 + 0.5 * draw(n, 3, 1, 1)
     angle = (y * 3.14 / 3)[:, None, None]
     along = angle.cos() * row + angle.sin() * column
@@ -192,7 +192,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
         first[k] for k in ("rows", "means", "accuracy")
     ]
     monkeypatch.undo()
-    notes = lambda: set(finished.glob("evaluation/*/MSP_*"))  # noqa: E731
+    notes = lambda: set(finished.glob("evaluation/*/MSP_*"))
     before = notes()
     longer = recipes.read(
         finished / "recipe.json", ["evaluation.detectors=['MSP']", "evaluation.steps=3"]
@@ -364,7 +364,7 @@ def again(name, folder, *changes):
 
 def same_aurocs(report, new):
     """All AUROCs of the new report are within half a point of the kept ones."""
-    key = lambda row: [row[k] for k in ("detector", "attack", "side", "set")]  # noqa: E731
+    key = lambda row: [row[k] for k in ("detector", "attack", "side", "set")]
     for row in new["rows"]:
         (old,) = [r for r in report["rows"] if key(r) == key(row)]
         assert abs(row["auroc"]["value"] - old["auroc"]["value"]) <= 0.005, key(row)

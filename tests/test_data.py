@@ -46,7 +46,6 @@ from robustood.data import (
     Loaded,
     Pairs,
     Scenes,
-    Shared,
     Split,
     Views,
     compress,
@@ -81,6 +80,7 @@ from robustood.data import (
 from robustood.data.relighting import REFERENCE
 from robustood.models import small_cnn
 from robustood.objectives import Standard
+from robustood.rng import SharedGenerator
 from robustood.training import fit
 
 
@@ -516,7 +516,7 @@ def test_a_pack_gives_back_what_was_written(tmp_path):
 
 @given(st.data())
 def test_packs_of_any_size_come_back(tmp_path_factory, data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    draw = lambda low, high: data.draw(st.integers(low, high))
     shape = draw(1, 12), draw(1, 9), draw(1, 9), data.draw(st.sampled_from([1, 3]))
     rows = np.random.default_rng(draw(0, 99)).integers(0, 256, shape, np.uint8)
     y = data.draw(st.lists(st.integers(0, 1000), min_size=shape[0], max_size=shape[0]))
@@ -722,7 +722,7 @@ def readonly(tmp_path, monkeypatch) -> Path:
             if wants and place in [path, *path.parents]:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        def ccu_model(self, mode="r", *rest, **more):
+        def guarded(self, mode="r", *rest, **more):
             refuse(self, mode[0] in "wa")
             return opener(self, mode, *rest, **more)
 
@@ -1543,7 +1543,7 @@ def blockiness(x: torch.Tensor) -> np.ndarray:
 
 def test_compression_tells_outliers_until_the_own_images_have_it_too():
     """Both sides are the same noise; a linear classifier knows one from the other by its blocks."""
-    mean = lambda x: gaussian_filter(x, (0, 4, 4, 0))  # noqa: E731
+    mean = lambda x: gaussian_filter(x, (0, 4, 4, 0))
     rough = np.random.default_rng(0).normal(size=(2000, 32, 32, 3))
     x = tensor(np.uint8(np.clip(128 + 500 * mean(rough) + 4 * rough, 0, 255)))
     own, twins, outliers = x[:1000], compress(x[:1000], 75), compress(x[1000:], 75)
@@ -1701,7 +1701,7 @@ def test_half_of_the_images_come_as_their_twins(book):
 
 def test_the_batches_of_several_processes_are_parts_of_one(book):
     def epoch(place):
-        noise = Shared("cpu")
+        noise = SharedGenerator("cpu")
         noise.place = place
         made = replace(book, compressed=1 - book.train.x)
         return list(draw(made, 60, 30, noise.manual_seed(2), Augment(1)))
@@ -1859,7 +1859,7 @@ def test_light_from_a_side_lights_that_side_and_casts_a_shadow_on_the_other():
 
 
 def test_a_low_sun_makes_longer_shadows():
-    dark = lambda image: (image < 0.8 * image[0, 0]).sum()  # noqa: E731
+    dark = lambda image: (image < 0.8 * image[0, 0]).sum()
     low, high = (
         render(solid(hill()), light_grid((e,), (0.0,), (0.0,)))[0, 0, 0] for e in (20.0, 60.0)
     )

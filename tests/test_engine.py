@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robustood import attacks, engine
-from robustood.data import Batch, Data, Shared, Split, digits
+from robustood import engine
+from robustood.data import Batch, Data, Split, digits
 from robustood.detectors import MSP
 from robustood.engine import Engine, Meter, Running, choose, flops
 from robustood.evaluate import ood_report
-from robustood.models import small_cnn
+from robustood.models import frozen, small_cnn
 from robustood.objectives import ALOE, Standard
 from robustood.perturbations import Linf
+from robustood.rng import SharedGenerator
 from robustood.training import fit
 
 
@@ -105,9 +106,9 @@ def test_a_compiled_attack_is_one_graph_and_bitwise_the_plain_one(tmp_path):
         tmp_path,
         """
         import torch
-        from robustood import attacks
+        from robustood import attacks, losses
         from robustood.engine import Engine
-        from robustood.models import small_cnn
+        from robustood.models import frozen, small_cnn
         from robustood.objectives import ATOM
         from robustood.perturbations import L2, Linf
 
@@ -118,11 +119,11 @@ def test_a_compiled_attack_is_one_graph_and_bitwise_the_plain_one(tmp_path):
         plain, careful = (Linf(8 / 255), "last", attacks.Ascent()), (L2(0.3), "best", attacks.APGD())
         for within, keep, rule in (plain, careful):
             found = []
-            for net, search in ((model, None), (running, running.search)):
-                with attacks.frozen(net):
-                    def objective(v): return attacks.cross_entropy(net(v), y)
-                    how = dict(steps=3, keep=keep, rule=rule, search=search)
-                    found.append(attacks.maximise(objective, x, within, **how))
+            for net, climb in ((model, None), (running, running.climb)):
+                with frozen(net):
+                    def objective(v): return losses.cross_entropy(net(v), y)
+                    how = dict(steps=3, keep=keep, rule=rule, climb=climb)
+                    found.append(attacks.search(objective, x, within, **how))
             print(torch.equal(*found), bool((found[0] != x).any()))
         """,
     )
@@ -249,7 +250,7 @@ def test_a_network_whose_first_layer_rests_is_still_updated_by_the_engine(photos
     model.body[0][0].weight.requires_grad_(False)
     running = Engine(channels_last=True).run(model)
     running.calls["update"] = lambda x: pytest.fail("an attack went through the update")
-    with attacks.frozen(running):
+    with frozen(running):
         running(photos.test.x)
     seen = []
     running.calls["update"] = lambda x: seen.append(len(x)) or model(x)
@@ -319,7 +320,7 @@ def test_draws_of_several_processes_are_parts_of_one(photos):
     alone = torch.Generator().manual_seed(4)
     together = next(iter(whole.initial_points(x, 1, alone)))
     for rank in (0, 1):
-        shared = Shared("cpu")
+        shared = SharedGenerator("cpu")
         shared.place = (rank, 2)
         shared.manual_seed(4)
         own = slice(rank, None, 2)
@@ -330,7 +331,7 @@ TRAINING = """
     import sys
     import torch
     torch.set_num_threads(1)
-    from robustood import attacks, engine
+    from robustood import attacks, engine, losses
     from robustood.data import Augment, Data, Split
     from robustood.models import small_cnn
     from robustood.objectives import MinedALOE

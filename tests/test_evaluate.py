@@ -8,18 +8,8 @@ import torch
 from torch import nn
 
 from robustood import evaluate, metrics
-from robustood.attacks import APGD, Ascent, frozen
-from robustood.detectors import (
-    KNN,
-    MSP,
-    ODIN,
-    Energy,
-    Mahalanobis,
-    MaxLogit,
-    RejectClass,
-    post_hoc,
-    to_uniform,
-)
+from robustood.attacks import APGD, Ascent
+from robustood.detectors import KNN, MSP, ODIN, Energy, Mahalanobis, MaxLogit, RejectClass, post_hoc
 from robustood.evaluate import (
     Report,
     attack_in_turn,
@@ -28,13 +18,14 @@ from robustood.evaluate import (
     four_sides,
     mahalanobis_surrogate,
     measure,
-    objectives,
     ood_report,
     paper_attack,
+    score_objectives,
     scores,
     surrogate,
 )
-from robustood.models import readout, small_cnn
+from robustood.losses import to_uniform
+from robustood.models import frozen, readout, small_cnn
 from robustood.perturbations import L2, Corruption, Linf
 
 

@@ -352,7 +352,7 @@ def test_robust_accuracy_over_the_learned_set(cvae, reader, turned):
 def test_an_iterate_does_not_depend_on_its_companions(cvae, reader, turned):
     x, y = turned.test.x[:6], turned.test.labels[:6]
     u = Latent(cvae, 2.0).draw(x, torch.Generator().manual_seed(0))
-    moved = lambda i: pgd(reader, x[i], y[i], Entered(cvae, 2.0, start=u[i]), steps=4)  # noqa: E731
+    moved = lambda i: pgd(reader, x[i], y[i], Entered(cvae, 2.0, start=u[i]), steps=4)
     whole = moved(slice(None))
     for i in range(6):
         assert torch.allclose(moved(slice(i, i + 1)), whole[[i]], atol=1e-3)

@@ -35,7 +35,7 @@ from robustood.evaluate import attack_score, epsilon_curve, four_sides, ood_repo
 from robustood.identity import check_identity, describe, identity
 from robustood.models import preact_resnet18, small_cnn
 from robustood.objectives import ALOE, ATOM, OutlierTraining, Standard
-from robustood.perturbations import L2, Linf, FiniteSubset
+from robustood.perturbations import L2, FiniteSubset, Linf
 from robustood.smoothing import Smoothed
 from robustood.training import fit
 
@@ -269,7 +269,7 @@ OPAQUE = {
 @pytest.mark.parametrize("kind", OPAQUE)
 def test_refused_named_and_resumed(net, sets, tmp_path, kind):
     folder = tmp_path / "run"
-    run = lambda slope=1.0, **how: ood_report(  # noqa: E731
+    run = lambda slope=1.0, **how: ood_report(
         Logging(net, OPAQUE[kind](), slope), *sets, run_dir=folder, **how
     )
     with pytest.raises(ValueError, match=r'^detector\.log is a .* pass name="\.\.\."') as refusal:
@@ -324,7 +324,7 @@ def test_what_the_run_itself_changed_can_be_set_back(net, sets, tmp_path):
 
 
 def test_code_of_another_python_asks_for_a_name(net, sets, tmp_path, monkeypatch):
-    shrink = lambda d, x, within, **how: x * 0.5  # noqa: E731
+    shrink = lambda d, x, within, **how: x * 0.5
     run = partial(ood_report, MSP(net), *sets, Linf(0.1), side="out", attack=shrink)
     named, bare = (run(run_dir=tmp_path / n, name=n or None) for n in ("n", ""))
     monkeypatch.setattr(module, "COMPILER", "another-1")
@@ -405,7 +405,7 @@ def test_a_named_training_run_is_resumed(few, tmp_path):
         def __call__(self, model, batch):
             return nn.functional.cross_entropy(model(batch.x), batch.y)
 
-    run = lambda **how: fit(small_cnn(), Noted(), few, epochs=1, run_dir=tmp_path / "a", **how)  # noqa: E731
+    run = lambda **how: fit(small_cnn(), Noted(), few, epochs=1, run_dir=tmp_path / "a", **how)
     with pytest.raises(ValueError, match=r'^objective\.file is a _io\.TextIOWrapper .*name="'):
         run()
     assert not (tmp_path / "a").exists()
@@ -609,7 +609,7 @@ def test_a_function_is_followed_through_other_functions_and_own_modules():
 
 
 def test_a_wrapper_of_a_library_does_not_hide_what_it_wraps():
-    make = lambda factor: torch.no_grad()(lambda x: x * factor)  # noqa: E731
+    make = lambda factor: torch.no_grad()(lambda x: x * factor)
     assert not differ(make(1), make(1))
     assert differ(make(1), make(2))
     assert differ(functools.lru_cache(lambda: 1), functools.lru_cache(lambda: 2))
@@ -637,7 +637,7 @@ class Mine(Detector):
 def test_the_code_of_one_s_own_class_counts(part):
     values = dict.fromkeys(["bias", "constant", "static", "property"], 1)
     net = small_cnn()
-    make = lambda **new: written(CLASS.format(**(values | new)), "Mine", Detector=Detector)(net)  # noqa: E731
+    make = lambda **new: written(CLASS.format(**(values | new)), "Mine", Detector=Detector)(net)
     assert not differ(make(), make())
     assert all(path.startswith("value.__class__.") for path in differ(make(), make(**{part: 2})))
     assert differ(make(), make(**{part: 2}))
@@ -702,7 +702,7 @@ def test_circles_and_long_chains_end():
 
 def test_differences_behind_equal_parts_are_told():
     """What is told once for two places is compared at both."""
-    pair = lambda a, b: [Linf(a), Linf(b)]  # noqa: E731
+    pair = lambda a, b: [Linf(a), Linf(b)]
     for kept, wanted, words in [
         ((0.1, 0.1), (0.1, 0.2), r"value\[1\]\.eps = 0\.1, not 0\.2"),
         ((0.1, 0.2), (0.1, 0.1), r"value\[1\]\.eps = 0\.2, not 0\.1"),

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from robustood import attacks
 from robustood.attacks import pgd
 from robustood.data import Batch, digits
+from robustood.losses import to_reject, to_uniform
 from robustood.models import ccu_model, mlp, small_cnn
 from robustood.objectives import (
     ACET,
@@ -26,15 +26,13 @@ from robustood.objectives import (
     TRADES,
     Adversarial,
     InnerMax,
+    MinedALOE,
     Objective,
     OutlierExposure,
     OutlierTraining,
-    MinedALOE,
     Standard,
-    to_reject,
-    to_uniform,
 )
-from robustood.perturbations import L2, Corruption, Linf, Spatial, Compose
+from robustood.perturbations import L2, Compose, Corruption, Linf, Spatial
 from robustood.training import fit
 
 
@@ -107,8 +105,8 @@ def test_trades_value_and_where_its_gradient_flows(batch):
     objective = TRADES(0.1, beta=3.0, steps=4)
     again = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(1))
     anchor = log_softmax(model(batch.x), 1).detach()
-    kl = lambda q, p: kl_div(log_softmax(q, 1), p, reduction="none", log_target=True).sum(1)  # noqa: E731
-    worst = objective.worst(model, again.x, lambda x: kl(model(x), anchor), again.generator)
+    kl = lambda q, p: kl_div(log_softmax(q, 1), p, reduction="none", log_target=True).sum(1)
+    worst = objective.worst(model, again.x, lambda x: kl(model(x), anchor), again)
     assert kl(model(worst), anchor).mean() > 4 * kl(model(batch.x), anchor).mean()
     clean = model(batch.x)
     expected = cross_entropy(clean, batch.y) + 3 * kl(model(worst), log_softmax(clean, 1)).mean()
@@ -143,13 +141,11 @@ def test_the_step_size_is_used(batch):
 
 def test_of_several_restarts_the_best_is_kept(batch):
     model = small_cnn()
-    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")
     worst = []
     for restarts in (1, 2, 4):
         fresh = Batch(batch.x, batch.y, None, torch.Generator().manual_seed(3))
-        found = Adversarial(0.1, steps=2, restarts=restarts).worst(
-            model, fresh.x, climbed, fresh.generator
-        )
+        found = Adversarial(0.1, steps=2, restarts=restarts).worst(model, fresh.x, climbed, fresh)
         worst.append(climbed(found))
     assert (worst[1] >= worst[0] - 1e-6).all() and (worst[2] >= worst[1] - 1e-6).all()
     assert (worst[2] > worst[0]).any()
@@ -159,8 +155,8 @@ def test_a_finite_first_set_is_searched_whole(batch):
     """The members' worst, not the last member."""
     model = small_cnn()
     pair = Compose(Corruption(("brightness", "contrast"), (5,)), Linf(0.0))
-    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")  # noqa: E731
-    found = climbed(Adversarial(pair, steps=1).worst(model, batch.x, climbed, batch.generator))
+    climbed = lambda x: cross_entropy(model(x), batch.y, reduction="none")
+    found = climbed(Adversarial(pair, steps=1).worst(model, batch.x, climbed, batch))
     for z in pair.initial_points(batch.x, 1, torch.Generator().manual_seed(1)):
         assert (found >= climbed(pair.apply(batch.x, z)) - 1e-6).all()
 
@@ -351,13 +347,13 @@ def test_both_sides_are_attacked_in_one_batch_as_they_would_be_apart(mixed, shar
     inner, clean = InnerMax(0.1, steps=3), len(mixed.outliers) - attacked
 
     def on_labels(v):
-        return attacks.cross_entropy(model(v), mixed.y)
+        return cross_entropy(model(v), mixed.y, reduction="none")
 
     def on_outliers(v):
         return to_uniform(model(v))
 
-    x_apart = inner.worst(model, mixed.x, on_labels, mixed.generator)
-    u_apart = inner.worst(model, mixed.outliers[clean:], on_outliers, mixed.generator)
+    x_apart = inner.worst(model, mixed.x, on_labels, mixed)
+    u_apart = inner.worst(model, mixed.outliers[clean:], on_outliers, mixed)
     assert torch.equal(u[:clean], mixed.outliers[:clean])
     # A sign may turn where a gradient is zero up to rounding.
     for found, apart in ((x, x_apart), (u[clean:], u_apart)):
@@ -501,11 +497,10 @@ def test_bad_outlier_training_is_refused(untyped, mixed, call, words):
 def test_the_clean_input_can_count_as_a_member(net, book):
     """With it, the larger of the two losses of each sample counts; at radius 0 nothing changes."""
     x, y = book.train.x[:32], book.train.y[:32]
-    batch = lambda: Batch(x, y, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    batch = lambda: Batch(x, y, generator=torch.Generator().manual_seed(1))
     plain, with_clean = (Adversarial(0.1, steps=1, step_size=0.3, clean=c) for c in (False, True))
-    noise = torch.Generator().manual_seed(1)
-    loss = lambda v: cross_entropy(net(v), y, reduction="none")  # noqa: E731
-    worst = loss(plain.worst(net, x, loss, noise))
+    loss = lambda v: cross_entropy(net(v), y, reduction="none")
+    worst = loss(plain.worst(net, x, loss, batch()))
     assert torch.allclose(with_clean(net, batch()), torch.maximum(loss(x), worst).mean())
     assert with_clean(net, batch()) >= plain(net, batch()) - 1e-6
     still = [Adversarial(0.0, steps=1, clean=c)(net, batch()) for c in (False, True)]

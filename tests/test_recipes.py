@@ -13,8 +13,8 @@ import torch
 from robustood import artefacts, data, detectors, evaluate, objectives, recipes, results
 from robustood.checkpoints import read_json
 from robustood.data import Split
-from robustood.detectors import to_uniform
-from robustood.objectives import OutlierTraining, to_reject
+from robustood.losses import to_reject, to_uniform
+from robustood.objectives import OutlierTraining
 from robustood.recipes import composing, images, read, reports, runs
 from robustood.recipes.recipe import METHODS, SECTIONS, Detector, Evaluation, needs_reject, settings
 
@@ -64,7 +64,7 @@ def test_the_network_has_the_outputs_of_the_task(name):
 
 
 def test_the_papers_networks_have_the_papers_parameters():
-    count = lambda name: sum(p.numel() for p in read(name).model().parameters())  # noqa: E731
+    count = lambda name: sum(p.numel() for p in read(name).model().parameters())
     assert count("aloe_cifar10_paper") == 769_162
     assert count("atom_cifar10_paper") == 769_505
     assert count("aloe_cifar10_cpu") == 78_042

@@ -10,14 +10,15 @@ from scipy.stats import beta, binom, binomtest, norm
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import frozen, margin, maximise
+from robustood.attacks import maximise
 from robustood.data import Batch, Data, Split, digits
 from robustood.detectors import MSP, RejectClass
 from robustood.evaluate import attack_score
+from robustood.losses import margin, to_reject
 from robustood.metrics import auroc
-from robustood.models import Classifier, adapt, densenet_bc, mlp, readout, small_cnn
-from robustood.objectives import OutlierTraining, to_reject
-from robustood.perturbations import L2, Corruption, Latent, Linf, Spatial, Compose, norms
+from robustood.models import Classifier, adapt, densenet_bc, frozen, mlp, readout, small_cnn
+from robustood.objectives import OutlierTraining
+from robustood.perturbations import L2, Compose, Corruption, Latent, Linf, Spatial, norms
 from robustood.smoothing import (
     ABSTAIN,
     CertifiedScore,
@@ -672,15 +673,15 @@ def test_a_batch_of_interval_training_by_hand(book):
     for limit in (
         IntervalOutliers(0.02, weight=0.7, share=0.0)(model, batch),
         IntervalOutliers(0.0, weight=0.7, ramp=0.0)(model, batch),
-        rule(model, batch.at(0.0)),
+        rule(model, replace(batch, progress=0.0)),
     ):
         assert limit.item() == pytest.approx(plain, rel=1e-5)
-    halfway = rule(model, batch.at(0.25)).item()  # radius 0.01, share 1/8
+    halfway = rule(model, replace(batch, progress=0.25)).item()  # radius 0.01, share 1/8
     assert halfway == pytest.approx(
         IntervalOutliers(0.01, weight=0.7, share=0.125)(model, batch).item(), rel=1e-5
     )
     assert plain < halfway < expected.item()
-    assert rule(model, batch.at(0.6)).item() == rule(model, batch).item()
+    assert rule(model, replace(batch, progress=0.6)).item() == rule(model, batch).item()
 
 
 def test_a_few_epochs_of_interval_training_guarantee_detection(book):
@@ -709,8 +710,8 @@ def trained_by_intervals(book, epochs, train=None):
 
 @torch.no_grad()
 def guaranteed(model, book, name, eps):
-    lower = lambda r: interval_score(model, book.test.x, r)[0]  # noqa: E731
-    upper = lambda r: interval_score(model, book.ood[name], r)[1]  # noqa: E731
+    lower = lambda r: interval_score(model, book.test.x, r)[0]
+    upper = lambda r: interval_score(model, book.ood[name], r)[1]
     return guaranteed_auroc(lower, upper, [eps])[0].value
 
 

@@ -149,7 +149,7 @@ def training_attack(seed: int) -> Iterator[Task]:
             def task(short: str = short, how: Any = how) -> dict[str, Any]:
                 detector, objective, _ = network(short)
                 assert isinstance(objective, OutlierTraining)
-                loss = lambda x: objective.outlier_loss(detector.model(x))  # noqa: E731
+                loss = lambda x: objective.outlier_loss(detector.model(x))
                 u, draw = images(COMMON["seen"]), torch.Generator().manual_seed(seed)
                 if how:
                     radius, steps, size = how

@@ -30,18 +30,12 @@ from keeping import Experiment, Task, main
 from torch import Tensor, nn
 
 from robustood import toy
-from robustood.attacks import (
-    cross_entropy,
-    fgsm,
-    frozen,
-    maximise,
-    pgd,
-    robust_accuracy,
-)
+from robustood.attacks import fgsm, maximise, pgd, robust_accuracy
 from robustood.data import Data, Split
 from robustood.data import digits as load_digits
+from robustood.losses import cross_entropy
 from robustood.metrics import Estimate, proportion
-from robustood.models import Classifier, mlp, small_cnn
+from robustood.models import Classifier, frozen, mlp, small_cnn
 from robustood.objectives import TRADES, Adversarial, Standard
 from robustood.perturbations import L2, Ball, Linf
 from robustood.training import fit
@@ -280,7 +274,7 @@ def goals(test: Split, seed: int) -> Tensor:
 def towards(model: nn.Module, x: Tensor, target: Tensor, eps: float, restarts: int = 1) -> Tensor:
     """Images moved towards a class, as far as l_2 allows."""
     with frozen(model):
-        objective = lambda moved: -cross_entropy(model(moved), target)  # noqa: E731
+        objective = lambda moved: -cross_entropy(model(moved), target)
         return maximise(objective, x, L2(eps), steps=60, restarts=restarts)
 
 

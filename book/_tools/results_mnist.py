@@ -26,11 +26,10 @@ import torch
 from keeping import FOLDER, Experiment, Task, main, plain
 from torch import Tensor, nn
 
-from robustood.attacks import frozen
 from robustood.checkpoints import load_weights, read_json, save_weights
 from robustood.data import Data, Split, load, pixels
 from robustood.metrics import proportion
-from robustood.models import small_cnn
+from robustood.models import frozen, small_cnn
 from robustood.objectives import Adversarial, Standard
 from robustood.perturbations import Linf
 from robustood.training import fit

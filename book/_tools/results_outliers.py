@@ -30,7 +30,8 @@ from robustood.evaluate import (
     paper_attack,
     scores,
 )
-from robustood.models import Classifier, frozen, ccu_model, small_cnn
+from robustood.losses import to_reject
+from robustood.models import Classifier, ccu_model, frozen, small_cnn
 from robustood.objectives import (
     ACET,
     ADV,
@@ -41,11 +42,10 @@ from robustood.objectives import (
     NTOM,
     ROWL,
     SOFL,
+    MinedALOE,
     OutlierExposure,
     OutlierTraining,
-    MinedALOE,
     Standard,
-    to_reject,
 )
 from robustood.perturbations import Corruption, Linf
 from robustood.training import fit

@@ -8,7 +8,7 @@ of images by :mod:`robustood.data.sets`, and downloaded by :mod:`robustood.data.
 from __future__ import annotations
 
 from robustood.data.base import Batch, Data, Loaded, Split, counted_as, hold_out, pixels
-from robustood.data.batches import Augment, Shared, draw, drawn, each, place
+from robustood.data.batches import Augment, draw
 from robustood.data.embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
 from robustood.data.fetching import fetch
 from robustood.data.packs import compress, digest, read_pack, write_pack
@@ -38,9 +38,9 @@ from robustood.data.sets import available, check, folder, load, root, without_ov
 
 __all__ = [
     "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch",
-    "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Shared", "Split", "Views", "available",
-    "check", "compress", "corrupted", "counted_as", "digest", "digits", "draw", "drawn", "each", "fetch",
+    "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available",
+    "check", "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch",
     "folder", "folder_of_views", "glyphs", "hold_out", "light_grid", "load", "noise", "paired",
-    "patches", "perturbed", "pixels", "place", "random_lights", "read_pack", "redrawn", "relit", "render",
+    "patches", "perturbed", "pixels", "random_lights", "read_pack", "redrawn", "relit", "render",
     "root", "scenes", "without_overlap", "write_pack",
 ]  # fmt: skip

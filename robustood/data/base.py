@@ -1,9 +1,9 @@
-"""What a run is made of: splits, batches, and the results that ship with the project."""
+"""What a run is made of: splits and batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -212,6 +212,7 @@ class Batch:
         outliers: auxiliary outliers, or None.
         generator: the run's source of randomness, on the device of x.
         progress: share of the training that is done, in [0, 1].
+        climb: how an attack climbs, where the loop has its own (:func:`robustood.attacks.search`).
     """
 
     x: Tensor
@@ -219,7 +220,4 @@ class Batch:
     outliers: Tensor | None = None
     generator: torch.Generator | None = None
     progress: float = 1.0
-
-    def at(self, progress: float) -> Batch:
-        """The same batch at another time of the training."""
-        return replace(self, progress=progress)
+    climb: Callable[..., tuple[Tensor, Tensor]] | None = None

@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
+from robustood import rng
 from robustood.data.base import Batch, Data, pixels
 from robustood.inputs import (
     check_count,
@@ -18,37 +19,6 @@ from robustood.inputs import (
     check_generator,
     check_instance,
 )
-
-
-class Shared(torch.Generator):
-    """A generator for one of several processes that all draw the same numbers and keep their own part.
-
-    Attributes:
-        place: (rank, number of processes).
-    """
-
-    place: tuple[int, int] = (0, 1)
-
-
-def place(generator: torch.Generator | None) -> tuple[int, int]:
-    """Rank and number of the processes among which a generator's draws are divided."""
-    return getattr(generator, "place", (0, 1))
-
-
-def each(draw: Callable[[int], Tensor], n: int, generator: torch.Generator | None) -> Tensor:
-    """Random numbers for n samples, ``draw(n)``; with several processes one's own part of everyone's.
-
-    The same sample thus meets the same numbers whatever the number of processes.
-    """
-    rank, world = place(generator)
-    return draw(world * n)[rank::world]
-
-
-def drawn(
-    like: Tensor, fill: Callable[[Tensor], Tensor], generator: torch.Generator | None
-) -> Tensor:
-    """Random numbers in the shape of ``like``."""
-    return each(lambda n: fill(like.new_empty(n, *like.shape[1:])), len(like), generator)
 
 
 @dataclass(frozen=True)
@@ -72,8 +42,7 @@ class Augment:
     ) -> Shaped[Tensor, "batch channel height width"]:
         """Each image cropped and flipped by a draw of its own."""
         n, channels, height, width = x.shape
-        lot = lambda m: torch.rand(m, 3, generator=generator, device=x.device)  # noqa: E731
-        drawn = each(lot, n, generator)
+        drawn = rng.uniform(torch.empty(n, 3, device=x.device), generator)
         down, right = (drawn[:, :2] * (2 * self.crop + 1)).long().unbind(1)
         across = torch.arange(width, device=x.device).expand(n, -1)
         if self.flip:
@@ -123,7 +92,7 @@ def draw(
     rounds = math.ceil(steps * outlier_batch_size / pool) if pool else 0
     shuffled = [torch.randperm(pool, generator=generator, device=device) for _ in range(rounds)]
     others = torch.cat(shuffled) if pool else order[:0]
-    rank, world = place(generator)
+    rank, world = rng.place(generator)
 
     def own(indices: Tensor, size: int, step: int) -> Tensor:
         # Strided, so that the first half of a process's part comes from the first half of the batch.
@@ -136,7 +105,7 @@ def draw(
         x = data.train.x[chosen]
         if data.compressed is None:
             return x
-        lot = each(lambda m: torch.rand(m, generator=generator, device=device), len(x), generator)
+        lot = rng.uniform(torch.empty(len(x), device=device), generator)
         return torch.where(lot.view(-1, *[1] * (x.ndim - 1)) < 0.5, data.compressed[chosen], x)
 
     def batches() -> Iterator[Batch]:

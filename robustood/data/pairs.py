@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from robustood import rng
 from robustood.corruptions import NAMES, corrupt
 from robustood.data.base import Data, Split, pixels
-from robustood.data.batches import Change, each
+from robustood.data.batches import Change
 from robustood.data.files import images_in, read_image
 from robustood.inputs import (
     check_callable,
@@ -134,16 +135,12 @@ class Views(Pairs):
     def redraw(self, generator: torch.Generator) -> Views:
         count, device = self.views.shape[1], self.views.device
 
-        def lot(high: int) -> Tensor:
-            draw = lambda n: torch.randint(high, (n,), generator=generator, device=device)  # noqa: E731
-            return each(draw, len(self.views), generator)
-
         start = {"first": 0, "others": 1, "any": 0}[self.pairing]
         first = torch.zeros(len(self.views), dtype=torch.int64, device=device)
         if self.pairing != "first":
-            first = start + lot(count - start)
+            first = start + rng.integers(0, count - start, self.views, generator)
         # Of the remaining views, those from the first on move up by one: never the same twice.
-        second = start + lot(count - start - 1)
+        second = start + rng.integers(0, count - start - 1, self.views, generator)
         second = second + (second >= first)
         at = torch.arange(len(self.views), device=device)
         return replace(self, x=self.views[at, first], y=self.views[at, second])

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from robustood.detectors.base import Detector, Direction, Inputs, Labels, log_odds, to_uniform
+from robustood.detectors.base import Detector, Direction, Inputs, Labels
 from robustood.detectors.features import KNN, GradNorm, Mahalanobis, ReAct, ViM
 from robustood.detectors.outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
 
 __all__ = [
     "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "GradNorm", "Mahalanobis",
-    "MaxLogit", "ReAct", "RejectClass", "ViM", "log_odds", "post_hoc", "to_uniform",
+    "MaxLogit", "ReAct", "RejectClass", "ViM", "post_hoc",
 ]  # fmt: skip
 
 

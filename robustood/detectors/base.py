@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from robustood.inputs import check_choice, check_labels, check_model, entered, finite, pixels
 from robustood.models import check_finite, frozen, networks, read, slope, split, through
@@ -122,28 +121,6 @@ def signed(values: Tensor, direction: Direction) -> Tensor:
     """The values, or their negative where an attack lowers the score."""
     check_choice(direction, "direction", ("raise", "lower"))
     return values if direction == "raise" else -values
-
-
-def log_odds(z: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
-    r"""$\log \frac{p_t}{1 - p_t} = z_t - \mathrm{LSE}_{j \ne t}(z_j)$ of every class, without cancellation."""
-    if z.shape[1] < 2:
-        raise ValueError(
-            "log-odds compare a class with the others, but the model has one class alone"
-        )
-    top = one_hot(z.argmax(1), z.shape[1]).bool()
-    # 1 - p_t cancels for the largest alone; the others' p_t is at most 1/2.
-    p = z.softmax(1).masked_fill(top, 0)
-    rest = z.logsumexp(1, keepdim=True) + torch.log1p(-p)
-    rest_of_top = z.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)
-    return z - torch.where(top, rest_of_top, rest)
-
-
-def to_uniform(z: Float[Tensor, "batch classes"]) -> Values:
-    r"""$\ell_{OE} = \mathrm{LSE}(z) - \bar z$: the cross-entropy from the uniform distribution.
-
-    At least $\log K$, with equality where the softmax is uniform (Hendrycks et al. 2019, section 4.3).
-    """
-    return z.logsumexp(1) - z.mean(1)
 
 
 def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:

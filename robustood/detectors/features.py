@@ -19,12 +19,11 @@ from robustood.detectors.base import (
     Values,
     check_fit,
     downhill,
-    log_odds,
     signed,
-    to_uniform,
 )
 from robustood.detectors.gaussian import Gaussian, Moments
 from robustood.inputs import check_choice, check_count, check_number, finite
+from robustood.losses import log_odds, to_uniform
 
 
 class Mahalanobis(Detector):
@@ -359,7 +358,7 @@ class ReAct(Detector):
     def fit(self, x: Inputs, y: Labels | None = None) -> ReAct:
         """The quantile of all activations, up to a millionth of their range, in two passes."""
         check_fit(x, y, labelled=False)
-        features = lambda: (h.float() for h, _ in self.stream(self.features, x))  # noqa: E731
+        features = lambda: (h.float() for h, _ in self.stream(self.features, x))
         ends = torch.stack([torch.stack(h.aminmax()) for h in features()])
         low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
         bins, count = 2**20, torch.zeros(2**20, dtype=torch.float64)

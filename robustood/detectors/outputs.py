@@ -15,11 +15,10 @@ from robustood.detectors.base import (
     Inputs,
     Values,
     downhill,
-    log_odds,
     signed,
-    to_uniform,
 )
 from robustood.inputs import check_number, entered
+from robustood.losses import log_odds, to_uniform
 from robustood.models import declared, read, split
 
 

@@ -19,8 +19,8 @@ from robustood.evaluate.attack import (
     attack_in_turn,
     attack_score,
     mahalanobis_surrogate,
-    score_objectives,
     paper_attack,
+    score_objectives,
     surrogate,
 )
 from robustood.evaluate.report import (
@@ -33,6 +33,18 @@ from robustood.evaluate.report import (
 )
 
 __all__ = [
-    "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
-    "mahalanobis_surrogate", "measure", "score_objectives", "ood_report", "paper_attack", "scores", "surrogate",
+    "PAPERS",
+    "Protocol",
+    "Report",
+    "attack_in_turn",
+    "attack_score",
+    "epsilon_curve",
+    "four_sides",
+    "mahalanobis_surrogate",
+    "measure",
+    "ood_report",
+    "paper_attack",
+    "score_objectives",
+    "scores",
+    "surrogate",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import APGD, Ascent, Objective, Rule, maximise
-from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, to_uniform
+from robustood.attacks import APGD, Ascent, Objective, Rule, search
+from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
 from robustood.detectors.base import signed
 from robustood.inputs import (
     check_choice,
@@ -24,6 +24,7 @@ from robustood.inputs import (
     check_several,
     taken,
 )
+from robustood.losses import to_uniform
 from robustood.models import Watch, frozen, read, split
 from robustood.perturbations import PerturbationSet, as_set, per_sample
 
@@ -75,29 +76,29 @@ def attack_score(
     """
     check_detector(detector)
     within = as_set(within)
-    x = taken(x, getattr(within, "box", (0, 1)))
+    x = taken(x, within.box)
     check_choice(direction, "direction", ("raise", "lower"))
     check_generator(generator)
     batch_size = check_count(batch_size, "batch_size", low=1)
     if targets is not None:
         check_count(targets, "targets")
     generator = generator or torch.Generator(x.device).manual_seed(0)
-    search = partial(
-        maximise, within=within, steps=steps, restarts=restarts, step_size=step_size,
-        rule=rule or APGD(), generator=generator, checked=True,
+    worst = partial(
+        search, within=within, steps=steps, restarts=restarts, step_size=step_size,
+        rule=rule or APGD(), generator=generator,
     )  # fmt: skip
     watch = Watch()
     if not within.differentiable:  # nothing is climbed: one look at each member is enough
         climbed = watch.over(lambda v: signed(detector.score(v), direction))
         with torch.no_grad(), frozen(detector):
-            found = [search(climbed, v) for v in x.split(batch_size)]
+            found = [worst(climbed, v) for v in x.split(batch_size)]
         watch.close(hidden=False)
         return torch.cat(found)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
             climbed = score_objectives(detector, part, direction, targets)
-            moved = search([watch.over(each) for each in climbed], part)
+            moved = worst([watch.over(each) for each in climbed], part)
             with torch.no_grad():  # a failed search leaves the clean input
                 gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
             found.append(torch.where(per_sample(gained, part), moved, part))
@@ -203,15 +204,15 @@ def paper_attack(
     batch_size = check_count(batch_size, "batch_size", low=1)
     check_generator(generator)
     within = as_set(within)
-    x = taken(x, getattr(within, "box", (0, 1)))
+    x = taken(x, within.box)
     plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), Watch()
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            moved = maximise(
+            moved = search(
                 watch.over(climbed), part, within, steps=plan.steps, step_size=plan.share * within.radius,
-                restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator, checked=True,
+                restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator,
             )  # fmt: skip
             if plan.keep == "best":  # the clean image competes, and wins ties
                 with torch.no_grad():
@@ -248,7 +249,7 @@ def surrogate(
     if isinstance(detector, Mahalanobis) and detector.weight is not None:
         return lambda x: mahalanobis_surrogate(detector.plain(x), up)
     if up and paper == "aloe":
-        log_p = lambda x: detector.logits(x).log_softmax(1)  # noqa: E731
+        log_p = lambda x: detector.logits(x).log_softmax(1)
         return lambda x: ((p := log_p(x)).exp() * p).sum(1)
     sign = 1 if up else -1
     return lambda x: sign * to_uniform(detector.logits(x))

@@ -241,7 +241,7 @@ class Bench:
         if not self.x_out:
             raise ValueError("x_out is empty; pass at least one set of outliers, {name: images}")
         self.within = None if self.within is None else as_set(self.within)
-        box = getattr(self.within, "box", (0, 1))
+        box = (0, 1) if self.within is None else self.within.box
         self.x_in = taken(self.x_in, box, "x_in")
         self.x_out = {k: taken(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
         self.settings = {

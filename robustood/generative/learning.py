@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
-from robustood.data import Batch, Data, drawn
+from robustood import rng
+from robustood.data import Batch, Data
 from robustood.data.pairs import redrawn
 from robustood.generative.networks import Images, Values, divergence
 from robustood.inputs import check_choice, check_flag, check_number, check_several
@@ -96,6 +97,6 @@ class Resampled:
 
     def __call__(self, x: Images, generator: torch.Generator | None = None) -> Images:
         like = x.new_empty(len(x), self.generator.latent)
-        u = drawn(like, lambda u: u.normal_(generator=generator), generator)
+        u = rng.normal(like, generator)
         with torch.no_grad(), frozen(self.generator):
             return self.generator.generate(x, u)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
-from robustood.data import drawn
+from robustood import rng
 from robustood.inputs import check_counts, check_flag, check_shape
 from robustood.models import seeded
 from robustood.models.residual import activation, convolution
@@ -115,7 +115,7 @@ class ConditionalVAE(nn.Module):
     ) -> tuple[Images, Diagonal, Diagonal]:
         """A reconstruction of the target from one draw of z, and the laws q and p."""
         q = self.recognition(x, target)
-        noise = drawn(q.mean.detach(), lambda u: u.normal_(generator=generator), generator)
+        noise = rng.normal(q.mean.detach(), generator)
         return self.decode(x, q.at(noise)), q, self.prior(x)
 
 

@@ -14,19 +14,31 @@ from __future__ import annotations
 from robustood.perturbations.balls import L2, Ball, Linf, as_set
 from robustood.perturbations.base import (
     Inputs,
-    Drawable,
     PerturbationSet,
     Random,
     norms,
     per_sample,
-    places,
     sized,
 )
-from robustood.perturbations.finite import Corruption, FiniteSubset, Compose
+from robustood.perturbations.finite import Compose, Corruption, FiniteSubset
 from robustood.perturbations.latent import ImageGenerator, Latent
 from robustood.perturbations.spatial import Spatial
 
 __all__ = [
-    "L2", "Ball", "Inputs", "Corruption", "Drawable", "ImageGenerator", "Latent", "Linf", "FiniteSubset",
-    "PerturbationSet", "Random", "Spatial", "Compose", "as_set", "norms", "per_sample", "places", "sized",
+    "L2",
+    "Ball",
+    "Compose",
+    "Corruption",
+    "FiniteSubset",
+    "ImageGenerator",
+    "Inputs",
+    "Latent",
+    "Linf",
+    "PerturbationSet",
+    "Random",
+    "Spatial",
+    "as_set",
+    "norms",
+    "per_sample",
+    "sized",
 ]  # fmt: skip

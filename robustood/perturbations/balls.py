@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from robustood.data import drawn
+from robustood import rng
 from robustood.inputs import TOLERANCE, check_number
 from robustood.perturbations.base import (
     Inputs,
@@ -19,13 +18,12 @@ from robustood.perturbations.base import (
     check_box,
     norms,
     per_sample,
-    places,
     sized,
 )
 
 
 @dataclass(frozen=True)
-class Ball(ABC):
+class Ball(PerturbationSet):
     """Common part of the norm balls: $z = \\delta$, $\\mathrm{apply}(x, \\delta) = x + \\delta$.
 
     Attributes:
@@ -38,7 +36,6 @@ class Ball(ABC):
 
     eps: float
     box: tuple[float, float] | None = (0, 1)
-    differentiable = True
 
     def __post_init__(self) -> None:
         check_number(self.eps, "eps", 0, 1e6, "give a radius of at least 0, such as 8/255")
@@ -55,12 +52,6 @@ class Ball(ABC):
 
     def identity(self, x: Inputs) -> Inputs:
         return torch.zeros_like(x)
-
-    def initial_points(
-        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
-    ) -> Iterator[Inputs]:
-        for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.identity(x)
 
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Inputs:
         """A parameter drawn uniformly from the ball, then clipped to the box."""
@@ -116,7 +107,7 @@ class Linf(Ball):
 
     def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
         """Uniform in the cube."""
-        return drawn(x, lambda z: z.uniform_(-self.eps, self.eps, generator=generator), generator)
+        return rng.uniform(x, generator, -self.eps, self.eps)
 
     def shrink(self, z: Inputs) -> Inputs:
         return z.clamp_(-self.eps, self.eps)
@@ -148,8 +139,8 @@ class L2(Ball):
 
     def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
         """Uniform in the ball: a Gaussian direction with radius eps U^(1/n)."""
-        direction = drawn(x, lambda z: z.normal_(generator=generator), generator)
-        u = drawn(x.flatten(1)[:, 0], lambda u: u.uniform_(generator=generator), generator)
+        direction = rng.normal(x, generator)
+        u = rng.uniform(x.flatten(1)[:, 0], generator)
         length = self.eps * u ** (1 / x[0].numel()) / norms(direction).clamp_min(1e-12)
         return direction.mul_(per_sample(length, x))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from robustood.inputs import check_instance, check_number
@@ -15,59 +15,62 @@ from robustood.inputs import check_instance, check_number
 Inputs = Float[Tensor, "batch *shape"]
 
 
-@runtime_checkable
-class PerturbationSet(Protocol):
+class PerturbationSet(ABC):
     """What an attack needs to know about $S(x)$.
 
+    A set of your own derives from this class and has ``identity``, ``draw``, ``apply``, ``ascend`` and ``contains``.
+
     Attributes:
+        radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius / steps.
+        box: range of valid inputs, None for vectors without one.
         differentiable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
             searched by enumeration.
-        finite (optional): whether the starts are members that must all be judged; default: if
-            it is not differentiable.
-        box (optional): range of valid inputs, None for vectors without one; default (0, 1).
-        radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius /
-            steps.
     """
 
-    @property
-    def differentiable(self) -> bool: ...
-    @property
-    def radius(self) -> float: ...
+    radius: float = 1.0
+    box: tuple[float, float] | None = (0, 1)
+    differentiable: bool = True
 
-    def identity(self, x: Tensor) -> Tensor:
+    @property
+    def finite(self) -> bool:
+        """Whether the initial points are members that must all be judged."""
+        return not self.differentiable
+
+    @abstractmethod
+    def identity(self, x: Inputs) -> Tensor:
         """The parameter that leaves x as it is."""
-        ...
+
+    @abstractmethod
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Tensor:
+        """A parameter of the set drawn at random, one per sample."""
 
     def initial_points(
-        self, x: Tensor, restarts: int, generator: torch.Generator | None
+        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Yield parameters to start from.
+        """Yield parameters to start from, as many as restarts; more restarts only add to fewer.
 
-        A continuous set yields ``restarts``: the first at random, the second the identity, where a search
-        often ends elsewhere, the others at random; for 0, the identity alone. A finite set
-        yields all its members, the identity first.
+        The first is random, the second the identity, where a search often ends elsewhere, the others are random;
+        for 0, the identity alone. A finite set yields all its members, the identity first.
         """
-        ...
+        for place in range(max(restarts, 1)):
+            random = place != 1 and restarts
+            yield self.draw(x, generator) if random else self.identity(x)
 
-    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+    @abstractmethod
+    def apply(self, x: Inputs, z: Tensor) -> Inputs:
         """The perturbed inputs, differentiable in z where the set is differentiable."""
-        ...
 
-    def ascend(self, x: Tensor, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
-        """One step of steepest ascent in the set's own norm, or one a sample (batch,), then projection."""
-        ...
+    @abstractmethod
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+        """Take one step of steepest ascent in the set's own norm, then project.
 
-    def contains(self, x: Tensor, z: Tensor) -> Tensor:
-        """Which parameters are allowed, up to rounding: (batch,) bool."""
-        ...
+        Args:
+            step_size: one number, or one per sample (batch,).
+        """
 
-
-class Drawable(PerturbationSet, Protocol):
-    """A set that can be sampled."""
-
-    def draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A parameter of the set drawn at random, one a sample."""
-        ...
+    @abstractmethod
+    def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
+        """Which parameters are allowed, up to rounding."""
 
 
 SUCH_AS = "a perturbation set, such as Linf(8/255)"
@@ -105,27 +108,18 @@ def sized(step_size: float | Tensor, like: Inputs) -> float | Tensor:
     return per_sample(step_size, like) if isinstance(step_size, Tensor) else step_size
 
 
-def places(restarts: int) -> list[str]:
-    """Where a continuous set is entered: more restarts only add to fewer."""
-    return ["random", "identity", *["random"] * (restarts - 2)][:restarts] or ["identity"]
-
-
 @dataclass(frozen=True)
 class Random:
     """Perturb each input by a random member of a set: augmentation, or the partners of pairs.
 
     Attributes:
-        within: a set that can ``draw(x, generator)`` a parameter.
+        within: the set, such as ``Spatial(30, 1)``.
     """
 
-    within: Drawable
+    within: PerturbationSet
 
     def __post_init__(self) -> None:
         check_set(self.within, "within")
-        if not hasattr(self.within, "draw"):
-            raise ValueError(
-                f"within must be a set that can draw(x, generator), got {type(self.within).__name__}"
-            )
 
     def __call__(self, x: Inputs, generator: torch.Generator | None = None) -> Inputs:
         with torch.no_grad():

@@ -7,18 +7,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from robustood import rng
 from robustood.corruptions import NAMES, corrupt
-from robustood.data import each
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
 from robustood.perturbations.base import Inputs, PerturbationSet, check_set
 
 
+class FiniteSet(PerturbationSet):
+    """A set that is searched through all its members; nothing is climbed."""
+
+    radius = 0.0
+    differentiable = False
+
+    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
+        return z
+
+
 @dataclass(frozen=True)
-class FiniteSubset:
-    """A finite part of another set: its starts are all its members, the identity first.
+class FiniteSubset(FiniteSet):
+    """A finite part of another set: the identity and some more of its members.
 
     Attributes:
         parent: the set that makes images of parameters.
@@ -27,15 +37,22 @@ class FiniteSubset:
 
     parent: PerturbationSet
     points: Tensor
-    differentiable = False
-    radius = 0.0
 
     @property
     def box(self) -> tuple[float, float] | None:
-        return getattr(self.parent, "box", (0, 1))
+        return self.parent.box
 
     def identity(self, x: Inputs) -> Tensor:
         return self.parent.identity(x)
+
+    def members(self, x: Inputs) -> Tensor:
+        """The identity of one sample, then the points: (1 + members, ...)."""
+        return torch.cat([self.identity(x[:1]), self.points.to(x)])
+
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Tensor:
+        """One of the members, the identity among them."""
+        members = self.members(x)
+        return members[rng.integers(0, len(members), x, generator)]
 
     def initial_points(
         self, x: Inputs, restarts: int = 0, generator: torch.Generator | None = None
@@ -48,22 +65,14 @@ class FiniteSubset:
     def apply(self, x: Inputs, z: Tensor) -> Inputs:
         return self.parent.apply(x, z)
 
-    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
-        return z
-
     def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
-        points = torch.cat([self.identity(x[:1]), self.points.to(x)]).flatten(1)
-        return torch.cdist(z.flatten(1), points, p=torch.inf).amin(1) <= TOLERANCE
-
-
-def lots(high: int, x: Inputs, generator: torch.Generator | None) -> Int[Tensor, " batch"]:
-    """A whole number below ``high`` for each sample."""
-    draw = lambda n: torch.randint(high, (n,), generator=generator, device=x.device)  # noqa: E731
-    return each(draw, len(x), generator)
+        return (
+            torch.cdist(z.flatten(1), self.members(x).flatten(1), p=torch.inf).amin(1) <= TOLERANCE
+        )
 
 
 @dataclass(frozen=True)
-class Corruption:
+class Corruption(FiniteSet):
     """The clean image and its common corruptions (Hendrycks and Dietterich 2019), a finite set.
 
     A parameter is $z = (c, s, r)$: 0 for the clean image or the corruption's place in ``names``
@@ -79,8 +88,6 @@ class Corruption:
 
     names: Sequence[str] = NAMES
     severities: Sequence[int] = (1, 2, 3, 4, 5)
-    differentiable = False
-    radius = 0.0
 
     def __post_init__(self) -> None:
         check_several(self.names, "names", "corruptions")
@@ -101,17 +108,19 @@ class Corruption:
         z = self.identity(x)
         yield z
         for place, severity in itertools.product(range(len(self.names)), self.severities):
-            seeds = lots(2**24, x, generator)  # exact in float32
+            seeds = rng.integers(0, 2**24, x, generator)  # exact in float32
             where = torch.tensor([place + 1, severity], device=x.device).expand(len(x), 2)
             yield torch.cat([where, seeds[:, None]], 1).to(z)
 
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Float[Tensor, "batch 3"]:
         """A corruption and a severity drawn uniformly, never the clean image."""
-        place = 1 + lots(len(self.names), x, generator)
+        place = 1 + rng.integers(0, len(self.names), x, generator)
         severity = torch.tensor(self.severities, device=x.device)[
-            lots(len(self.severities), x, generator)
+            rng.integers(0, len(self.severities), x, generator)
         ]
-        return torch.stack([place, severity, lots(2**24, x, generator)], 1).to(self.identity(x))
+        return torch.stack([place, severity, rng.integers(0, 2**24, x, generator)], 1).to(
+            self.identity(x)
+        )
 
     def apply(self, x: Inputs, z: Float[Tensor, "batch 3"]) -> Inputs:
         moved = x.detach().clone()
@@ -123,9 +132,6 @@ class Corruption:
                 moved[chosen] = corrupt(moved[chosen], self.names[place - 1], severity, seeds)
         return moved
 
-    def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
-        return z
-
     def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
         severities = z.new_tensor([float(s) for s in self.severities])
         named = (z[:, 0] >= 1) & (z[:, 0] <= len(self.names)) & (z[:, 0] == z[:, 0].round())
@@ -133,7 +139,7 @@ class Corruption:
 
 
 @dataclass(frozen=True)
-class Compose:
+class Compose(PerturbationSet):
     r"""First one set, then another around its result: $\{b(a(x, z_a), z_b)\}$.
 
     The parameters stand side by side, flattened, in one tensor. A finite first set is searched
@@ -147,7 +153,6 @@ class Compose:
 
     first: PerturbationSet
     second: PerturbationSet
-    radius = 1.0
 
     def __post_init__(self) -> None:
         check_set(self.first, "first")
@@ -160,11 +165,11 @@ class Compose:
     @property
     def finite(self) -> bool:
         """One of the two has members that must all be judged."""
-        return any(getattr(s, "finite", not s.differentiable) for s in (self.first, self.second))
+        return self.first.finite or self.second.finite
 
     @property
     def box(self) -> tuple[float, float] | None:
-        return getattr(self.first, "box", (0, 1))
+        return self.first.box
 
     def identity(self, x: Inputs) -> Float[Tensor, "batch numbers"]:
         return torch.cat([self.first.identity(x).flatten(1), self.second.identity(x).flatten(1)], 1)
@@ -176,6 +181,12 @@ class Compose:
         for z in self.first.initial_points(x, restarts, generator):
             for further in self.second.initial_points(self.first.apply(x, z), each, generator):
                 yield torch.cat([z.flatten(1), further.flatten(1)], 1)
+
+    def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of the first set, then one of the second around its result."""
+        a = self.first.draw(x, generator)
+        b = self.second.draw(self.first.apply(x, a), generator)
+        return torch.cat([a.flatten(1), b.flatten(1)], 1)
 
     def split(self, x: Inputs, z: Tensor) -> tuple[Tensor, Tensor]:
         """The two sets' own parameters."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -11,11 +10,11 @@ from jaxtyping import Bool, Float
 from scipy.special import gammainc, gammaincinv
 from torch import Tensor
 
-from robustood.data import drawn
+from robustood import rng
 from robustood.inputs import TOLERANCE, check_instance, check_number
 from robustood.models import frozen
 from robustood.perturbations.balls import L2
-from robustood.perturbations.base import Inputs, check_box, norms, places
+from robustood.perturbations.base import Inputs, PerturbationSet, check_box, norms
 
 Latents = Float[Tensor, "batch latent"]
 
@@ -43,7 +42,7 @@ def check_maker(generator: object) -> None:
 
 
 @dataclass(frozen=True)
-class Latent:
+class Latent(PerturbationSet):
     r"""$\{g(x, u) : \|u\|_2 \le \varepsilon\}$ with a learned generator $g$ (Wong and Kolter 2021, section 2).
 
     For a conditional variational autoencoder $g(x, u)$ decodes $z = \mu(x) + \sigma(x) \odot u$, so
@@ -64,7 +63,6 @@ class Latent:
     generator: ImageGenerator = field(repr=False)
     radius: float
     box: tuple[float, float] | None = (0, 1)
-    differentiable = True
 
     def __post_init__(self) -> None:
         check_number(self.radius, "radius", 0, 1e6, "give it in standard deviations of the prior")
@@ -83,13 +81,6 @@ class Latent:
 
     def identity(self, x: Inputs) -> Latents:
         return x.new_zeros(len(x), self.generator.latent)
-
-    def initial_points(
-        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
-    ) -> Iterator[Latents]:
-        """Random ones have a uniform direction and a length uniform in [0, radius]."""
-        for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.identity(x)
 
     def apply(self, x: Inputs, z: Latents) -> Inputs:
         with frozen(self.generator):
@@ -129,11 +120,11 @@ class Latent:
     def shares(self, x: Inputs, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
         """Numbers uniform in [0, 1], one a sample."""
         first = x.flatten(1)[:, 0]
-        return drawn(first, lambda u: u.uniform_(generator=generator), generator)
+        return rng.uniform(first, generator)
 
     def directed(
         self, x: Inputs, length: Float[Tensor, " batch"], generator: torch.Generator | None
     ) -> Latents:
         """Rows of these lengths in uniform directions."""
-        way = drawn(self.identity(x), lambda u: u.normal_(generator=generator), generator)
+        way = rng.normal(self.identity(x), generator)
         return way * (length / norms(way).clamp_min(1e-12))[:, None]

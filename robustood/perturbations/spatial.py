@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from robustood.data import drawn
+from robustood import rng
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
-from robustood.perturbations.base import Inputs, places, sized
+from robustood.perturbations.base import Inputs, PerturbationSet, sized
 from robustood.perturbations.finite import FiniteSubset
 
 
 @dataclass(frozen=True)
-class Spatial:
+class Spatial(PerturbationSet):
     r"""Rotation, shift and change of size, by resampling the image (Engstrom et al. 2019).
 
     $z = (z_1, .., z_4) \in [-1, 1]^4$ counts in units of the ranges: the angle is $z_1$
@@ -41,8 +41,6 @@ class Spatial:
     translation: float = 0.0
     scale: float = 0.0
     fill: str = "zeros"
-    differentiable = True
-    radius = 1.0
 
     def __post_init__(self) -> None:
         check_number(self.rotation, "rotation", 0, 180, "give the largest angle in degrees")
@@ -59,16 +57,9 @@ class Spatial:
     def identity(self, x: Inputs) -> Float[Tensor, "batch 4"]:
         return x.new_zeros(len(x), 4)
 
-    def initial_points(
-        self, x: Inputs, restarts: int, generator: torch.Generator | None = None
-    ) -> Iterator[Float[Tensor, "batch 4"]]:
-        """Uniform in the ranges."""
-        for place in places(restarts):
-            yield self.draw(x, generator) if place == "random" else self.identity(x)
-
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Float[Tensor, "batch 4"]:
         """A parameter drawn uniformly from the ranges."""
-        z = drawn(self.identity(x), lambda z: z.uniform_(-1, 1, generator=generator), generator)
+        z = rng.uniform(self.identity(x), generator, -1, 1)
         return self.project(x, z)
 
     def apply(self, x: Inputs, z: Float[Tensor, "batch 4"]) -> Inputs:

@@ -15,6 +15,7 @@ from torch import nn
 
 from robustood import generative, models, objectives
 from robustood.inputs import suggest
+from robustood.losses import to_reject
 from robustood.objectives import Objective, OutlierTraining
 from robustood.recipes.reading import (
     AtLeastZero,
@@ -342,4 +343,4 @@ def uses_outliers(rule: Objective) -> bool:
 
 def needs_reject(rule: Objective) -> bool:
     """Whether a training rule needs an output that rejects."""
-    return isinstance(rule, OutlierTraining) and rule.outlier_loss is objectives.to_reject
+    return isinstance(rule, OutlierTraining) and rule.outlier_loss is to_reject

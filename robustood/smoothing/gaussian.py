@@ -26,8 +26,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from robustood import inputs
-from robustood.data import drawn
+from robustood import inputs, rng
 from robustood.inputs import check_count, check_labels, check_number, check_values, taken
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
 from robustood.models import declared, frozen, read, reading
@@ -60,8 +59,7 @@ class Noise:
     def __post_init__(self) -> None:
         check_number(self.sigma, "sigma", 0, 1e6)
         object.__setattr__(self, "within", as_set(self.within))
-        finite = getattr(self.within, "finite", not self.within.differentiable)
-        if isinstance(self.within, Linf) or finite:
+        if isinstance(self.within, Linf) or self.within.finite:
             raise ValueError(
                 f"within must have Euclidean parameters, such as L2(0.5), got {self.within!r}; "
                 "Gaussian noise says nothing about other norms"
@@ -72,7 +70,7 @@ class Noise:
     ) -> Tensor:
         """One noisy copy of each input, around the parameters z (default: of x itself)."""
         z = self.within.identity(x) if z is None else z
-        nu = drawn(z, lambda v: v.normal_(generator=generator), generator)
+        nu = rng.normal(z, generator)
         return self.within.apply(x, z + self.sigma * nu)
 
     def total(
@@ -85,7 +83,7 @@ class Noise:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
-        x = taken(x, getattr(self.within, "box", (0, 1)))
+        x = taken(x, self.within.box)
         n, batch_size = check_count(n, "n", low=1), check_count(batch_size, "batch_size", low=1)
         inputs.check_generator(generator)
         if z is not None:
@@ -191,7 +189,7 @@ def certify(
     check_alpha(alpha)
     inputs.check_model(model)
     inputs.check_generator(generator)
-    x = taken(x, getattr(Noise(within, sigma).within, "box", (0, 1)))
+    x = taken(x, Noise(within, sigma).within.box)
     check_count(n0, "n0", low=1)
     check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)

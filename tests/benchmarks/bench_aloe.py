@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from robustood import engine, models
 from robustood.data import Batch
-from robustood.detectors import to_uniform
+from robustood.losses import to_uniform
 from robustood.objectives import ALOE
 
 PAIRS, EPS, STEPS = 15, 1 / 255, 2

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robustood import attacks
+from robustood import attacks, losses
 from robustood.attacks import fgsm, pgd, robust_accuracy
 from robustood.data import digits
 from robustood.models import small_cnn
@@ -190,21 +190,21 @@ def test_apgd_agrees_with_apgd(torchattacks, robust, book, norm, within):
 def test_dlr_agrees_with_apgd(torchattacks, net, logits):
     z, y = logits
     theirs = torchattacks.APGD(net, loss="dlr").dlr_loss(z, y)
-    torch.testing.assert_close(attacks.dlr(z, y), theirs, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(losses.dlr(z, y), theirs, atol=1e-12, rtol=1e-9)
 
 
 def test_the_margin_agrees_with_carlini_and_wagner(torchattacks, net, logits):
     z, y = logits
     z = z - z.min() + 1  # theirs masks by multiplying with zero: right for positive logits only
     theirs = torchattacks.CW(net, kappa=1e6).f(z, y)
-    torch.testing.assert_close(attacks.margin(z, y), -theirs.to(z.dtype), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(losses.margin(z, y), -theirs.to(z.dtype), atol=1e-5, rtol=1e-6)
 
 
 def test_cross_entropy_agrees_with_pytorch(logits):
     z, y = logits
-    torch.testing.assert_close(attacks.cross_entropy(z, y), cross_entropy(z, y, reduction="none"))
+    torch.testing.assert_close(losses.cross_entropy(z, y), cross_entropy(z, y, reduction="none"))
     by_hand = z.exp().sum(1).log() - z[torch.arange(len(y)), y]
-    torch.testing.assert_close(attacks.cross_entropy(z, y), by_hand, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(losses.cross_entropy(z, y), by_hand, atol=1e-9, rtol=1e-9)
 
 
 def test_their_margin_attack_finds_no_more_than_ours(torchattacks, robust, book):

@@ -1,0 +1,25 @@
+r"""Find the worst case: maximise an objective over a perturbation set.
+
+$$\max_{z \in Z}\; J(\mathrm{apply}(x, z))$$
+
+There is one loop, :func:`maximise`. What differs between attacks is data: the objective, the
+set, the number of steps and the rule that proposes the next point. FGSM (Goodfellow et al.
+2015) is one step of length eps from the clean image; PGD (Madry et al. 2018, section 2.1) is
+several from a random start.
+
+An attack needs per-sample values and the gradient with respect to the input, nothing else:
+parameters, their ``.grad``, buffers, train/eval mode and the global random state stay as they
+are. Losses are summed over the batch, never averaged, so that one sample's step does not depend
+on its companions.
+"""
+
+from __future__ import annotations
+
+from robustood.attacks.classifier import fgsm, pgd, robust_accuracy
+from robustood.attacks.loop import Objective, ascent, climb_at, maximise, search, value_and_grad
+from robustood.attacks.rules import APGD, Ascent, Rule
+
+__all__ = [
+    "APGD", "Ascent", "Objective", "Rule", "ascent", "climb_at", "fgsm", "maximise", "pgd",
+    "robust_accuracy", "search", "value_and_grad",
+]  # fmt: skip

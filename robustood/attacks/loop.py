@@ -1,0 +1,209 @@
+"""The one loop: climb from each start, keep the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from robustood import inputs
+from robustood.attacks.rules import Ascent, Rule
+from robustood.inputs import check_choice, check_count, check_number, taken
+from robustood.models import slope
+from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
+
+__all__ = [
+    "Best",
+    "Climb",
+    "Objective",
+    "ascent",
+    "climb_at",
+    "maximise",
+    "search",
+    "value_and_grad",
+]
+
+Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+Climb = Callable[..., tuple[Tensor, Tensor]]
+Gradient = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def maximise(
+    objective: Objective | Sequence[Objective],
+    x: Inputs,
+    within: PerturbationSet | float,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    rule: Rule | None = None,
+    keep: Literal["best", "last"] = "best",
+    generator: torch.Generator | None = None,
+) -> Inputs:
+    """Search ``within`` for the perturbed input with the highest objective, for each sample.
+
+    ``keep="last"`` returns the last iterate of the last restart and costs exactly ``steps``
+    forwards and input-only backwards a restart. ``keep="best"`` returns the best of all
+    iterates, start and end included, and costs one forward more a restart. A finite set is
+    searched through its members, and the best is kept.
+
+    Args:
+        objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
+            gradient of the first, keep the best by the second. A sequence of objectives is
+            climbed one after the other, from starts of its own each, and judged together.
+            The model inside keeps its mode: call this within
+            :func:`~robustood.models.frozen`.
+        x: clean inputs (batch, ...).
+        within: the perturbation set; a number means ``Linf(number)``.
+        steps: number of steps; 0 judges the starts alone.
+        step_size: in the unit of ``within.radius``; default the rule's own.
+        restarts: number of starts: the first at random, the second x itself, the others at
+            random; 0 starts from x alone.
+        rule: proposes the next point; default :class:`Ascent`.
+        generator: source of the random starts, on the device of x; default: a fresh one with
+            seed 0.
+
+    Returns:
+        Perturbed inputs, same shape, dtype and device as x, detached.
+
+    Raises:
+        ValueError: for empty input, NaN, values outside the set's box, negative steps, restarts
+            or step size.
+    """
+    within = as_set(within)
+    return search(
+        objective, taken(x, within.box), within, steps=steps, step_size=step_size,
+        restarts=restarts, rule=rule, keep=keep, generator=generator,
+    )  # fmt: skip
+
+
+def search(
+    objective: Objective | Sequence[Objective],
+    x: Inputs,
+    within: PerturbationSet,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    rule: Rule | None = None,
+    keep: Literal["best", "last"] = "best",
+    generator: torch.Generator | None = None,
+    parts: Sequence[int] | None = None,
+    climb: Climb | None = None,
+) -> Inputs:
+    """:func:`maximise` for inputs whose values were checked; it never waits for the device.
+
+    Args:
+        parts: sizes of the batches that x was put together from; each gets random starts of its own,
+            as if it came alone.
+        climb: how to climb from one start; default :func:`ascent`, which an engine may compile.
+    """
+    steps, restarts = check_count(steps, "steps"), check_count(restarts, "restarts")
+    check_choice(keep, "keep", ("best", "last"))
+    if step_size is not None:
+        check_number(step_size, "step_size", 0)
+    rule, climb = rule or Ascent(), climb or ascent
+    inputs.check_instance(rule, "rule", Rule, "a rule such as Ascent() or APGD()")
+    inputs.check_generator(generator)
+    objectives = objective if isinstance(objective, Sequence) else [objective]
+    for each in objectives:
+        inputs.check_callable(each, "objective", "objective(x)")
+    steps = steps if within.differentiable else 0
+    best_of = keep == "best" or within.finite
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x.detach()
+        best = Best(x)
+        for climbed in objectives:
+            whole = [
+                within.initial_points(v, restarts, generator) for v in x.split(parts or [len(x)])
+            ]
+            for z in map(torch.cat, zip(*whole, strict=True)):
+                found = climb(climbed, x, z, within, rule, steps, step_size, best_of)
+                if best_of:
+                    best.update(*found)
+                else:
+                    best.inputs = found[0]
+    return best.inputs.detach()
+
+
+def ascent(
+    objective: Objective,
+    x: Tensor,
+    z: Tensor,
+    within: PerturbationSet,
+    rule: Rule,
+    steps: int,
+    step_size: float | None,
+    best_of: bool,
+    gradient: Gradient | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Climb from one start: evaluate, keep, propose. Returns inputs and what they are judged by.
+
+    A function of tensors without host synchronisation, so that it can be compiled as one graph;
+    ``gradient`` is then what a compiler can trace in place of :func:`value_and_grad`.
+    """
+    gradient = gradient or value_and_grad
+    best, propose = Best(x), rule.begin(x, within, steps, step_size)
+    for _ in range(steps):
+        moved, climb, judge, grad = gradient(objective, x, z, within)
+        if best_of:
+            best.update(moved, judge)
+        z = propose(z, climb, grad)
+    moved = within.apply(x, z)
+    if not best_of:
+        return moved, moved.new_empty(0)
+    with torch.no_grad():
+        best.update(moved, pair(objective(moved.clone()), len(x))[1])
+    return best.inputs, cast(Tensor, best.values)
+
+
+def value_and_grad(
+    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input that z makes, what to climb, what to judge by, and the gradient of the climb in z."""
+
+    z = z.detach().requires_grad_()
+    value, (moved, climb, judge) = climb_at(objective, x, z, within)
+    grad = slope(value, z)
+    return moved.detach(), climb.detach(), judge.detach(), grad
+
+
+def climb_at(
+    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The sum over the batch of what to climb, and with it the inputs, the climb and the judge."""
+    moved = within.apply(x, z)
+    climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite what it gets
+    return climb.sum(), (moved, climb, judge)
+
+
+def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:
+    """What to climb and what to judge by; one tensor serves as both."""
+    climb, judge = values if isinstance(values, tuple) else (values, values)
+    for given in (climb, judge):
+        if given.shape != (samples,):
+            raise ValueError(
+                f"objective must return one value a sample, shape ({samples},), got "
+                f"{tuple(given.shape)}; do not average over the batch"
+            )
+    return climb, judge
+
+
+class Best:
+    """The best input so far, per sample. NaN never wins; no host synchronisation."""
+
+    def __init__(self, x: Tensor):
+        self.inputs = x
+        self.values: Tensor | None = None
+
+    def update(self, inputs: Tensor, values: Tensor) -> None:
+        inputs, values = inputs.detach(), values.detach()
+        if self.values is None:
+            self.inputs, self.values = inputs, values.masked_fill(values.isnan(), -torch.inf)
+            return
+        better = values > self.values
+        self.inputs = torch.where(per_sample(better, inputs), inputs, self.inputs)
+        self.values = torch.where(better, values, self.values)

@@ -20,7 +20,7 @@ from robustood.inputs import check_choice, check_path, check_text, suggest
 
 __all__ = ["check_whole", "find", "names", "read_run", "restore", "result", "save", "scores"]
 
-Json = dict[str, Any]
+Json = dict[str, Any]  # what a JSON file holds
 Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
 HERE = Path(__file__).parent
 FOLDERS = (HERE.parent / "data", HERE / "shipped")  # in a checkout; in an installed package

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from robustood import artefacts, tables
-from robustood.artefacts import Scores
+from robustood.artefacts import Json, Scores
 from robustood.checkpoints import read_json
 from robustood.inputs import (
     check_flag,
@@ -23,7 +22,7 @@ from robustood.metrics import Estimate
 
 __all__ = ["load", "pooled", "table"]
 
-Run = dict[str, Any]
+Run = Json
 DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
 COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",

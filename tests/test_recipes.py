@@ -4,6 +4,7 @@ import doctest
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -188,6 +189,19 @@ def test_later_bases_win_and_the_file_itself_last(tmp_path):
     changed = read(own, ["training.lr=0.25", "training.lr=0.5", "data.ood=['textures']"])
     assert changed.settings.training.lr == 0.5
     assert changed.settings.data.ood == ["textures"]
+
+
+def test_a_file_may_extend_parts_and_what_holds_among_them(tmp_path):
+    """The example of the page on recipes; and ATOM's rate, which falls in steps at the scale of the papers."""
+    page = Path(__file__).parents[1] / "book" / "recipes.md"
+    example = page.read_text("utf-8").split("```toml\n")[1].split("```")[0]
+    wider = read(write(tmp_path, "wider", example)).settings
+    assert wider == read("aloe_cifar10_fast", ["objective.within=2/255"]).settings
+    bases = ["sets/cifar100", "plans/atom", "scales/paper", "methods/atom"]
+    atom = read(write(tmp_path, "own", f"extends = {bases}")).settings
+    assert atom == read("atom_cifar100_paper").settings and atom.training.milestones
+    alone = read(write(tmp_path, "alone", f"extends = {[bases[0], *bases[2:]]}")).settings
+    assert alone.training.milestones == [] and alone.objective.q == 0.5
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):

@@ -14,10 +14,10 @@ recipes of the papers and their smaller versions are products of a method, a set
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from robustood.artefacts import Json
 from robustood.recipes import learned_sets, reports
 from robustood.recipes.composing import names, plans, read
 from robustood.recipes.images import Root, data
@@ -34,7 +34,7 @@ def evaluate(
     *,
     root: Root = None,
     tell: Tell = silent,
-) -> dict[str, Any]:
+) -> Json:
     """Measure the weights in a run's folder: a classifier, or a learned perturbation set.
 
     Args:

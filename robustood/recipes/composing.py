@@ -18,7 +18,6 @@ from robustood.inputs import check_path, check_several, check_text, suggest
 from robustood.recipes.reading import Table
 from robustood.recipes.recipe import SECTIONS, Recipe, settings
 
-FOLDER = Path(__file__).parent
 KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
 
 
@@ -45,9 +44,12 @@ def products() -> dict[str, Table]:
         own = load(f"methods/{method}")
         if f"{images}_{scale}" not in own.get("without", []):
             chosen = zip(KINDS, (images, own["plan"], scale, method))
-            bases = [f"{kind}/{name}" for kind, name in chosen]
-            said = (load(bases[at])["about"] for at in (3, 0, 2))
-            found[f"{method}_{images}_{scale}"] = {"about": ", ".join(said), "extends": bases}
+            bases = {kind: f"{kind}/{name}" for kind, name in chosen}
+            about = (load(bases[kind])["about"] for kind in ("methods", "sets", "scales"))
+            found[f"{method}_{images}_{scale}"] = {
+                "about": ", ".join(about),
+                "extends": list(bases.values()),
+            }
     return found
 
 

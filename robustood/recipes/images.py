@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from robustood import data as sets
+from robustood.artefacts import Json
 from robustood.data import LEARNED, Data, Loaded, Pairs, Split, corrupted, digest, perturbed
 from robustood.objectives import OutlierTraining
 from robustood.perturbations import Random, Spatial
 from robustood.recipes.recipe import Images, Recipe, uses_outliers
 
+__all__ = ["Card", "Root", "card", "classes", "data", "divided", "everywhere", "paired_images", "pairs", "passed",
+           "plain", "to_test", "to_train"]  # fmt: skip
+
 Root = str | Path | None
-Card = dict[str, Any]  # what a record says of a set of images
+Card = Json  # what a record says of a set of images
 S = TypeVar("S", bound=Split)
 PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
 RTS = Spatial(rotation=45, translation=7, scale=0.3)  # of Wong and Kolter (2021), section 6

@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustood import data as sets
 from robustood import generative
+from robustood.artefacts import Json
 from robustood.checkpoints import write_whole
 from robustood.data import HELD_OUT, LEARNED, Pairs, Split, pixels
 from robustood.recipes.images import Root, card, paired_images, pairs, plain
 from robustood.recipes.recipe import Recipe, Settings
 from robustood.recipes.runs import origin, trained
+
+__all__ = ["measure"]
 
 
 def measure(
@@ -27,7 +29,7 @@ def measure(
     device: torch.device | str | None,
     root: Root,
     tell: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Json:
     """Measure a learned set: radii from validation pairs, the six metrics on test pairs at the largest.
 
     Writes ``report.json``. A set learned from corruptions is also measured on pairs of held-out corruptions, one
@@ -41,7 +43,7 @@ def measure(
     val = pairs(want.pairs, paired_images(recipe, root)[1], settings.training.seed + 1)
     tell("radii of the validation pairs")
     found = generative.radii(model, *both(val, device))
-    report: dict[str, Any] = {
+    report: Json = {
         **origin(recipe, written, device),
         "data": {"test": card(want.test, test)},
         "radii": asdict(found),
@@ -73,7 +75,7 @@ def measured(
     radius: float,
     settings: Settings,
     device: torch.device,
-) -> dict[str, Any]:
+) -> Json:
     """The six metrics on pairs, and what doing nothing would cost."""
     x, y = both(test, device)
     distance = settings.objective.distance or "squared error"

@@ -29,6 +29,8 @@ from robustood.inputs import (
     suggest,
 )
 
+__all__ = ["AtLeastZero", "Bounds", "Count", "Positive", "Share", "Table", "Value", "checked"]
+
 Value = Any  # what TOML can hold
 Table = dict[str, Value]
 FRACTION = 'a fraction is a text such as "8/255"'

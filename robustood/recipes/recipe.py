@@ -27,6 +27,9 @@ from robustood.recipes.reading import (
     checked,
 )
 
+__all__ = ["METHODS", "SECTIONS", "Attack", "Detector", "Evaluation", "Images", "Method", "Recipe", "Settings",
+           "Training", "needs_reject", "settings", "uses_outliers"]  # fmt: skip
+
 Network = Table  # its name, and the arguments that are not left to their defaults
 Detector = Literal[
     "MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",

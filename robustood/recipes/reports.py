@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustood import detectors
+from robustood.artefacts import Json
 from robustood.attacks import pgd
 from robustood.checkpoints import write_json, write_whole
 from robustood.data import Split, counted_as, load, pixels
@@ -38,18 +39,20 @@ from robustood.recipes.images import Root, classes, divided, everywhere, passed,
 from robustood.recipes.recipe import Evaluation, Recipe
 from robustood.recipes.runs import Tell, accuracy, origin, trained
 
+__all__ = ["fitted", "measure", "pick"]
+
 Outside = dict[str, Tensor]
 CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
 # Settings of one attack, or of which are asked at all: the scores of the others stay what they are.
 ASKED = {
     "detectors", "attacks", "side", "eps", "paper", "steps", "restarts", "targets", "curve", "pgd_steps",
 }  # fmt: skip
-STRONG: dict[str, Any] = {"steps": 100, "restarts": 5, "targets": None}  # every class
+STRONG: Json = {"steps": 100, "restarts": 5, "targets": None}  # every class
 
 
 def measure(
     recipe: Recipe, folder: Path, device: torch.device | str | None, root: Root, tell: Tell
-) -> dict[str, Any]:
+) -> Json:
     """Measure a classifier; a stopped evaluation goes on where it was.
 
     Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, means over the
@@ -117,9 +120,9 @@ def along(
     want: Evaluation,
     notes: Path,
     tell: Tell,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Rows of one detector along the curve of radii, adaptively attacked on the recipe's side."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     name = type(measured).__name__
     how = settings_of(want, "steps", "restarts", "targets", "batch_size")
     for each, x in outside.items() if want.curve else ():
@@ -132,7 +135,7 @@ def along(
     return rows
 
 
-def settings_of(want: Evaluation, *keys: str) -> dict[str, Any]:
+def settings_of(want: Evaluation, *keys: str) -> Json:
     """Some settings, as keywords of an attack."""
     return {key: getattr(want, key) for key in keys}
 
@@ -157,9 +160,7 @@ def pick(split: Split, n: int) -> Split:
     return Split(split.x, split.y)[chosen.sort().values]
 
 
-def accuracies(
-    model: nn.Module, test: Split, inside: Split, want: Evaluation, tell: Tell
-) -> dict[str, Any]:
+def accuracies(model: nn.Module, test: Split, inside: Split, want: Evaluation, tell: Tell) -> Json:
     """Clean on all test images, and on some of them after an attack on the classes, along the curve too."""
     tell("accuracy")
 
@@ -205,7 +206,7 @@ def attacked(
         return [ood_report(measured, inside, outside, batch_size=size, run_dir=notes / name)]
     within: PerturbationSet = Linf(want.eps)
     by: Callable[..., Tensor] = attack_score
-    how: dict[str, Any] = settings_of(want, "steps", "restarts", "targets")
+    how: Json = settings_of(want, "steps", "restarts", "targets")
     if attack == "strong":
         how = STRONG
     elif attack == "corruption":
@@ -236,13 +237,13 @@ def after_corruption(
     return attack(detector, attack_score(detector, x, CORRUPTIONS, **start), within, **how)
 
 
-def rows_of(report: Report, name: str, attack: str, seen: str) -> list[dict[str, Any]]:
+def rows_of(report: Report, name: str, attack: str, seen: str) -> list[Json]:
     """The rows of a report as they go into a file."""
     start = {"detector": name, "attack": attack, "side": report.settings["side"]}
     return [{**start, "seen": row["set"] == seen, **plain(row)} for row in report.rows]
 
 
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def means(rows: list[Json]) -> list[Json]:
     """Mean AUROC and FPR over the sets that training has not seen, and the seen distribution beside them."""
     keys = ("detector", "attack", "side")
     found = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import robustood
 from robustood import engine, training
-from robustood.artefacts import RECORDED
+from robustood.artefacts import RECORDED, Json
 from robustood.attacks import robust_accuracy
 from robustood.checkpoints import (
     check_same,
@@ -33,6 +33,18 @@ from robustood.metrics import Estimate
 from robustood.models import declared, split
 from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
+
+__all__ = [
+    "Tell",
+    "accuracy",
+    "check_recipe",
+    "commit",
+    "origin",
+    "silent",
+    "to_fit",
+    "train",
+    "trained",
+]
 
 Attack = Callable[..., Tensor]
 Tell = Callable[[str], None]
@@ -51,7 +63,7 @@ def train(
     *,
     root: Root = None,
     tell: Tell = silent,
-) -> dict[str, Any]:
+) -> Json:
     """Train by a recipe, or go on where the run in a folder stopped.
 
     The folder gets ``recipe.json`` (all settings), ``run.json`` (what happened), ``state.pt`` and ``log.csv``
@@ -125,7 +137,7 @@ def train(
 
 def begun(
     recipe: Recipe, cards: dict[str, Card], device: torch.device, how: Engine, old: Card | None
-) -> dict[str, Any]:
+) -> Json:
     """What is on record of a run when a session begins: the first, or one that goes on."""
     session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
     sessions = old.get("sessions", []) if old else []
@@ -145,7 +157,7 @@ def begun(
     }
 
 
-def earlier(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+def earlier(recipe: Recipe, folder: Path) -> Json | None:
     """What the folder's run has on record, None if there is none yet.
 
     Raises:
@@ -193,7 +205,7 @@ def chosen(device: torch.device | str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def origin(recipe: Recipe, written: Card, device: torch.device) -> dict[str, Any]:
+def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
     """What a report says of the weights, of the settings and of where it was made."""
     return {
         "recipe": recipe.name,
@@ -206,7 +218,7 @@ def origin(recipe: Recipe, written: Card, device: torch.device) -> dict[str, Any
     }
 
 
-def check_recipe(recipe: Recipe, name: str, settings: dict[str, Any], holder: str) -> None:
+def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None:
     """Refuse settings that trained something else than this recipe would."""
     ours, theirs = (
         {
@@ -220,7 +232,7 @@ def check_recipe(recipe: Recipe, name: str, settings: dict[str, Any], holder: st
     check_same({"recipe": name, **theirs}, wanted, holder)
 
 
-def record(folder: Path, recipe: Recipe, run: dict[str, Any]) -> None:
+def record(folder: Path, recipe: Recipe, run: Json) -> None:
     """Write what is on record, by the first process alone."""
     if engine.rank() != 0:
         return
@@ -247,7 +259,7 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
-def to_fit(recipe: Recipe) -> dict[str, Any]:
+def to_fit(recipe: Recipe) -> Json:
     """What a recipe says to :func:`robustood.training.fit`."""
     want, images = recipe.settings.training, recipe.settings.data
     same = ("epochs", "batch_size", "outlier_batch_size", "lr", "weight_decay", "warmup", "seed")

@@ -18,6 +18,9 @@ from robustood.inputs import check_path, check_several, check_text, suggest
 from robustood.recipes.reading import Table
 from robustood.recipes.recipe import SECTIONS, Recipe, settings
 
+__all__ = ["KINDS", "load", "names", "parts", "plans", "read"]
+
+FOLDER = Path(__file__).parent
 KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
 
 

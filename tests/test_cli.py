@@ -167,7 +167,7 @@ def test_from_packs_to_a_table(tiny, finished, capsys):
 
 
 def check_scores(file, rows):
-    """The kept scores are small, plain, and give the report's numbers again."""
+    """The saved scores are small, plain, and give the report's numbers again."""
     from robustood.metrics import auroc
 
     with np.load(file, allow_pickle=False) as kept:
@@ -208,7 +208,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
 
 
 def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypatch, capsys):
-    """Strong and curve, on a kept run that was put back into a folder."""
+    """Strong and curve, on a shipped run that was put back into a folder."""
     kept = Path("data/results")
     kept.mkdir(parents=True)
     measured = {
@@ -354,7 +354,7 @@ each_learned = pytest.mark.parametrize("name", LEARNED)
 
 
 def again(name, folder, *changes):
-    """Measure a kept run anew on the real images; returns the kept report and the new one."""
+    """Measure a shipped run anew on the real images; returns its report and the new one."""
     report = SHIPPED[name]["report"]
     cards = [*SHIPPED[name]["run"]["data"].values(), *report["data"].values()]
     need(*(card["name"] for card in cards))

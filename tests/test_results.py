@@ -193,7 +193,7 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
 
 
 def estimates(value):
-    """All estimates in a kept table."""
+    """All estimates in a stored table."""
     if isinstance(value, dict) and value.keys() == {"value", "low", "high", "n"}:
         yield value
     elif isinstance(value, (dict, list)):

@@ -248,6 +248,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("training.momentum=0", r"nesterov needs a momentum above 0"),
         ("epochs=3", r"write training\.epochs="),
         ("training.epochs", r"--set needs section\.key=value"),
+        ("data=3", r"--set needs section\.key=value, got 'data=3'; write training\.epochs=3"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_before_any_data_are_read(change, said, monkeypatch):

@@ -172,7 +172,11 @@ def parse(change: str) -> Table:
     key, equals, text = change.partition("=")
     section, dot, key = key.strip().partition(".")
     if not (equals and dot and key):
-        where = [name for name, kind in SECTIONS.items() if section in kind.__annotations__]
+        where = [
+            name
+            for name, kind in SECTIONS.items()
+            if section in getattr(kind, "__annotations__", {})
+        ]
         hint = f"{where[0]}.{section}=..." if where else "training.epochs=3"
         raise ValueError(f"--set needs section.key=value, got {change!r}; write {hint}")
     try:

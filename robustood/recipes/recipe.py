@@ -216,7 +216,7 @@ class Settings:
     evaluation: Evaluation
 
     def __post_init__(self) -> None:
-        """Refuse values that are fine alone and not together."""
+        """Refuse values that are fine alone and not together; a method that needs a reject output gets one."""
         try:
             rule = self.objective.build()
         except ValueError as error:
@@ -258,7 +258,7 @@ class Settings:
 
 SECTIONS = {
     "data": Images,
-    "model": Settings,  # its keys are the arguments of its function
+    "model": dict,  # of the arguments of its function
     "objective": Method,
     "training": Training,
     "evaluation": Evaluation,

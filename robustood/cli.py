@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: default those of the process.
 
     Returns:
-        The exit code: 0 done, 2 an error, 3 out of time, 130 interrupted.
+        The exit code, which is 0 for done, 2 for an error, 3 for out of time and 130 for interrupted.
     """
     given = parser().parse_args(arguments)
     try:

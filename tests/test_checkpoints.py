@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from robustood import checkpoints, training
 from robustood.checkpoints import load_weights, read_state, save_weights, write_state, write_whole
@@ -268,8 +269,7 @@ def assert_same(folder, uninterrupted):
         for row in state["rows"]:
             row.pop("seconds")
     assert json.dumps(ours["rows"]) == json.dumps(theirs["rows"])
-    flat = lambda part: list(torch.utils._pytree.tree_leaves(part))
-    for a, b in zip(flat(ours), flat(theirs), strict=True):
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 

@@ -1,6 +1,5 @@
 """Recipes: what they say, what they refuse, and which images they name."""
 
-import doctest
 import hashlib
 import json
 from dataclasses import replace
@@ -26,11 +25,6 @@ OLD = ["standard", "oe", "adv", "aoe", "aloe", "acet", "ntom", "atom"]
 
 
 # --- what ships
-
-
-def test_the_examples_in_the_docstrings():
-    found = doctest.testmod(recipes)
-    assert found.attempted and not found.failed
 
 
 def test_every_method_has_its_recipes():

@@ -1,17 +1,10 @@
 """Tables line up, for a terminal, for Markdown and for a notebook."""
 
-import doctest
-
 import pytest
 
 from robustood import tables
 
 CELLS = [["run", "AUROC"], ["a & b", "0.9"], ["c", ""]]
-
-
-def test_the_example_in_the_docstring():
-    found = doctest.testmod(tables)
-    assert found.attempted and not found.failed
 
 
 def test_columns_stand_under_their_heads():

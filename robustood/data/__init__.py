@@ -1,8 +1,8 @@
 """Data for three scales: digits that every reader has, image sets that are fetched once, your own folders.
 
-:mod:`robustood.data.embedded` makes the digits and what is no digit without a download. Larger sets are
-kept as packs, one compact file each (:mod:`robustood.data.packs`), and are loaded or made from a folder
-of images by :mod:`robustood.data.sets`, and downloaded by :mod:`robustood.data.fetching`.
+:func:`digits` makes the digits and what is no digit without a download. Larger sets are kept as packs, one
+compact file each: :func:`fetch` downloads one, :func:`folder` makes one of a folder of images, :func:`load`
+reads it.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def folder(
     """Any tree of images as a set: Places365, LSUN, Tiny-ImageNet, your own.
 
     The folders directly under ``path`` are the classes, in alphabetical order; without any, all labels
-    are 0. Images are sorted by their path, brought to 8-bit RGB (:mod:`robustood.data.files` says how), shrunk
+    are 0. Images are sorted by their path, brought to 8-bit RGB (``data/files.py`` says how), shrunk
     to ``size`` (shorter side, then the middle) and kept as a pack ``NAME32_SPLIT.npz``, which the next call
     reads if the tree has not changed since.
 

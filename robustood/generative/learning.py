@@ -44,7 +44,7 @@ class Variational:
         beta: $\beta$ at the end.
         schedule: (share of the run, share of beta) pairs, joined by straight lines.
         distance: $\ell$.
-        fresh: draw new partners for the inputs at each epoch, where the data can (:mod:`robustood.data.pairs`).
+        fresh: draw new partners for the inputs at each epoch, where the data can (:func:`robustood.data.redrawn`).
             As an epoch meets each input once, no pair is met twice.
 
     Raises:

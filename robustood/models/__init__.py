@@ -27,6 +27,7 @@ from robustood.models.base import (
 )
 from robustood.models.dense import densenet_bc
 from robustood.models.reading import (
+    Reader,
     Watch,
     check_finite,
     declared,
@@ -47,6 +48,7 @@ __all__ = [
     "Classifier",
     "Mixture",
     "Normalise",
+    "Reader",
     "Watch",
     "adapt",
     "batch_statistics",

@@ -54,7 +54,7 @@ def densenet_bc(
             (2020, 2021), which reuses the name n: every convolution is drawn with
             $\sigma = \sqrt{2 / n}$, 0.354 at depth 100, whatever its size.
         seed: of the initial weights; the global random state is left alone.
-        normalise: name in :data:`STATISTICS`, a module such as :class:`Normalise`, or None.
+        normalise: name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:

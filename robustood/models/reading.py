@@ -164,7 +164,7 @@ def check_finite(bad: int | Tensor, total: int) -> None:
 
 
 class Reader:
-    """A model at a door. Whether all that it returned was finite is asked at the end, by :meth:`close`."""
+    """A model at a door. Whether all that it returned was finite is asked at the end, by ``close``."""
 
     def __init__(self, model: Model):
         self.model, self.total = model, 0

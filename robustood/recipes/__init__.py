@@ -2,9 +2,9 @@
 
 A recipe is a TOML file with the sections ``[data]``, ``[model]``, ``[objective]``, ``[training]`` and
 ``[evaluation]``. It may extend others, which are merged key by key in the order named, the later one
-winning. Every key is checked before any data are read (:mod:`robustood.recipes.recipe` lists them). The
-recipes of the papers and their smaller versions are products of a method, a set of images and a scale
-(:mod:`robustood.recipes.composing`), whose files lie beside this one.
+winning. Every key is checked before any data are read (``recipe.py`` lists them). The recipes of
+the papers and their smaller versions are products of a method, a set of images and a scale, whose files lie beside
+this one; ``composing.py`` says how.
 
 >>> recipe = read("aloe_cifar10_fast", ["training.epochs=3"])
 >>> recipe.settings.training.epochs
@@ -39,8 +39,8 @@ def evaluate(
 
     Args:
         recipe: the one that trained the weights; its ``[evaluation]`` and its plan may differ.
-        folder: of the run; gets the report (:func:`robustood.recipes.reports.measure`,
-            :func:`robustood.recipes.learned_sets.measure`).
+        folder: of the run; gets ``report.json`` and the scores of each image, of a plan ``report_PLAN.json`` and
+            ``scores_PLAN.npz``; a learned set has no scores.
         device: default CUDA where there is one.
         root: folder of the packs; default as in :func:`robustood.data.load`.
         tell: called with a line for each part.

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from robustood import __version__, artefacts, data, engine, recipes, results
+from robustood import __version__, artefacts, data, distributed, recipes, results
 
 Raw = argparse.RawDescriptionHelpFormatter
 Command = Callable[[argparse.Namespace], int]
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Terminable():
             if "WORLD_SIZE" in os.environ:
-                engine.join()
+                distributed.join()
             return given.command(given)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last state")
@@ -97,7 +97,7 @@ def explained(error: Exception) -> str:
 
 def say(line: str) -> None:
     """Print a line at once, by the first process alone."""
-    if engine.rank() != 0:
+    if distributed.rank() != 0:
         return
     try:
         tqdm.write(line)  # above a progress bar, where there is one
@@ -140,7 +140,7 @@ def evaluate(given: argparse.Namespace) -> int:
             f"that ship with the project are {', '.join(sorted(shipped))}"
         )
     recipe = recipes.read(file, given.set, given.plan)
-    if engine.rank() == 0:  # several processes would measure the same
+    if distributed.rank() == 0:  # several processes would measure the same
         device = chosen(given.device)
         report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=say)
         if not given.plan:

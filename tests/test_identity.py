@@ -362,7 +362,6 @@ CHANGED = {
     "momentum": ("optimiser", lambda v: lambda p, **how: torch.optim.SGD(p, momentum=v / 2, **how),
                  r"optimiser\.groups\[0\]\['momentum'\] = 0\.0, not 0\.5"),
     "milestones": ("milestones", lambda v: [0.5 + v / 4], r"milestones = \[0\.5\], not \[0\.75\]"),
-    "average": ("average", lambda v: 0.5 + v / 4, r"average = 0\.5, not 0\.75"),
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ many reject outliers; :func:`declared` finds these two through wrappers.
 
 from __future__ import annotations
 
-from robustood.models.average import Average, Averaged
 from robustood.models.base import (
     Adapted,
     CCUModel,
@@ -42,8 +41,6 @@ from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_
 __all__ = [
     "STATISTICS",
     "Adapted",
-    "Average",
-    "Averaged",
     "CCUModel",
     "Classifier",
     "Mixture",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import robustood
-from robustood import engine, training
+from robustood import distributed, engine, training
 from robustood.artefacts import RECORDED, Json
 from robustood.attacks import robust_accuracy
 from robustood.checkpoints import (
@@ -86,7 +86,7 @@ def train(
         OSError: if the folder cannot be written; states that were written before stay.
     """
     folder, start = Path(folder), time.monotonic()
-    if (old := agreed(earlier(recipe, folder))) and old["finished"]:
+    if (old := distributed.from_first(earlier(recipe, folder))) and old["finished"]:
         tell(f"this run is finished: {folder / 'weights.safetensors'}")
         return old
     model = recipe.model()
@@ -114,7 +114,7 @@ def train(
         run_dir=folder,
         minutes=left,
         monitor=None if learns_pairs else partial(held_out, data.val),
-        tell=partial(epoch_line, tell, epochs),
+        on_epoch=partial(epoch_line, tell, epochs),
     )
     rows = history.rows
     run |= {
@@ -123,7 +123,7 @@ def train(
         "speed": history.speed or (old or run)["speed"],
         "minutes": rows[-1]["seconds"] / 60 if rows else 0.0,
     }
-    if engine.rank() == 0 and history.finished:
+    if distributed.rank() == 0 and history.finished:
         kept = ("recipe", "settings", "seed", "data", "commit", "device", "minutes", "speed")
         save_weights(folder / "weights.safetensors", model, **{k: run[k] for k in kept})
     record(folder, recipe, run)
@@ -234,7 +234,7 @@ def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None
 
 def record(folder: Path, recipe: Recipe, run: Json) -> None:
     """Write what is on record, by the first process alone."""
-    if engine.rank() != 0:
+    if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "recipe.json", recipe.to_json().encode())
@@ -247,16 +247,9 @@ def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -
         return Engine()  # an autoencoder runs as it is
     want = recipe.settings.training
     shape, how = tuple(data.train.x.shape[1:]), ("precision", "channels_last", "compile")
-    return agreed(engine.choose(model, shape, device, **{key: getattr(want, key) for key in how}))
-
-
-def agreed(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if engine.world() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return distributed.from_first(
+        engine.choose(model, shape, device, **{key: getattr(want, key) for key in how})
+    )
 
 
 def to_fit(recipe: Recipe) -> Json:
@@ -281,7 +274,7 @@ def held_out(val: Split, model: nn.Module) -> dict[str, float]:
 def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
     """One line about an epoch, from the first process."""
     seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
 
 

@@ -30,7 +30,7 @@ from robustood.checkpoints import (
 from robustood.data import Augment, Data, Split, pixels
 from robustood.engine import Engine
 from robustood.metrics import Estimate
-from robustood.models import declared, split
+from robustood.models import split
 from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
 
@@ -278,24 +278,17 @@ def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) 
         tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
 
 
-class Classes(nn.Module):
-    """A network's class outputs alone."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.classes, self.reject = model, declared(model)[0], 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return split(self.model, self.model(x))[0]
-
-
 def accuracy(
-    model: nn.Module, split: Split, attack: Attack | None = None, batch_size: int = 1000
+    model: nn.Module, images: Split, attack: Attack | None = None, batch_size: int = 1000
 ) -> Estimate:
     """Share of 8-bit images whose largest class output is right, and stays right under an attack."""
     device = next(model.parameters()).device
-    x, y = pixels(split.x).to(device), split.y.to(device)
-    return robust_accuracy(Classes(model), x, y, attack, batch_size=batch_size)
+    x, y = pixels(images.x).to(device), images.y.to(device)
+
+    def classes_alone(x: Tensor) -> Tensor:
+        return split(model, model(x))[0]
+
+    return robust_accuracy(classes_alone, x, y, attack, batch_size=batch_size)
 
 
 # --- where it happened

@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks spread results-digits results-generative results-mnist results-cifar10 format clean
+.PHONY: help venv book test lint types pytest check notebooks spread experiments format clean
 
 ##@ Begin here (each makes .venv first, 6.1 GB on Linux; README.md says how to take less)
 
@@ -75,17 +75,8 @@ spread: $(STAMP) ## Measure how far printed numbers move with the arithmetic, wh
 
 ##@ Measure tables again
 
-results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
-	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
-
-results-generative: $(STAMP) ## Measure the tables of learned sets again (half an hour)
-	$(BIN)/python book/_tools/results_generative.py $(AGAIN)
-
-results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
-	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)
-
-results-cifar10: $(STAMP) ## Measure faint changes, training attacks, transfer and budgets on the kept CIFAR-10 runs again (half an hour; needs the packs)
-	$(BIN)/python book/_tools/results_cifar10.py $(AGAIN)
+experiments: $(STAMP) ## List the tables that the book shows, or measure some again: NAME=digits_trades AGAIN=--again
+	$(BIN)/python -m experiments $(NAME) $(AGAIN)
 
 ##@ Tidy up
 

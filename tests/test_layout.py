@@ -88,11 +88,20 @@ def test_each_module_has_a_floor_a_test_file_and_a_bounded_length(module):
         assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
 
 
+@pytest.mark.parametrize("folder", ["experiments", "book/_tools", "book/_ext"])
+def test_each_script_is_short_and_says_what_it_is_for(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= MAX_LINES, f"{name(path)}: more than {MAX_LINES} lines"
+        assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
+
+
 def test_each_test_file_belongs_to_a_module():
     own = {
         "test_layout",
         "test_book",
         "test_notebooks",
+        "test_experiments",
         "test_doors",
         "test_examples",
         "test_readme",

@@ -47,7 +47,6 @@ __all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchron
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-MOST_GRAPHS = 2  # one ball for inputs, one for outliers; a growing radius would need one per step
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
@@ -103,7 +102,6 @@ class Running(nn.Module):
         # In a dictionary, where nn.Module does not find a second network.
         self.calls: dict[str, Callable[..., Any]] = {"update": network}
         self.climb = self.compiled_ascent if engine.compile else None
-        self.graphs: set[Ball] = set()
         if engine.compile:
             named = isinstance(engine.compile, str)
             how: dict[str, Any] = {"backend": engine.compile} if named else {}
@@ -122,13 +120,8 @@ class Running(nn.Module):
     def compiled_ascent(
         self, objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
     ) -> tuple[Tensor, Tensor]:
-        """:func:`robustood.attacks.ascent`, compiled where a graph or two serve all steps of a run.
-
-        They do where neither the set nor the statistics of the network change.
-        """
-        if isinstance(within, Ball) and len(self.graphs) < MOST_GRAPHS:
-            self.graphs.add(within)
-        if within not in self.graphs or self.module.training:
+        """:func:`robustood.attacks.ascent`, compiled on balls, where the network's statistics stay as they are."""
+        if not isinstance(within, Ball) or self.module.training:
             return ascent(objective, x, z, within, *how)
         found, values = self.calls["ascent"](objective, x, z, within, *how, gradient=_traceable)
         return found.clone(), values.clone()  # a replayed graph writes over what it returned before

@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -112,7 +112,7 @@ def check_labels(y: Tensor, x: Tensor, classes: int | None = None, name: str = "
 
 
 def check_number(
-    value: float, name: str, low: float = -MOST, high: float = MOST, fix: str = ""
+    value: object, name: str, low: float = -MOST, high: float = MOST, fix: str = ""
 ) -> None:
     """Refuse a number that is NaN or outside [low, high]; infinity passes only as a limit."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
@@ -132,12 +132,16 @@ def check_confidence(value: float) -> None:
     check_number(value, "confidence", 0.5, 1 - 1e-9, "write 0.95 for 95 %; 1 is out of reach")
 
 
-def check_count(value: int, name: str, low: int = 0, fix: str = "") -> int:
-    """Refuse what is not a whole number of at least ``low``; give it as the int that torch needs."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+def check_count(
+    value: object, name: str, low: int = 0, high: float = math.inf, fix: str = ""
+) -> int:
+    """Refuse what is not a whole number in [low, high]; give it as the int that torch needs."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:
+        most = f", at most {high:g}" if high < MOST else ""
         hint = f"; {fix}" if fix else ""
         raise ValueError(
-            f"{name} must be a whole number of at least {low}, got {value!r:.80}{hint}"
+            f"{name} must be a whole number of at least {low}{most}, got {value!r:.80}{hint}"
         )
     return int(value)
 
@@ -147,7 +151,7 @@ def check_seed(value: int, name: str = "seed") -> int:
     return check_count(value, name, fix="the same seed gives the same draws")
 
 
-def check_flag(value: bool, name: str) -> None:
+def check_flag(value: object, name: str) -> None:
     """Refuse what is neither True nor False: a text such as "no" would count as True."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False, got {value!r:.80}")
@@ -279,3 +283,11 @@ def check_keywords(function: Callable[..., Any], given: Mapping[str, Any], own: 
             near = get_close_matches(name, known, 1)
             meant = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
             raise TypeError(f"{own} got an unexpected keyword argument {name!r}{meant}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What was meant, perhaps, and what there is."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}there are: {', '.join(known) or 'none'}"

@@ -1,8 +1,8 @@
-"""Data for three scales: digits that every reader has, image sets that are fetched once, your own folders.
+"""Data at three scales: digits that every reader has, image sets that are downloaded once, your own folders.
 
-:mod:`robustood.data.embedded` makes the digits and what is no digit without a download. Larger sets are
-kept as packs, one compact file each (:mod:`robustood.data.packs`), and are loaded or made from a folder
-of images by :mod:`robustood.data.sets`, and downloaded by :mod:`robustood.data.fetching`.
+:mod:`robustood.data.embedded` makes the digits and their outliers without a download. Larger sets are
+stored as packs, one compact file each (:mod:`robustood.data.packs`): :mod:`robustood.data.sets` loads them or makes
+them from a folder of images, :mod:`robustood.data.fetching` downloads them.
 """
 
 from __future__ import annotations

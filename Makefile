@@ -1,7 +1,5 @@
 # Two commands matter: "make book" and "make test". Both need Python >= 3.11, git and make, no more.
-# Another Python: make test PYTHON=python3.12
-# The lowest versions that pyproject.toml allows: make test CONSTRAINTS=constraints-lowest.txt
-# Another arithmetic: ROBUSTOOD_ISA=oldest make test (avx2, the default; oldest; native)
+# "make help" prints the targets with what stands after "##", in groups that "##@" begins, and the settings.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,10 +18,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks spread results-digits results-generative results-mnist results-cifar10 format clean
+.PHONY: help venv book test lint types pytest check notebooks spread experiments format clean
+
+##@ Begin here (each makes .venv first, 6.1 GB on Linux; README.md says how to take less)
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z0-9-]+:.*## / {printf "  make %-20s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n%s\n' 'Settings, to be added to any of them'
+	@printf '  %-25s%s\n' 'PYTHON=python3.12' 'the Python that .venv is made with' \
+	  'CONSTRAINTS=FILE' 'the versions to install; constraints-lowest.txt has the lowest allowed' \
+	  'ROBUSTOOD_ISA=oldest' 'another arithmetic: avx2 (default), oldest or native' \
+	  'ROBUSTOOD_DATA=FOLDER' 'where packs of photographs lie (default data/cache); tests that lack one are skipped'
 
 venv: $(STAMP) ## Make .venv and install everything into it
 
@@ -53,6 +59,8 @@ types: $(STAMP)
 pytest: $(STAMP)
 	@set -o pipefail; $(BIN)/pytest --nbval -n 2 --dist loadfile | tee $(LOG)
 
+##@ Before a change goes in
+
 check: $(STAMP) ## The slow suites, other libraries, and the notebooks in every arithmetic
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
 	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal
@@ -65,22 +73,17 @@ notebooks: $(STAMP) ## Execute the notebooks whose source or modules changed
 spread: $(STAMP) ## Measure how far printed numbers move with the arithmetic, where cells are new
 	$(BIN)/python book/_tools/spread.py --stale
 
-results-digits: $(STAMP) ## Measure the tables of the digits chapters again (about 2 hours; AGAIN=--again)
-	$(BIN)/python book/_tools/results_digits.py $(AGAIN)
+##@ Measure tables again
 
-results-generative: $(STAMP) ## Measure the tables of learned sets again (half an hour)
-	$(BIN)/python book/_tools/results_generative.py $(AGAIN)
+experiments: $(STAMP) ## List the tables that the book shows, or measure some again: NAME=digits_trades AGAIN=--again
+	$(BIN)/python -m experiments $(NAME) $(AGAIN)
 
-results-mnist: $(STAMP) ## Measure the MNIST tables again (half an hour; robustood data fetch mnist first)
-	$(BIN)/python book/_tools/results_mnist.py $(AGAIN)
-
-results-cifar10: $(STAMP) ## Measure faint changes, training attacks, transfer and budgets on the kept CIFAR-10 runs again (half an hour; needs the packs)
-	$(BIN)/python book/_tools/results_cifar10.py $(AGAIN)
+##@ Tidy up
 
 format: $(STAMP) ## Format the code; notebooks are formatted when they are refreshed
 	$(BIN)/ruff check --fix --exclude '*.ipynb' .
 	$(BIN)/ruff format --exclude '*.ipynb' .
 
 clean: ## Remove what was built (not .venv)
-	rm -rf _build book/api .pytest_cache .ruff_cache .hypothesis dist *.egg-info
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis dist *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

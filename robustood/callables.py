@@ -11,12 +11,11 @@ import dis
 import functools
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MemberDescriptorType, MethodType
-from typing import Any
 
 from torch import nn
 
 
-def parts(value: Any) -> dict[str, Any]:
+def parts(value: object) -> dict[str, object]:
     """The named things inside a callable or an object, one level deep; empty for what cannot be opened.
 
     Functions give what they keep (:func:`kept`) and the globals that their code reads; bound methods their owner
@@ -32,16 +31,16 @@ def parts(value: Any) -> dict[str, Any]:
     return _slots(value) | dict(getattr(value, "__dict__", {}))
 
 
-def kept(function: FunctionType) -> dict[str, Any]:
+def kept(function: FunctionType) -> dict[str, object]:
     """What a function keeps for itself: default values, what it closes over, and its own attributes."""
     own = {f"attribute {name}": value for name, value in vars(function).items()}
     return {**_defaults(function), **_closure(function), **own}
 
 
-def modules(value: Any) -> list[nn.Module]:
+def modules(value: object) -> list[nn.Module]:
     """The outermost networks inside a callable or an object, each once; itself if it is one."""
     found: dict[int, nn.Module] = {}
-    seen: dict[int, Any] = {}  # holds what it has seen, so that no address is used twice
+    seen: dict[int, object] = {}  # holds what it has seen, so that no address is used twice
     todo = [value]
     while todo:
         each = todo.pop()
@@ -68,7 +67,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-def _slots(value: Any) -> dict[str, Any]:
+def _slots(value: object) -> dict[str, object]:
     """Filled slots, by the names that Python keeps them under: a private one is known by its class too."""
     found = {}
     for kind in reversed(type(value).__mro__):
@@ -79,13 +78,13 @@ def _slots(value: Any) -> dict[str, Any]:
     return found
 
 
-def _defaults(function: FunctionType) -> dict[str, Any]:
+def _defaults(function: FunctionType) -> dict[str, object]:
     code, values = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[: code.co_argcount][code.co_argcount - len(values) :]
     return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
-def _globals(function: FunctionType) -> dict[str, Any]:
+def _globals(function: FunctionType) -> dict[str, object]:
     """The globals that a function's code reads; an attribute of the same name is not one."""
     names = {
         step.argval
@@ -98,7 +97,7 @@ def _globals(function: FunctionType) -> dict[str, Any]:
     }
 
 
-def _closure(function: FunctionType) -> dict[str, Any]:
+def _closure(function: FunctionType) -> dict[str, object]:
     found = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a variable that is not assigned yet

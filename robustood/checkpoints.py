@@ -1,12 +1,14 @@
-"""Weights that load or say why not, and run states that survive a crash.
+"""Weights that load or say why not, and checkpoints that survive a crash.
 
 Weights are safetensors with a JSON card beside them: recipe, seed, data, versions, metrics and the
-sha256 of the file. A run's state, which holds an optimiser too, is written whole or not at all, and
-read without executing anything (``weights_only``). The last state but one stays beside the last.
+sha256 of the file. A :class:`Checkpoint` holds what a stopped computation needs to go on, such as a run's weights
+and optimiser, and what tells it from another one. Its state is written whole or not at all, and read without
+executing anything (``weights_only``). The last state but one stays beside the last.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -14,7 +16,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,28 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustood.identity import check_identity
 from robustood.inputs import check_instance, check_path, check_several, check_text
 
+__all__ = [
+    "Checkpoint",
+    "as_json",
+    "check_same",
+    "from_json",
+    "load_weights",
+    "read_json",
+    "read_state",
+    "save_weights",
+    "write_state",
+    "write_table",
+    "write_whole",
+]
+
+Json = dict[str, Any]
 DIGEST = hashlib.sha256().digest_size
 
 
-def save_weights(path: str | Path, model: nn.Module, **card: Any) -> Path:
+def save_weights(path: str | Path, model: nn.Module, **card: object) -> Path:
     """Write a model's weights and their card.
 
     Args:
@@ -57,7 +75,7 @@ def save_weights(path: str | Path, model: nn.Module, **card: Any) -> Path:
     return path
 
 
-def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -> dict[str, Any]:
+def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -> Json:
     """Read weights into a model of the same architecture; the model is changed only if all is well.
 
     Args:
@@ -136,7 +154,17 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def as_json(value: Any, name: str) -> str:
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as CSV, with a column for every name that one of them has."""
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = csv.DictWriter(text, list(names), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def as_json(value: object, name: str) -> str:
     """A value as JSON that every reader takes; numbers of NumPy are written as Python's.
 
     Raises:
@@ -150,7 +178,7 @@ def as_json(value: Any, name: str) -> str:
         ) from error
 
 
-def _number(value: Any) -> int | float:
+def _number(value: object) -> int | float:
     """A number of NumPy as Python's."""
     if isinstance(value, Integral):
         return int(value)
@@ -208,7 +236,33 @@ def read_json(
         raise ValueError(f"{path} is damaged ({error}); {fix}") from error
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
+class Checkpoint:
+    """The state of a computation, from which the same computation alone goes on.
+
+    Args:
+        path: of the file; its folder is made.
+        kind: what the computation is called in messages, such as "run".
+        identity: of all that it depends on (:func:`robustood.identity.identity`).
+
+    Attributes:
+        state: what was found; None where nothing was.
+
+    Raises:
+        ValueError: if the folder holds another computation, or a damaged state; if what is to begin cannot be
+            identified and has no name.
+    """
+
+    def __init__(self, path: Path, kind: str, identity: dict[str, str]):
+        self.path, self.identity, self.state = path, identity, read_state(path)
+        check_identity(self.state, identity, f"run_dir {path.parent.name!r} holds a {kind}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, state: Json) -> None:
+        """Replace the state, or leave the old one as it was."""
+        write_state(self.path, {"identity": self.identity, **state})
+
+
+def write_state(path: Path, state: Json) -> None:
     """Write a run's state; the one before it stays beside it as ``NAME.previous``."""
     buffer = io.BytesIO()
     torch.save(_plain(state), buffer)
@@ -220,7 +274,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(newest, path)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     """A state with the numbers of NumPy as Python's, which alone are read back."""
     if type(value) is dict:
         return {key: _plain(held) for key, held in value.items()}
@@ -230,7 +284,7 @@ def _plain(value: Any) -> Any:
     return value if own else _number(value)
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> Json | None:
     """The last whole state, or None where there is none yet.
 
     A damaged file is reported with a warning and the one before it is used.
@@ -263,7 +317,7 @@ def _previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def check_same(kept: dict[str, Any], wanted: dict[str, Any], holder: str) -> None:
+def check_same(kept: Json, wanted: Json, holder: str) -> None:
     """Refuse to go on with what other settings began.
 
     Args:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from robustood import __version__, data, engine, recipes, results
+from robustood import __version__, data, distributed, recipes, results
 
 UNFINISHED, FAILED, INTERRUPTED = 3, 2, 130
 HELP = """\
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: default those of the process.
 
     Returns:
-        The exit code: 0 done, 2 an error, 3 out of time, 130 interrupted.
+        The exit code, which is 0 for done, 2 for an error, 3 for out of time and 130 for interrupted.
     """
     given = parser().parse_args(arguments)
     try:
         with Terminable():
             if "WORLD_SIZE" in os.environ:
-                engine.join()
+                distributed.join()
             return given.command(given)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last state")
@@ -95,7 +95,7 @@ def explained(error: Exception) -> str:
 
 def say(line: str) -> None:
     """Print a line at once, by the first process alone."""
-    if engine.rank() != 0:
+    if distributed.rank() != 0:
         return
     try:
         tqdm.write(line)  # above a progress bar, where there is one
@@ -135,7 +135,7 @@ def evaluate(given: argparse.Namespace) -> int:
             f"that ship with the project are {', '.join(sorted(kept))}"
         )
     recipe = recipes.read(file, given.set, given.plan)
-    if engine.rank() == 0:  # several processes would measure the same
+    if distributed.rank() == 0:  # several processes would measure the same
         report = recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
         if not given.plan:
             say(results.table(results.load(given.run)))

@@ -20,13 +20,14 @@ import struct
 import sys
 import sysconfig
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import (
     CodeType,
     FunctionType,
     GetSetDescriptorType,
+    MappingProxyType,
     MemberDescriptorType,
     MethodType,
     ModuleType,
@@ -41,15 +42,13 @@ from robustood import callables
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 COMPILER = sys.implementation.cache_tag or sys.version.split()[0]
-OF_EVERY_NETWORK = vars(
-    nn.Module()
-).keys()  # mode, hooks and tables, which are looked at one by one
+OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables, looked at one by one
 UNKNOWN = " that cannot be told from another by looking"
 TOLD = 200  # characters of a plain value that are told in full
 AS = "as "  # how what was told before is told again
 
 
-def identity(name: str | None = None, **things: Any) -> dict[str, str]:
+def identity(name: str | None = None, **things: object) -> dict[str, str]:
     """What these things are, down to their last part: the same text in every process, another for another thing.
 
     Args:
@@ -180,7 +179,7 @@ class Parts(NamedTuple):
     """What something is in words, and what it holds by name."""
 
     text: str
-    inner: dict[str, Any] = {}  # noqa: RUF012
+    inner: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +194,10 @@ class Look:
     """One look through an object; what is met twice is opened once."""
 
     def __init__(self) -> None:
-        self.seen: dict[
-            int, tuple[Node, Any]
-        ] = {}  # with the thing itself, so that no id is used twice
-        self.above: list[Any] = []
+        self.seen: dict[int, tuple[Node, object]] = {}  # with the thing: no id is used twice
+        self.above: list[object] = []
 
-    def at(self, value: Any) -> Node:
+    def at(self, value: object) -> Node:
         """The part and all inside it."""
         if type(value) in PLAIN:
             return Node(plain(value), {})
@@ -263,7 +260,7 @@ class Look:
             return Parts(called(kind), {**own_class(kind), **callables.parts(value), **members})
         return self.thing(value)
 
-    def pairs(self, value: dict[Any, Any]) -> Parts:
+    def pairs(self, value: dict[object, object]) -> Parts:
         """A dictionary, whose order counts: whoever goes through it meets the first entry first."""
         keys = {key: self.at(key) for key in value}
         names = [node.digest[:16] if node.inner else node.text for node in keys.values()]
@@ -280,7 +277,7 @@ class Look:
             return Parts(text, {"_orig_mod": value._modules["_orig_mod"]})
         own = {k: v for k, v in attributes(value).items() if k not in OF_EVERY_NETWORK}
         held = {k: v for t in ("_modules", "_parameters", "_buffers") for k, v in tables[t].items()}
-        hooks: dict[str, Any] = {
+        hooks: dict[str, object] = {
             table: [*hooks.values()]  # by numbers that differ from process to process
             for table, hooks in tables.items()
             if table in OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
@@ -295,8 +292,8 @@ class Look:
             hooks |= {"tied tensors": tied} if tied else {}
         return Parts(text, {**own_class(kind), **own, **held, **hooks})
 
-    def thing(self, value: Any) -> Parts:
-        """Any other object: by its attributes, or by what it would be made from again (as in ``pickle``)."""
+    def thing(self, value: object) -> Parts:
+        """object other object: by its attributes, or by what it would be made from again (as in ``pickle``)."""
         kind = type(value)
         if isinstance(getattr(value, "__qualname__", None), str) and of_library(value):
             return Parts(called(value))
@@ -316,7 +313,7 @@ class Look:
         if isinstance(recipe, str):
             return Parts(f"{called(kind)} {getattr(value, '__module__', '')}.{recipe}")
         make, args, state, items, pairs, *_ = (*recipe, None, None, None)
-        inner: dict[str, Any] = {"made by": make, "from": args, "state": state}
+        inner: dict[str, object] = {"made by": make, "from": args, "state": state}
         listed = {"items": [*(items or ())], "entries": [*(pairs or ())]}
         return Parts(called(kind), inner | {k: v for k, v in listed.items() if v})
 
@@ -335,14 +332,14 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A number or a text in full, a long one by a digest."""
     long = type(value) is int and value.bit_length() > TOLD  # too long for repr
     text = f"{value:x} in base 16" if long else repr(value)
     return text if len(text) < TOLD else f"{text[:40]}… {digest(text)[:16]}"
 
 
-def array(value: Any) -> Parts:
+def array(value: Tensor | np.ndarray) -> Parts:
     """A tensor or an array by its type, its shape and a digest of its numbers, on any device."""
     own = dict(getattr(value, "__dict__", {}))
     try:
@@ -359,7 +356,7 @@ def array(value: Any) -> Parts:
     return Parts(f"{kind} {tuple(value.shape)} {seen}", own)
 
 
-def attributes(value: Any) -> dict[str, Any]:
+def attributes(value: object) -> dict[str, object]:
     """An object's own attributes, without those that are worked out from the others and kept."""
     kind, idle = type(value), set()
     if is_dataclass(value):
@@ -380,7 +377,7 @@ def called(value: Any) -> str:
     return f"{module_of(value)}.{value.__qualname__}"
 
 
-def module_of(value: Any) -> str:
+def module_of(value: object) -> str:
     """Name of the module that defines it; what is written in C does not always say."""
     module = getattr(value, "__module__", None)
     return module if isinstance(module, str) else "builtins"
@@ -388,7 +385,7 @@ def module_of(value: Any) -> str:
 
 def of_library(value: Any) -> bool:
     """Whether an installed library has it under its name."""
-    found: Any = sys.modules.get(module_of(value))
+    found: object = sys.modules.get(module_of(value))
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is value and installed(module_of(value))
@@ -406,7 +403,7 @@ def of_function(value: FunctionType) -> Parts:
     return Parts(name, {"__code__": code, **with_modules(callables.parts(value), names)})
 
 
-def with_modules(found: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+def with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, object]:
     """The same, with the user's own modules cut down to these names."""
     return {
         name: Used(part, names)
@@ -420,7 +417,7 @@ def of_class(value: type) -> Parts:
     """A library's class by its name; one's own by its bases, its methods and its attributes."""
     if in_c(value) or of_library(value):
         return Parts(called(value))
-    inner: dict[str, Any] = {"__bases__": [*value.__bases__]}
+    inner: dict[str, object] = {"__bases__": [*value.__bases__]}
     if type(value) is not type:
         inner["__class__"] = type(value)
     for name, part in vars(value).items():
@@ -439,10 +436,7 @@ def own_class(kind: type) -> dict[str, type]:
 
 def in_c(kind: type) -> bool:
     """Whether a class is written in C."""
-    heap, fixed = (
-        1 << 9,
-        1 << 8,
-    )  # Py_TPFLAGS_HEAPTYPE, as Python makes them, and _IMMUTABLETYPE, as it does not
+    heap, fixed = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, as Python makes them; _IMMUTABLETYPE, never
     return not kind.__flags__ & heap or bool(kind.__flags__ & fixed)
 
 

@@ -103,11 +103,12 @@ class InnerMax:
         parts: Sequence[int] | None = None,
     ) -> Tensor:
         """The worst inputs that the attack finds; ``parts`` as in :func:`robustood.attacks.search`."""
+        climb = None if self.ramp else batch.climb  # a set that grows would need a graph per step
         with frozen(model, self.mode):
             return attacks.search(
                 objective, x, self.set_at(batch.progress), steps=self.steps, step_size=self.step_size,
                 restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
-                generator=batch.generator, parts=parts, climb=batch.climb,
+                generator=batch.generator, parts=parts, climb=climb,
             )  # fmt: skip
 
 

@@ -1,14 +1,15 @@
 """The toy distribution of Tsipras et al. (2019), in closed form.
 
-One feature is right with probability ``p`` and hard to move; ``d`` others are each nearly useless,
-strong together, and easy to move.  Everything here is exact: the accuracy of any linear classifier
-under attack, the bound of Theorem 2.1, the best trade-off that any classifier can reach, and the linear
-program that confirms it without using the formulas.
+One feature is right with probability ``p`` and hard to move; ``d`` others are each nearly useless, strong together,
+and easy to move.  Everything here is exact: the accuracy of any linear classifier under attack, the bound of Theorem
+2.1, the best trade-off that any classifier can reach, and the linear program that confirms it without using the
+formulas.
 
-Closed forms are float64 NumPy; samples are torch tensors.  The adversary moves every coordinate by
-at most ``eps``.  There is no box, since the features are not pixels.
-A point on the decision boundary counts as an error, so the adversary wins ties.
+Closed forms are float64 NumPy; samples are torch tensors.  The adversary moves every coordinate by at most ``eps``.
+There is no box, since the features are not pixels.  A point on the boundary is an error, so the adversary wins ties.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class TsiprasDistribution:
     def linear_accuracy(self, w: ArrayLike, eps: float, bias: float = 0.0) -> float:
         """Exact accuracy of sign(w @ x + bias) when each coordinate may move by eps.
 
-        The worst margin is Gaussian given x1, because the attack costs exactly eps * |w|_1.
+        The worst margin is Gaussian given x1, because the attack costs exactly ``eps * |w|_1``.
         Without weak weights there is no noise, and each normal probability is the indicator
         of "margin > 0"; a zero margin is an error.
 
@@ -270,7 +271,7 @@ def adversarial_linear(
 ) -> Float[Tensor, " features"]:
     """Train linear weights on n points against the exact worst case, with full batches, from zero.
 
-    No inner attack is needed: the worst margin of a linear model is y w @ x - eps |w|_1.
+    No inner attack is needed: the worst margin of a linear model is ``y w @ x - eps |w|_1``.
 
     Args:
         y: labels in {-1, +1}.

@@ -1,60 +1,52 @@
 """One training loop for every method of the book.
 
-What differs between methods is the objective (:mod:`robustood.objectives`). The loop draws batches,
-takes steps and keeps the books. A run is a function of its arguments: the data order and all
-randomness of an epoch come from the seed and the epoch's number, and the learning rate from the
-step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had not.
+What differs between methods is the objective (:mod:`robustood.objectives`). The loop, :meth:`Run.train`, draws
+batches, takes steps and keeps the books. A run is a function of its arguments: the data order and all
+randomness of an epoch come from the seed and the epoch's number (:mod:`robustood.streams`), and the learning rate
+from the step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had not.
 """
 
 from __future__ import annotations
 
-import csv
-import inspect
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from robustood.checkpoints import check_same, read_state, write_state, write_whole
-from robustood.data import Batch, Data, draw
-from robustood.data.batches import Change
-from robustood.engine import (
-    Engine,
-    Meter,
-    check_data,
-    check_parts,
-    check_plan,
-    followed,
-    mean_of_all,
-    noted,
-    rank,
-    release_statistics,
-    waited,
-    world,
-)
-from robustood.identity import check_identity, identity
+from robustood import distributed
+from robustood.checkpoints import Checkpoint, write_table
+from robustood.data import Batch, Data, check_trainable, draw
+from robustood.data.batches import Change, check_augment
+from robustood.engine import Engine, Meter, running, synchronised_time
+from robustood.identity import identity
 from robustood.inputs import (
     check_choice,
     check_counts,
     check_device,
+    check_instance,
     check_number,
     check_path,
     check_seed,
+    check_several,
 )
-from robustood.models import Average, Averaged, declared
+from robustood.models import declared
 from robustood.objectives import Objective
-from robustood.rng import SharedGenerator
+from robustood.streams import Stream, Streams
 
-Monitor = Callable[[nn.Module], dict[str, float]]
-Tell = Callable[[dict[str, float]], object]
+__all__ = ["History", "Monitor", "Run", "Schedule", "fit"]
+
+Row = dict[str, float]
+Monitor = Callable[[nn.Module], Row]
+OnEpoch = Callable[[Row], object]
 
 
 @dataclass
@@ -69,7 +61,7 @@ class History:
             time a step takes (:mod:`robustood.engine`).
     """
 
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     finished: bool = False
     speed: dict[str, Any] = field(default_factory=dict)
 
@@ -79,20 +71,46 @@ class History:
         return [row[name] for row in self.rows]
 
 
-def learning_rate(
-    step: int, total: int, peak: float, warmup: float, milestones: Sequence[float] | None = None
-) -> float:
-    """Linear warm-up, then a half cosine down to zero (Loshchilov and Hutter 2017), or tenfold drops.
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run and the learning rate of each: linear warm-up, then down to zero, or down in drops.
 
-    Args:
-        milestones: shares of the run at which the rate falls tenfold, in place of the cosine.
+    Attributes:
+        epochs: of the run.
+        steps: of an epoch.
+        lr: the peak, from which the rate falls on a half cosine (Loshchilov and Hutter 2017).
+        warmup: share of the run in which it rises.
+        milestones: shares of the run at which it falls tenfold, in place of the cosine.
     """
-    done = (step + 1) / total
-    if done < warmup:
-        return peak * done / warmup
-    if milestones is not None:
-        return peak * 0.1 ** sum(step >= round(share * total) for share in milestones)
-    return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-12)))
+
+    epochs: int
+    steps: int
+    lr: float
+    warmup: float
+    milestones: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.lr, "lr", 0)
+        check_number(self.warmup, "warmup", 0, 1)
+        if self.milestones is not None:
+            check_several(self.milestones, "milestones", "shares of the run")
+            for share in self.milestones:
+                check_number(share, "milestones: each", 0, 1)
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.epochs * self.steps
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        peak, done = float(self.lr), (step + 1) / self.total
+        if done < self.warmup:
+            return peak * done / self.warmup
+        if self.milestones is not None:
+            return peak * 0.1 ** sum(step >= round(m * self.total) for m in self.milestones)
+        angle = math.pi * (done - self.warmup) / max(1 - self.warmup, 1e-12)
+        return peak * 0.5 * (1 + math.cos(angle))
 
 
 def fit(
@@ -108,13 +126,12 @@ def fit(
     warmup: float = 0.15,
     optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     milestones: Sequence[float] | None = None,
-    average: float | None = None,
     augment: Change | None = None,
     engine: Engine | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     monitor: Monitor | None = None,
-    tell: Tell | None = None,
+    on_epoch: OnEpoch | None = None,
     run_dir: str | Path | None = None,
     name: str | None = None,
     minutes: float = math.inf,
@@ -136,15 +153,13 @@ def fit(
         warmup: share of the run with a rising learning rate.
         optimiser: ``optimiser(parameters, lr=..., weight_decay=...)``.
         milestones: shares of the run at which the learning rate falls tenfold, in place of the cosine.
-        average: decay of an exponential moving average of the weights, such as 0.999; the
-            model of a finished run is the average, and the monitor sees it.
         augment: applied to inputs and outliers of a batch, such as :class:`robustood.data.Augment`.
         engine: how the network is run (:func:`robustood.engine.choose`). Where one is given, a step is
             measured before the first, and the history says how fast the run was.
         seed: of the data order and of every random start.
         device: default the model's.
         monitor: called after each epoch in eval mode; its numbers join the history.
-        tell: called with each row of the history after it is kept, such as ``print``.
+        on_epoch: called with each row of the history after it is kept, such as ``print``.
         run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
             on from it, with the same result bit for bit on one machine's CPU, if model, objective, data and all
             else are the same down to their code (:mod:`robustood.identity`).
@@ -154,329 +169,310 @@ def fit(
 
     Returns:
         The history. The same arguments give the same weights bit for bit on one machine's CPU. With
-        several processes (:func:`robustood.engine.join`) batch sizes are those of all together, the result is
+        several processes (:func:`robustood.distributed.join`) batch sizes are those of all together, the result is
         that of one process up to rounding, and the first process writes.
 
     Raises:
-        TypeError: for parts of the wrong kind, such as an optimiser that is made already.
-        ValueError: for invalid data or settings, a ``run_dir`` of another run, or one without a ``name`` where it
-            is needed, before any step.
+        ValueError: for parts of the wrong kind, invalid data or settings, a ``run_dir`` of another run, or one
+            without a ``name`` where it is needed, before any step; for a monitor that gives no numbers.
         FloatingPointError: when the loss is not finite; the message names the step, and the model
             holds the weights of the last good epoch.
     """
-    check_parts(model, objective, data, optimiser)
+    _check_parts(model, objective, data, optimiser)
     check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
-    check_number(lr, "lr", 0)
-    check_number(weight_decay, "weight_decay", 0)
-    seed, lr, weight_decay = check_seed(seed), float(lr), float(weight_decay)
-    check_device(device or "cpu")
-    check_plan(milestones, augment)
-    check_path(run_dir or ".", "run_dir")
-    check_number(warmup, "warmup", 0, 1)
     check_number(minutes, "minutes", 0, math.inf)
-    if average is not None:
-        check_number(average, "average", 0, 1)
-    check_data(data, declared(model)[0])
+    check_number(weight_decay, "weight_decay", 0)
+    check_augment(augment)
+    check_device(device or "cpu")
+    check_path(run_dir or ".", "run_dir")
+    batch_size = min(batch_size, len(data.train))
+    distributed.check_divisible(batch_size, "batch_size")
+    distributed.check_divisible(outlier_batch_size, "outlier_batch_size", 2)  # half is attacked
+    schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
-    batch_size = min(batch_size, len(data.train))
-    # Half of the outliers may be attacked, in each process the same number.
-    shares = {"batch_size": (batch_size, 1), "outlier_batch_size": (outlier_batch_size, 2)}
-    for argument, (size, parts) in shares.items():
-        if world() > 1 and size % (parts * world()):
-            raise ValueError(
-                f"{argument} must be a multiple of {parts * world()} with {world()} processes, got {size}"
-            )
-    made_by = optimiser
-    if device.type == "cuda" and "fused" in inspect.signature(optimiser).parameters:
-        optimiser = partial(optimiser, fused=True)
-    parameters: Any = getattr(model, "parameter_groups", model.parameters)
     run = Run(
         model=model,
-        engine=engine or Engine(),
-        adapt=optimiser(parameters(), lr=lr, weight_decay=weight_decay),
-        mean=None if average is None else Average(model, average),
-        steps=len(data.train) // batch_size,
-        epochs=epochs,
-        folder=None if run_dir is None else Path(run_dir),
-        device=device,
+        objective=objective,
+        optimiser=_made(optimiser, model, float(lr), float(weight_decay)),
+        data=data,
+        draw=partial(
+            draw, batch_size=batch_size, outlier_batch_size=outlier_batch_size, augment=augment
+        ),
+        schedule=schedule,
+        streams=Streams(check_seed(seed), device),
         deadline=time.monotonic() + 60 * minutes,
+        engine=engine,
     )
-    if run.folder is not None:
-        settings = {
-            "epochs": epochs, "batch_size": batch_size, "outlier_batch_size": outlier_batch_size, "lr": lr,
-            "weight_decay": weight_decay, "warmup": warmup, "average": average, "seed": seed,
-            "device": device.type,
-        }  # fmt: skip
-        held = [key for key, p in model.named_parameters() if not p.requires_grad]
-        told = identity(
-            name, objective=objective, optimiser=run.adapt, milestones=milestones, augment=augment,
-            engine=engine, model=model, held=held, made_by=made_by,
-            data=[data.train.x, data.train.y, data.outliers, data.compressed],
-        )  # fmt: skip
-        run.resume(settings, told)
-    rate = partial(
-        learning_rate, total=run.steps * epochs, peak=lr, warmup=warmup, milestones=milestones
-    )
-    cuda = [device] if device.type == "cuda" else []
-    quiet = True if rank() else None  # None: a progress bar where somebody looks on
-    with run, torch.random.fork_rng(cuda), tqdm(total=run.steps * epochs, disable=quiet) as bar:
-        bar.update(run.epoch * run.steps + run.step)
-        while run.epoch < epochs:
-            generator = run.generator(seed * 1_000_003 + run.epoch)
-            prepared = run.prepare(objective, data, seed * 1_000_003 + run.epoch + 250_000)
-            of = partial(draw, prepared, batch_size, outlier_batch_size, augment=augment)
-            if engine is not None and run.meter is None:
-                run.measure(objective, next(of(run.generator(seed))))
-            batches = of(generator)
-            run.seed_layers(seed * 1_000_003 + run.epoch + 500_000)
-            if not run.one_epoch(followed(objective), batches, generator, rate, bar):
-                break
-            run.record(monitor, prepared.notes, tell)
-        return run.close(batch_size)
+    if run_dir is not None:
+        told = run.identity(name, made_by=optimiser)
+        run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", told))
+    with (
+        running(model, engine or Engine()) as network,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(initial=run.done, total=schedule.total, disable=distributed.rank() > 0 or None) as bar,
+    ):
+        run.train(network, bar, monitor, on_epoch)
+    return run.history(batch_size)
 
 
-@dataclass
-class Run:
-    """The moving parts of a training run, and how they are kept."""
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what its checkpoint keeps beside weights and optimiser.
+
+    Attributes:
+        epoch: that is under way, counted from 0.
+        losses: of its steps so far.
+        start: the weights that it began with.
+        noise: where the random streams are.
+        rows: one for each finished epoch.
+        paces: seconds per step of each epoch, or of its parts where it was stopped inside.
+        seconds: that the run took before this call.
+    """
+
+    epoch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Run(Progress):
+    """A training run: what it works with, and how far it is.
+
+    Attributes:
+        draw: the batches of an epoch, from data and a generator.
+        deadline: by the clock of ``time.monotonic``.
+        meter: what a step costs, once it is measured.
+    """
 
     model: nn.Module
-    engine: Engine
-    adapt: torch.optim.Optimizer
-    mean: Average | None
-    steps: int
-    epochs: int
-    folder: Path | None
-    device: torch.device
+    objective: Objective
+    optimiser: Optimizer
+    data: Data
+    draw: partial[Iterator[Batch]]
+    schedule: Schedule
+    streams: Streams
     deadline: float
-    epoch: int = 0
-    step: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    history: History = field(default_factory=History)
-    noise: dict[str, Tensor] = field(default_factory=dict)
-    start: dict[str, Tensor] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    identity: dict[str, str] = field(default_factory=dict)
-    earlier: float = 0.0
+    engine: Engine | None
     began: float = field(default_factory=time.monotonic)
-    chosen: bool = False
+    checkpoint: Checkpoint | None = None
     meter: Meter | None = None
-    paces: list[tuple[int, float]] = field(default_factory=list)
-    running: nn.Module = field(init=False)
 
-    def __enter__(self) -> None:
-        self.running = self.engine.run(self.model)
+    def train(
+        self, network: nn.Module, bar: tqdm, monitor: Monitor | None, on_epoch: OnEpoch | None
+    ) -> None:
+        """Every epoch that is left, or as many steps as the time allows."""
+        while self.epoch < self.schedule.epochs:
+            data = self.prepare()
+            for batch in self.batches(network, data):
+                for group in self.optimiser.param_groups:
+                    group["lr"] = self.schedule.rate(self.done) * group.get("scale", 1.0)
+                loss = self.objective(network, batch)
+                _check_gradient(loss)
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimiser.step()
+                self.losses.append(loss.detach())
+                bar.update()
+            self.check_finite()
+            if self.step < self.schedule.steps:  # the time is up
+                self.save()
+                return
+            self.close_epoch(data.notes, monitor, on_epoch)
 
-    def __exit__(self, *_: object) -> None:
-        """The model as its owner knows it, also after an error."""
-        release_statistics(self.model)
-        self.model.to(memory_format=torch.contiguous_format)
+    @property
+    def step(self) -> int:
+        """The number of the epoch's next step."""
+        return len(self.losses)
 
-    def generator(self, seed: int) -> torch.Generator:
-        """A source of randomness on the run's device, shared with the other processes."""
-        generator = SharedGenerator(self.device)
-        generator.place = (rank(), world())
-        return generator.manual_seed(seed)
+    @property
+    def done(self) -> int:
+        """Steps that the run has taken."""
+        return self.epoch * self.schedule.steps + self.step
 
-    def measure(self, objective: Objective, batch: Batch) -> None:
-        """What a step costs, and what its bare passes would."""
-        x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
-        self.meter = Meter.read(self.model, self.running, lambda m: objective(m, batch), x)
+    def prepare(self) -> Data:
+        """The epoch's data, chosen by the weights that the epoch began with, also after a stop inside it."""
+        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.start = self.start or now
+        choose = getattr(self.objective, "prepare", None)
+        if choose is None:
+            return self.data
+        self.model.load_state_dict(self.start)
+        generator = self.streams.of(self.epoch, Stream.CHOICE)
+        chosen = choose(self.model, self.data, self.epoch, generator)
+        self.model.load_state_dict(now)
+        return chosen
 
-    def one_epoch(
-        self,
-        objective: Callable[[nn.Module, Batch], Tensor],
-        batches: Iterator[Batch],
-        generator: torch.Generator,
-        rate: Callable[[int], float],
-        bar: tqdm,
-    ) -> bool:
-        """Take the epoch's remaining steps; False when time is up first, with the state kept."""
-        if self.step == 0 or not self.start:
-            self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+    def open_epoch(self, network: nn.Module, data: Data) -> Iterator[Batch]:
+        """The batches that are left of an epoch, and every generator where the next of them needs it."""
+        if self.engine and not self.meter:
+            batch = next(self.draw(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
+            self.meter = Meter.read(self.model, network, self.objective, batch)
+        batches = self.draw(data, generator=self.streams.begin(self.epoch))
         for _ in range(self.step):  # the order is drawn anew, what was done is skipped
             next(batches)
-        if self.noise:
-            generator.set_state(self.noise.pop("own"))
-            self.set_layers(self.noise)
-            self.noise = {}
+        if self.step:
+            self.streams.restore(self.noise)
         self.model.train()
-        slowest, before, began = 0.0, self.step, waited(self.device)
-        while self.step < self.steps:
+        return batches
+
+    def batches(self, network: nn.Module, data: Data) -> Iterator[Batch]:
+        """Those that are left of the epoch, until the next step might end after the deadline."""
+        batches, climb = self.open_epoch(network, data), getattr(network, "climb", None)
+        first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
+        while self.step < self.schedule.steps:
             start = time.monotonic()
-            if self.out_of_time(start, slowest):  # asked before the next batch is drawn
-                self.check_finite()
-                self.noise = {"own": generator.get_state(), "cpu": torch.get_rng_state()}
-                if self.device.type == "cuda":
-                    self.noise["cuda"] = torch.cuda.get_rng_state(self.device)
-                self.paces.append((self.step - before, waited(self.device) - began))
-                self.keep()
-                return False
-            batch = next(batches)
-            done = self.epoch * self.steps + self.step
-            for group in self.adapt.param_groups:
-                group["lr"] = rate(done) * group.get("scale", 1.0)
-            batch = replace(
-                batch, progress=done / (self.epochs * self.steps),
-                climb=getattr(self.running, "climb", None),
-            )  # fmt: skip
-            loss = objective(self.running, batch)
-            self.adapt.zero_grad(set_to_none=True)
-            loss.backward()
-            self.adapt.step()
-            if self.mean:
-                self.mean.update(self.model)
-            self.losses.append(loss.detach())
-            self.step += 1
-            bar.update()
+            if self.out_of_time(start, slowest):  # asked before a batch is drawn
+                break
+            progress = self.done / self.schedule.total
+            yield replace(next(batches), progress=progress, climb=climb)
             slowest = max(slowest, time.monotonic() - start)
-        self.check_finite()
-        self.paces.append((self.step - before, waited(self.device) - began))
-        return True
+        if taken := self.step - first:
+            self.paces.append((synchronised_time(self.streams.device) - began) / taken)
 
     def out_of_time(self, now: float, slowest: float) -> bool:
         """Whether the next step would be too late; several processes agree, and ask at every eighth step."""
-        if world() == 1:
+        if distributed.world() == 1:
             return now + 2 * slowest > self.deadline
         if math.isinf(self.deadline) or self.step % 8:
             return False
         late = float(now + 10 * slowest > self.deadline)
-        return bool(mean_of_all(torch.tensor(late, device=self.device)) > 0)
-
-    def seed_layers(self, seed: int) -> None:
-        """Seed what layers such as dropout draw from: the device's global generator."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(seed)
-
-    def set_layers(self, states: dict[str, Tensor]) -> None:
-        """Put the global generators back to where a state was written."""
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        return bool(distributed.mean(torch.tensor(late, device=self.streams.device)) > 0)
 
     def check_finite(self) -> None:
-        """One look an epoch, so that a GPU is not waited for at every step."""
-        losses = mean_of_all(torch.stack(self.losses)) if self.losses else torch.zeros(1)
-        self.losses = list(losses) if self.losses else []
+        """Stop where a loss or a weight is not finite: one look per epoch, for which alone a GPU is waited for."""
+        losses = distributed.mean(torch.stack(self.losses)) if self.losses else torch.zeros(0)
+        self.losses = list(losses)
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
-        if losses.isfinite().all() and weights.all():
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if not bad and weights.all():
             return
         self.model.load_state_dict(self.start)
         self.model.eval()
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        step = self.epoch * self.steps + (bad[0] if bad else len(losses) - 1)
         what = f"the loss is {float(losses[bad[0]])}" if bad else "weights are not finite"
+        step = self.epoch * self.schedule.steps + (bad[0] if bad else self.step - 1)
         raise FloatingPointError(
             f"{what} at step {step} (epoch {self.epoch}); the model holds the weights of the last "
             "good epoch. Lower lr or lengthen warmup"
         )
 
-    def prepare(self, objective: Objective, data: Data, seed: int) -> Data:
-        """The epoch's data, chosen by the weights that the epoch began with, also after a stop inside it."""
-        choose = getattr(objective, "prepare", None)
-        if choose is None:
-            return data
-        now = self.model.state_dict()
-        if self.step and self.start:
-            now = {name: value.clone() for name, value in now.items()}
-            self.model.load_state_dict(self.start)
-        prepared = choose(self.model, data, self.epoch, self.generator(seed))
-        self.model.load_state_dict(now)
-        self.chosen = prepared is not data
-        return prepared
-
-    def record(self, monitor: Monitor | None, notes: dict[str, float], tell: Tell | None) -> None:
-        """Close an epoch: a row of history, the log and the state."""
-        row: dict[str, float] = {
-            "epoch": self.epoch,
-            "loss": float(torch.stack(self.losses).mean()),
-            "lr": self.adapt.param_groups[0]["lr"],
-            **notes,
-        }
+    def close_epoch(self, notes: Row, monitor: Monitor | None, on_epoch: OnEpoch | None) -> None:
+        """A row of history, the log and the checkpoint."""
+        loss, lr = torch.stack(self.losses).mean(), self.optimiser.param_groups[0]["lr"]
+        row = {"epoch": self.epoch, "loss": float(loss), "lr": lr, **notes}
         self.model.eval()
-        if monitor:
-            with Averaged(self.model, self.mean):
-                seen = noted(monitor(self.model))
-            if clash := seen.keys() & {*row, "seconds"}:
-                raise ValueError(f"monitor must choose other names than {sorted(clash)}")
-            row |= seen
-        row["seconds"] = self.earlier + time.monotonic() - self.began
-        self.history.rows.append(row)
-        self.epoch, self.step, self.losses, self.start = self.epoch + 1, 0, [], {}
-        self.keep()
-        if tell:
-            tell(row)
+        seen = _numbers(monitor(self.model)) if monitor else {}
+        if clash := seen.keys() & {*row, "seconds"}:
+            raise ValueError(f"monitor must choose other names than {sorted(clash)}")
+        row |= seen | {"seconds": self.elapsed()}
+        self.rows.append(row)
+        self.epoch, self.losses, self.start = self.epoch + 1, [], {}
+        self.save()
+        if on_epoch:
+            on_epoch(row)
 
-    def keep(self) -> None:
-        """Write log and state, if the run has a folder."""
-        if self.folder is None or rank():
+    def elapsed(self) -> float:
+        """Seconds of the run so far, in all calls."""
+        return self.seconds + time.monotonic() - self.began
+
+    def save(self) -> None:
+        """Write checkpoint and log, if the run has a folder."""
+        if self.checkpoint is None or distributed.rank():
             return
-        write_state(
-            self.folder / "state.pt",
-            {
-                "settings": self.settings,
-                "identity": self.identity,
-                "model": self.model.state_dict(),
-                "optimiser": self.adapt.state_dict(),
-                "mean": self.mean.tensors if self.mean else {},
-                "mean_count": self.mean.count if self.mean else 0,
-                "epoch": self.epoch,
-                "step": self.step,
-                "losses": self.losses,
-                "rows": self.history.rows,
-                "noise": self.noise,
-                "start": self.start if self.chosen and self.step else {},
-                "paces": self.paces,
-                "seconds": self.earlier + time.monotonic() - self.began,
-            },
+        self.noise = self.streams.state()
+        progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
+        weights = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        self.checkpoint.write({**weights, **progress, "seconds": self.elapsed()})
+        if self.rows:
+            write_table(self.checkpoint.path.with_name("log.csv"), self.rows)
+
+    def identity(self, name: str | None, made_by: object) -> dict[str, str]:
+        """What tells the run from another, down to code and tensors (:mod:`robustood.identity`)."""
+        train, parameters = self.data.train, self.model.named_parameters()
+        return identity(
+            name,
+            **{key: value for key, value in vars(self.schedule).items() if key != "steps"},
+            **self.draw.keywords,
+            seed=self.streams.seed,
+            device=self.streams.device.type,
+            objective=self.objective,
+            optimiser=self.optimiser,
+            engine=self.engine,
+            model=self.model,
+            held=[key for key, p in parameters if not p.requires_grad],
+            made_by=made_by,
+            data=[train.x, train.y, self.data.outliers, self.data.compressed],
         )
-        if self.history.rows:
-            text = io.StringIO()
-            names = dict.fromkeys(name for row in self.history.rows for name in row)
-            table = csv.DictWriter(text, list(names), lineterminator="\n")
-            table.writeheader()
-            table.writerows(self.history.rows)
-            write_whole(self.folder / "log.csv", text.getvalue().encode())
 
-    def resume(self, settings: dict[str, Any], told: dict[str, str]) -> None:
-        """Go on from the folder's state, if it has one that belongs to these settings and this identity."""
-        self.settings, self.identity = settings, told
-        if self.folder is None:
-            return
-        state = read_state(self.folder / "state.pt")
-        holder = f"run_dir {self.folder.name!r} holds a run"
-        if state is not None:
-            check_same(state["settings"], settings, holder)
-        check_identity(state, told, holder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if state is None:
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Keep the run there, and go on from what it holds."""
+        self.checkpoint = checkpoint
+        if (state := checkpoint.state) is None:
             return
         self.model.load_state_dict(state["model"])
-        self.adapt.load_state_dict(state["optimiser"])
-        if self.mean:
-            self.mean.count = state["mean_count"]
-            for name, value in state["mean"].items():
-                self.mean.tensors[name].copy_(value)
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.losses = [loss.to(self.device) for loss in state["losses"]]
-        self.history.rows, self.noise = state["rows"], state["noise"]
-        self.start = {name: value.to(self.device) for name, value in state["start"].items()}
-        self.paces = [(steps, took) for steps, took in state["paces"]]
-        self.earlier = state["seconds"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        for f in fields(Progress):
+            setattr(self, f.name, state[f.name])
+        self.losses = [loss.to(self.streams.device) for loss in self.losses]
 
-    def close(self, images: int) -> History:
+    def history(self, images: int) -> History:
         """Leave the model ready for use, and say how fast a step of so many images was."""
-        self.history.finished = self.epoch == self.epochs
-        if self.meter and (pace := self.pace()):
-            self.history.speed = self.meter.report(self.engine, pace, images, self.device)
-        if self.mean and self.history.finished:
-            self.mean.exchange(self.model)
         self.model.eval()
-        return self.history
+        found = History(self.rows, self.epoch == self.schedule.epochs)
+        if self.engine and self.meter and self.paces:
+            pace = sorted(self.paces)[len(self.paces) // 2]
+            found.speed = self.meter.report(self.engine, pace, images, self.streams.device)
+        return found
 
-    def pace(self) -> float:
-        """Median seconds a step over the epochs, or their parts where the run was stopped inside."""
-        each = sorted(took / steps for steps, took in self.paces if steps)
-        return each[len(each) // 2] if each else 0.0
+
+def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: object) -> None:
+    """Refuse what cannot be trained, or not be trained by, before any work."""
+    check_instance(model, "model", nn.Module, "a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model has no parameter that requires a gradient, so there is nothing to learn; call "
+            "model.requires_grad_(True), or pass a network that has parameters"
+        )
+    if isinstance(objective, type) or not callable(objective):
+        name = objective.__name__ if isinstance(objective, type) else "Standard"
+        raise ValueError(f"objective must be an instance such as {name}(...), got {objective!r}")
+    if isinstance(optimiser, Optimizer) or not callable(optimiser):
+        raise ValueError(
+            "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
+            f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
+        )
+    such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
+    check_instance(data, "data", Data, such_as)
+    check_trainable(data, declared(model)[0])
+
+
+def _made(
+    optimiser: Callable[..., Optimizer], model: nn.Module, lr: float, weight_decay: float
+) -> Optimizer:
+    """The optimiser of the model's parameters, or of the groups that it puts them in; fused on a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    fused = {"fused": True} if on_gpu and "fused" in signature(optimiser).parameters else {}
+    groups = getattr(model, "parameter_groups", model.parameters)()
+    return optimiser(groups, lr=lr, weight_decay=weight_decay, **fused)
+
+
+def _check_gradient(loss: Tensor) -> None:
+    """Refuse a loss that no optimiser could follow."""
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
+        )
+
+
+def _numbers(found: object) -> Row:
+    """What a monitor returned, as numbers by name."""
+    try:
+        return {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'monitor must return numbers by name, such as {{"accuracy": 0.9}}, got {found!r}'
+        ) from error

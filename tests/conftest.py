@@ -1,5 +1,9 @@
 """What every test starts from: one thread, fixed seeds, and strict property tests."""
 
+import subprocess
+import sys
+import textwrap
+
 import hypothesis
 import jaxtyping
 import matplotlib
@@ -54,3 +58,19 @@ def net(book):
 def untyped(monkeypatch):
     """Readers run without the tests' type checks: a wrong type must meet our own message."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run code without the tests' type checks, which no compiler can trace; gives what it prints."""
+
+    def run(code: str, *arguments: str, processes: int = 1) -> str:
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(code))
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(start if processes > 1 else []), str(script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

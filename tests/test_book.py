@@ -9,6 +9,10 @@ import pytest
 import refresh
 import robustood_book
 import yaml
+from jaxtyping import Int
+from torch import Tensor
+
+from robustood.metrics import Estimate
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -271,39 +275,23 @@ def test_internal_links_lead_to_files():
                 assert there, f"{page.name}: a dead reference to {doc}"
 
 
-def test_library_pages_are_made_for_every_module():
-    package = ROOT / "robustood"
-    parts = [*package.glob("[a-z]*.py"), *(init.parent for init in package.glob("*/__init__.py"))]
-    assert {"attacks", "detectors"} <= {module.stem for module in parts}
-    for module in sorted(parts):
-        page = robustood_book.render_module(module)
-        assert page.startswith(f"# `{module.stem}`"), module.name
-        assert page.count("```") % 2 == 0, f"{module.name}: an open code block on its page"
+def test_docstrings_may_hold_formulas_between_dollar_signs():
+    lines = ["A ball, $|z| \\le r$.", "", "    $$a", "    + b.$$"]
+    robustood_book.read_formulas(None, "function", "f", None, None, lines)
+    text = "\n".join(lines)
+    assert r"\ :math:`|z| \le r`\ ." in text
+    assert "\n    .. math:: a + b.\n" in text
 
 
-def test_docstring_sections_become_lists():
-    page = robustood_book.render_doc(
-        "Sum.\n\nArgs:\n    x: the first,\n        and more.\n\nRaises:\n    ValueError: if odd."
-    )
-    assert "**Args**\n\n- `x`: the first, and more." in page
-    assert "**Raises**\n\n- `ValueError`: if odd." in page
-
-
-def test_ruled_tables_and_examples_keep_their_form():
-    page = robustood_book.render_doc(
-        "Rows:\n\n====  =====\nname  value\n====  =====\na     one,\n      two\n====  =====\n\n>>> 1 + 1\n2\n"
-    )
-    assert "| name | value |\n|---|---|\n| a | one, two |" in page
-    assert "```pycon\n>>> 1 + 1\n2\n```" in page
+def test_signatures_show_shapes_and_link_our_own_classes():
+    scope = {"Labels": Int[Tensor, " batch"], "Estimate": Estimate}
+    shape = robustood_book.as_written("Labels | None", scope)
+    assert shape == "~jaxtyping.Int[Tensor, 'batch'] | None"
+    assert robustood_book.as_written("Estimate", scope) == "~robustood.metrics.Estimate"
+    for plain in ("torch.Tensor", "Sequence[Callable]", "Float[Tensor, 'batch']"):
+        assert robustood_book.as_written(plain, scope) == plain
 
 
 def test_imports_are_followed_inside_the_package():
     assert refresh.imported("%pip install x\nfrom robustood import attacks, nothing") == {"attacks"}
     assert {"attacks", "inputs"} <= refresh.closure({"attacks"})
-
-
-def test_two_helpers_of_one_name_in_a_package_are_indexed_once(tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / f"{name}.py").write_text('"""A part."""\n\n\ndef entry():\n    """It."""\n')
-    page = robustood_book.render_module(tmp_path)
-    assert page.count("{py:function} entry()") == 2 and page.count(":no-index:") == 1

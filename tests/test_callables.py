@@ -75,7 +75,7 @@ def test_a_variable_that_is_not_assigned_yet_is_left_out():
 
 
 def test_partials_and_methods_give_their_function_and_what_is_bound():
-    bound = functools.partial(attack, "batch", steps=7, function=1)
+    bound = functools.partial(attack, "batch", steps=7, function=1)  # ty: ignore[unknown-argument]
     assert parts(bound) == {
         "its function": attack,
         "argument 0": "batch",

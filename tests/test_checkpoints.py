@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from robustood import checkpoints, training
+from robustood import checkpoints
 from robustood.checkpoints import load_weights, read_state, save_weights, write_state, write_whole
 from robustood.data import digits
 from robustood.models import Classifier, mlp, small_cnn
 from robustood.objectives import Adversarial
+from robustood.training import fit
 
 # A child is forked, not started: it has torch already, and a run takes half a second.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
@@ -209,20 +211,18 @@ def dying(original, count, after=False):
 
 
 def train(folder, call, count):
-    """A small run with everything that has a state: buffers, dropout, random starts, an average."""
+    """A small run with everything that has a state: buffers, dropout, random starts."""
     if call in ("fsync", "replace"):
         setattr(os, call, dying(getattr(os, call), count))
     elif call.startswith("write_state"):
-        training.write_state = dying(write_state, count, after=call.endswith("after"))
+        checkpoints.write_state = dying(write_state, count, after=call.endswith("after"))
     elif call == "step":
-        training.Average.update = dying(training.Average.update, count)
+        torch.optim.Adam.step = dying(torch.optim.Adam.step, count)
     torch.manual_seed(5)
     layers = [nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2)]
     model = Classifier([nn.Sequential(*layers)], 16, 10)
-    history = training.fit(
-        model, Adversarial(0.1, steps=2), DATA, epochs=4, batch_size=64, average=0.9,
-        seed=3, run_dir=folder,
-    )  # fmt: skip
+    rule = Adversarial(0.1, steps=2)
+    history = fit(model, rule, DATA, epochs=4, batch_size=64, seed=3, run_dir=folder)
     assert history.finished and len(history.rows) == 4
     save_weights(folder / "end.safetensors", model)
 
@@ -268,8 +268,7 @@ def assert_same(folder, uninterrupted):
         for row in state["rows"]:
             row.pop("seconds")
     assert json.dumps(ours["rows"]) == json.dumps(theirs["rows"])
-    flat = lambda part: list(torch.utils._pytree.tree_leaves(part))
-    for a, b in zip(flat(ours), flat(theirs), strict=True):
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 

@@ -412,7 +412,7 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_weights(
     assert "give more, or no step is ever taken" in capsys.readouterr().out
     for stop in (3, 7):
         with monkeypatch.context() as patch:
-            patch.setattr(training.Run, "out_of_time", lambda self, then, s=stop: self.step == s)
+            patch.setattr(training.Run, "out_of_time", lambda self, *_, s=stop: self.step == s)
             assert tiny("train") == 3
         run = json.loads(Path("runs/tiny/run.json").read_text())
         assert not run["finished"] and not run["history"]

@@ -442,7 +442,7 @@ def images(n: int, seed: int = 0, size: int = 32, channels: int = 3) -> np.ndarr
     """Smooth noise as 8-bit images (n, size, size, channels): like photographs to a compressor."""
     rough = np.random.default_rng(seed).normal(size=(n, size, size, channels))
     smooth = gaussian_filter(rough, (0, 2, 2, 0))
-    return np.uint8(np.clip(128 + 300 * smooth, 0, 255))
+    return np.clip(128 + 300 * smooth, 0, 255).astype(np.uint8)
 
 
 def tensor(rows: np.ndarray) -> torch.Tensor:
@@ -474,7 +474,7 @@ def held(path: Path) -> dict[str, np.ndarray]:
         return {key: pack[key] for key in pack.files}
 
 
-def mosaics(rows: np.ndarray, per: int, cols: int, **options) -> dict[str, np.ndarray]:
+def mosaics(rows: np.ndarray, per: int, cols: int, **options) -> dict[str, np.ndarray | np.generic]:
     """The fields of a pack without checksum and sizes, its mosaics saved with the given options."""
     files = []
     for i in range(0, len(rows), per):
@@ -919,7 +919,7 @@ class Server:
                 server.sent += len(body)  # first: once the client has the bytes, the test may go on
                 self.wfile.write(body)
 
-            def log_message(self, *_) -> None:
+            def log_message(self, format: str, *args: object) -> None:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -132,7 +132,7 @@ def test_a_warp_is_the_spatial_map_of_its_numbers():
     angle = math.radians(20)
     with torch.no_grad():
         turn = [math.cos(angle), -math.sin(angle), 0, math.sin(angle), math.cos(angle), 0]
-        model.decode.maps[-1].bias.copy_(torch.tensor(turn))  # ty: ignore
+        model.decode.maps[-1].bias.copy_(torch.tensor(turn))
         made = model.generate(x, torch.randn(4, 3))
     wanted = Spatial(20).apply(x, torch.tensor([[1.0, 0, 0, 0]] * 4))
     assert torch.allclose(made, wanted.clamp(EDGE, 1 - EDGE), atol=1e-4)
@@ -443,7 +443,7 @@ def test_the_likelihood_ratio_is_bounded_tightly(seed):
     [
         (lambda m, x: Variational(-1), "beta must be a finite number .* got -1"),
         (
-            lambda m, x: Variational(distance="l1"),  # ty: ignore
+            lambda m, x: Variational(distance="l1"),
             "distance must be one of 'squared error'.* got 'l1'",
         ),
         (lambda m, x: Variational(schedule=((2, 0),)), "schedule must be a number .* got 2"),

@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
+import datetime
 import enum
 import functools
-import itertools
 import json
 import logging
 import os
@@ -362,7 +362,6 @@ CHANGED = {
     "momentum": ("optimiser", lambda v: lambda p, **how: torch.optim.SGD(p, momentum=v / 2, **how),
                  r"optimiser\.groups\[0\]\['momentum'\] = 0\.0, not 0\.5"),
     "milestones": ("milestones", lambda v: [0.5 + v / 4], r"milestones = \[0\.5\], not \[0\.75\]"),
-    "average": ("average", lambda v: 0.5 + v / 4, r"average = 0\.5, not 0\.75"),
 }  # fmt: skip
 
 
@@ -479,7 +478,7 @@ BUILT = {
     "things of libraries": lambda: [torch.float32, torch.device("cpu"), torch.relu, np.sin, len,
                                     nn.functional.conv2d, str.upper, torch.Tensor.add, nn.Linear, os],
     "bound": lambda: [nn.Identity().forward, [1].append, partial(pgd, steps=3)],
-    "counting": lambda: itertools.count(3),
+    "duration": lambda: datetime.timedelta(3),
     "function": lambda: lambda x, k=2: x * k,
     "local class": lambda: written("class A(nn.Module):\n    k = 1\n    def f(self): return super()\n", "A")(),
     "slotted": lambda: types.SimpleNamespace(a=1),

@@ -12,6 +12,8 @@ import pytest
 import refresh
 import yaml
 
+import robustood
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustood"
 FOUND = [*PACKAGE.glob("*.py"), *(init.parent for init in PACKAGE.glob("*/__init__.py"))]
@@ -39,11 +41,13 @@ FLOORS = {
         "checkpoints",
         "corruptions",
         "data",
+        "distributed",
         "identity",
         "inputs",
         "losses",
         "models",
         "rng",
+        "streams",
         "widgets",
     },
     1: {"toy", "perturbations", "detectors", "metrics"},
@@ -82,12 +86,23 @@ def test_each_module_has_a_floor_a_test_file_and_a_bounded_length(module):
         assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
 
 
+@pytest.mark.parametrize("folder", ["experiments", "book/_tools", "book/_ext"])
+def test_each_script_is_short_and_says_what_it_is_for(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= MAX_LINES, f"{name(path)}: more than {MAX_LINES} lines"
+        assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
+
+
 def test_each_test_file_belongs_to_a_module():
     own = {
         "test_layout",
         "test_book",
         "test_notebooks",
+        "test_experiments",
         "test_doors",
+        "test_examples",
+        "test_readme",
         "conftest",
         "typecheck",
         "photographs",
@@ -215,13 +230,24 @@ def test_the_lowest_versions_are_those_of_the_bounds():
 
 
 def test_continuous_integration_runs_what_the_project_promises():
-    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["run"]
-    matrix = matrix["strategy"]["matrix"]
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["run"]
+    matrix = job["strategy"]["matrix"]
     said = [c.rpartition(" ")[2] for c in project()["classifiers"] if "Python :: 3." in c]
     assert matrix["python"] == said and project()["requires-python"] == f">={said[0]}"
     assert {*matrix["isa"], *(row["isa"] for row in matrix["include"])} == set(arithmetic.PINNED)
     tried = {*matrix["constraints"], *(row["constraints"] for row in matrix["include"])}
     assert tried == {"constraints.txt", "constraints-lowest.txt"}
+    systems = {*matrix["os"], *(row["os"] for row in matrix["include"])}
+    assert systems == {"ubuntu-latest", "macos-latest"}
+
+
+def test_what_calls_make_names_a_target():
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    called = re.compile(r"(?:`|run: |entry: |command: |ISA=\w+ )make ([a-z][a-z0-9-]*)")
+    for path in files():
+        if path.suffix in {".md", ".yml", ".yaml"}:
+            unknown = set(called.findall(path.read_text("utf-8"))) - targets
+            assert not unknown, f"{name(path)}: no target in Makefile: {unknown}"
 
 
 def test_the_repository_has_one_address():
@@ -230,7 +256,6 @@ def test_the_repository_has_one_address():
     assert project()["urls"]["Issues"].startswith(address + "/")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["repository-code"] == address
-    assert citation["version"] == project()["version"]
     host = address.removeprefix("https://github.com/").split("/")[1]
     for path in files():
         if path.suffix not in {".md", ".ipynb", ".py", ".yml", ".toml", ".cff"}:
@@ -241,10 +266,15 @@ def test_the_repository_has_one_address():
                 assert address.endswith("/" + repo), f"{name(path)}: {repo} is not {address}"
 
 
-def test_the_version_is_said_once_more_and_alike():
-    text = (ROOT / "robustood" / "__init__.py").read_text("utf-8")
-    assert f'__version__ = "{project()["version"]}"' in text
-    assert f"## {project()['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+def test_the_version_has_one_source():
+    """``robustood/__init__.py``: packaging reads it there, and the citation and the change log follow."""
+    assert project()["dynamic"] == ["version"] and "version" not in project()
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]
+    assert hatch["version"]["path"] == "robustood/__init__.py"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == robustood.__version__
+    versions = re.findall(r"^## ([\d.]+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert versions[0] == robustood.__version__
 
 
 def test_kept_results_are_readable_and_small():

@@ -419,7 +419,7 @@ def alike(ours: torch.Tensor, wanted: torch.Tensor, share: float = 1e-5) -> None
     assert apart <= share, apart.item()
 
 
-def convolved(x: torch.Tensor, conv: nn.Module, stride: int = 1) -> torch.Tensor:
+def convolved(x: torch.Tensor, conv: nn.Conv2d, stride: int = 1) -> torch.Tensor:
     return functional.conv2d(x, conv.weight, stride=stride, padding=conv.weight.shape[-1] // 2)
 
 

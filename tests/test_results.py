@@ -4,16 +4,10 @@ import json
 from pathlib import Path
 
 import keep_run
-import keeping
 import numpy as np
 import pytest
-import results_cifar10
-import results_mnist
-import torch
-from photographs import need
 
-from robustood import data, metrics, results
-from robustood.checkpoints import load_weights
+from robustood import metrics, results
 from robustood.results import load, table
 
 
@@ -248,80 +242,3 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
         ValueError, match=r"no scores of .* \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):
         results.pooled(scores, "MSP", "paper", ["a"])
-
-
-def estimates(value):
-    """All estimates in a kept table."""
-    if isinstance(value, dict) and value.keys() == {"value", "low", "high", "n"}:
-        yield value
-    elif isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from estimates(each)
-
-
-@pytest.mark.parametrize(
-    "name", ["tradeoff", "changed", "sample_size", "gradients", "large_eps", "fiveseven"]
-)
-def test_the_kept_mnist_tables_are_whole(name):
-    kept = data.kept(f"mnist_{name}")
-    assert (kept["name"], kept["scale"]) == (f"mnist_{name}", "mnist")
-    assert {"python", "torch", "numpy"} <= kept["versions"].keys()
-    experiment, settings = results_mnist.EXPERIMENTS[name]
-    assert kept["settings"] == keeping.plain(settings), "run make results-mnist"
-    for seed in (0, 1, 2):
-        wanted = [setting for setting, _ in experiment(seed)]
-        assert [r["settings"] for r in kept["rows"] if r["seed"] == seed] == wanted
-    found = list(estimates(kept["rows"]))
-    assert len(found) >= len(kept["rows"])
-    assert all(e["low"] <= e["value"] <= e["high"] and e["n"] > 50 for e in found)
-
-
-@pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
-def test_the_kept_cifar10_tables_are_whole(name):
-    kept = data.kept(f"cifar10_{name}")
-    experiment, settings = results_cifar10.EXPERIMENTS[name]
-    assert kept["settings"] == keeping.plain(settings), "run make results-cifar10"
-    assert [r["settings"] for r in kept["rows"]] == [setting for setting, _ in experiment(0)]
-    found = list(estimates(kept["rows"]))
-    assert len(found) >= len(kept["rows"])
-    assert all(e["low"] <= e["value"] <= e["high"] for e in found)
-    usual = {"transfer": 400, "budgets": 400}.get(name, 500)  # both sides of 200, or one set of 500
-    for row in kept["rows"]:
-        sizes = {key: e["n"] for key, e in row["metrics"].items() if isinstance(e, dict)}
-        assert sizes == {key: 2000 if key == "new" else usual for key in sizes}  # four new sets
-
-
-@pytest.mark.parametrize("name", results_cifar10.EXPERIMENTS)
-def test_the_kept_cifar10_tables_come_back(name):
-    """One row of each table, measured again on the real images."""
-    need("cifar10:test", "tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
-    # of faint changes ATOM under noise of eight grey levels, which the page rests on
-    row = {"faint": 28, "training_attack": 1, "transfer": 2, "budgets": 0}[name]
-    setting, task = list(results_cifar10.EXPERIMENTS[name][0](0))[row]
-    kept = next(r for r in data.kept(f"cifar10_{name}")["rows"] if r["settings"] == setting)
-    measured = keeping.plain(task())
-    for new, old in zip(estimates(measured), estimates(kept["metrics"]), strict=True):
-        assert abs(new["value"] - old["value"]) <= 0.01
-
-
-def test_the_kept_mnist_accuracies_fall_with_the_test_radius():
-    rows = [row["metrics"] for row in data.kept("mnist_tradeoff")["rows"]]
-    rows += [{"pgd": row["metrics"]["exact"]} for row in data.kept("mnist_fiveseven")["rows"]]
-    for row in rows:
-        for curve in (row["pgd"], list(row.get("targets", {}).values())):
-            values = [e["value"] for e in curve]
-            assert values == sorted(values, reverse=True)
-
-
-def test_the_kept_mnist_networks_load():
-    torch.manual_seed(0)
-    x = torch.rand(4, 1, 28, 28)
-    for row in data.kept("mnist_tradeoff")["rows"]:
-        eps, clean = row["settings"]["train_eps"], row["metrics"]["clean"]
-        path, model = results_mnist.file_of(eps), results_mnist.network(seed=1)
-        before = model(x)
-        card = load_weights(path, model)
-        assert path.stat().st_size < 2**20
-        assert (card["train_eps"], card["clean"]) == (eps, clean)
-        assert card["recipe"] == keeping.plain(results_mnist.RECIPE)
-        assert model(x).isfinite().all() and not torch.equal(model(x), before)

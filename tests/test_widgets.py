@@ -35,8 +35,8 @@ class Elements(HTMLParser):
         self.found, self.text = [], {}
         self.feed(html)
 
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data):
         if self.found:

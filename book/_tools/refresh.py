@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import hashlib
 import os
 import re
@@ -33,6 +34,7 @@ from jupytext.combine import combine_inputs_with_outputs
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 PACKAGE = ROOT / "robustood"
+PICTURE = BOOK / "_static" / "break_and_repair.png"  # what README.md opens with
 CELL_LIMIT_S = 600
 TABLE = re.compile(r"(<!-- chapters -->\n).*?(<!-- end of chapters -->)", re.DOTALL)
 
@@ -202,6 +204,13 @@ def refresh(twin: Path, *, only_stale: bool = False) -> bool:
     return run
 
 
+def last_picture(notebook: nbformat.NotebookNode) -> bytes:
+    """The picture that a notebook ends with, as PNG."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    return base64.b64decode(pictures[-1])
+
+
 def address() -> str:
     """The repository's address, from ``_config.yml``."""
     return yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]["url"]
@@ -280,6 +289,8 @@ def main() -> int:
         for twin in selected:
             if not refresh(twin, only_stale=args.stale):
                 print(f"{twin.stem}: outputs are current")
+        opening = nbformat.read(BOOK / "break_and_repair.ipynb", as_version=4)
+        PICTURE.write_bytes(last_picture(opening))
     for page, text in chapter_tables().items():
         page.write_text(text, encoding="utf-8")
     return 0

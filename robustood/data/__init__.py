@@ -1,13 +1,23 @@
 """Data at three scales: digits that every reader has, image sets that are downloaded once, your own folders.
 
-:mod:`robustood.data.embedded` makes the digits and their outliers without a download. Larger sets are
-stored as packs, one compact file each (:mod:`robustood.data.packs`): :mod:`robustood.data.sets` loads them or makes
-them from a folder of images, :mod:`robustood.data.fetching` downloads them.
+:func:`digits` makes the digits and their outliers without a download. Larger sets are stored as packs, one
+compact file each: :func:`fetch` downloads one, :func:`folder` makes one from a folder of images, :func:`load`
+reads it.
 """
 
 from __future__ import annotations
 
-from robustood.data.base import Batch, Data, Loaded, Split, counted_as, hold_out, kept, pixels
+from robustood.data.base import (
+    Batch,
+    Data,
+    Loaded,
+    Split,
+    check_trainable,
+    counted_as,
+    hold_out,
+    kept,
+    pixels,
+)
 from robustood.data.batches import Augment, draw
 from robustood.data.embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
 from robustood.data.fetching import fetch
@@ -37,10 +47,10 @@ from robustood.data.relighting import (
 from robustood.data.sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
-    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch",
-    "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available",
-    "check", "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch",
-    "folder", "folder_of_views", "glyphs", "hold_out", "kept", "light_grid", "load", "noise", "paired",
-    "patches", "perturbed", "pixels", "random_lights", "read_pack", "redrawn", "relit", "render",
-    "root", "scenes", "without_overlap", "write_pack",
+    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch", "Data",
+    "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available", "check", "check_trainable",
+    "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch", "folder", "folder_of_views",
+    "glyphs", "hold_out", "kept", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",
+    "random_lights", "read_pack", "redrawn", "relit", "render", "root", "scenes", "without_overlap",
+    "write_pack",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from robustood.checkpoints import read_json
 from robustood.inputs import (
     check_count,
     check_device,
+    check_images,
     check_instance,
     check_labels,
     check_mapping,
@@ -22,6 +23,7 @@ from robustood.inputs import (
     check_seed,
     check_several,
     check_text,
+    check_values,
 )
 from robustood.inputs import pixels as pixels  # shown as data.pixels
 
@@ -224,6 +226,32 @@ class Batch:
     generator: torch.Generator | None = None
     progress: float = 1.0
     climb: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+def check_trainable(data: Data, classes: int | None) -> None:
+    """Refuse inputs, outliers and targets that no training step could use.
+
+    Args:
+        data: what a run is to learn from. Inputs are images of 8 bits or in [0, 1], or vectors; targets are labels,
+            numbers, or such images.
+        classes: that labels count; None where nobody says.
+    """
+
+    def check_floats(x: Tensor, name: str) -> None:
+        if x.ndim == 4:
+            check_images(x, name)
+        else:
+            check_values(x, None, name)  # vectors have no box
+
+    x, y, outliers = data.train.x, data.train.y, data.outliers
+    if x.dtype != torch.uint8:
+        check_floats(x, "data.train.x")
+    if len(outliers) and outliers.dtype != torch.uint8:
+        check_floats(outliers, "data.outliers")
+    if y.is_floating_point() or (y.ndim == 4 and y.dtype != torch.uint8):
+        check_floats(y, "data.train.y")
+    elif y.ndim != 4:
+        check_labels(y, x, classes, "data.train.y")
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def folder(
     """Any tree of images as a set: Places365, LSUN, Tiny-ImageNet, your own.
 
     The folders directly under ``path`` are the classes, in alphabetical order; if there are none, all labels
-    are 0. Images are sorted by path, converted to 8-bit RGB (see :mod:`robustood.data.files`), resized
+    are 0. Images are sorted by path, converted to 8-bit RGB (see ``data/files.py``), resized
     to ``size`` (shorter side, then a centre crop) and stored as a pack ``NAME32_SPLIT.npz``, which the next call
     reads if the tree has not changed.
 

@@ -15,17 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics
-from robustood.checkpoints import (
-    as_json,
-    check_same,
-    from_json,
-    read_state,
-    write_state,
-    write_whole,
-)
+from robustood.checkpoints import Checkpoint, as_json, from_json, write_whole
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score, check_detector
-from robustood.identity import check_identity, describe, identity
+from robustood.identity import describe, identity
 from robustood.inputs import (
     check_callable,
     check_choice,
@@ -261,14 +254,15 @@ class Bench:
         given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
         run = {"seed": self.seed, "batch_size": self.batch_size}
         self.settings = {"detector": type(self.detector).__name__, **given, **run}
-        self.known = Known(self.run_dir, self.settings, self.identity)
+        self.known = Known(self.run_dir, self.identity)
 
     def identity(self) -> dict[str, str]:
         """Everything that the scores depend on, down to code and tensors."""
         how = {f"how[{key!r}]": value for key, value in sorted(self.how.items())}
         sets = {f"x_out[{key!r}]": x for key, x in sorted(self.x_out.items())}
+        run = {"seed": self.seed, "batch_size": self.batch_size}
         own = {"detector": self.detector, "within": self.within, "attack": self.attack}
-        return identity(self.name, **own, **how, x_in=self.x_in, **sets)
+        return identity(self.name, **run, **own, **how, x_in=self.x_in, **sets)
 
     def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
         """Scores of a set, clean or after an attack; each batch is measured once."""
@@ -338,32 +332,18 @@ def measure(
 class Known:
     """Tensors computed before and stored in a folder; computes what is missing."""
 
-    def __init__(
-        self,
-        folder: str | Path | None,
-        settings: dict[str, Any],
-        told: Callable[[], dict[str, str]],
-    ):
-        self.path = None if folder is None else Path(folder) / "scores.state"
-        kept = {name: settings[name] for name in ("seed", "batch_size")}
-        self.state: dict[str, Any] = {"settings": kept, "parts": {}}
-        if self.path is None:
-            return
-        holder = f"run_dir {self.path.parent.name!r} holds a report"
-        old, self.state["identity"] = read_state(self.path), told()
-        if old is not None:
-            check_same(old["settings"], kept, holder)
-        check_identity(old, self.state["identity"], holder)
-        self.state = old or self.state
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: str | Path | None, told: Callable[[], dict[str, str]]):
+        self.checkpoint, self.parts = None, {}
+        if folder is not None:
+            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", told())
+            self.parts = (self.checkpoint.state or {"parts": {}})["parts"]
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        parts = self.state["parts"]
-        if name not in parts:
-            parts[name] = compute()
-            if self.path is not None:
-                write_state(self.path, self.state)
-        return parts[name]
+        if name not in self.parts:
+            self.parts[name] = compute()
+            if self.checkpoint is not None:
+                self.checkpoint.write({"parts": self.parts})
+        return self.parts[name]
 
 
 def epsilon_curve(

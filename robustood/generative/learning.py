@@ -44,7 +44,7 @@ class Variational:
         beta: $\beta$ at the end.
         schedule: pairs (share of the run, share of beta), interpolated linearly.
         distance: $\ell$.
-        fresh: draw new partners for the inputs at each epoch, if the data can (:mod:`robustood.data.pairs`).
+        fresh: draw new partners for the inputs at each epoch, if the data can (:func:`robustood.data.redrawn`).
             As an epoch uses each input once, no pair is used twice.
 
     Raises:

@@ -8,7 +8,6 @@ that reject outliers, which :func:`declared` finds through wrappers.
 
 from __future__ import annotations
 
-from robustood.models.average import Average, Averaged
 from robustood.models.base import (
     Adapted,
     CCUModel,
@@ -41,8 +40,6 @@ from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_
 __all__ = [
     "STATISTICS",
     "Adapted",
-    "Average",
-    "Averaged",
     "CCUModel",
     "Classifier",
     "Mixture",

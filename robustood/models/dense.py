@@ -53,7 +53,7 @@ def densenet_bc(
             (2020, 2021), where the name n is reused: every convolution is drawn with
             $\sigma = \sqrt{2 / n}$, 0.354 at depth 100, whatever its size.
         seed: of the initial weights; the global random state is unchanged.
-        normalise: a name in :data:`STATISTICS`, a module such as :class:`Normalise`, or None.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:

@@ -191,7 +191,7 @@ def slope(value: Tensor, z: Tensor) -> Tensor:
 
 
 class Watch:
-    """Whether an attack saw only finite values, and a gradient other than zero; checked once, by :meth:`close`.
+    """Whether an attack saw only finite values, and a gradient other than zero; checked once, by ``close``.
 
     A gradient that is exactly zero at every step from every initial point is not small but hidden.
     """

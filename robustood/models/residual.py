@@ -22,7 +22,7 @@ STATISTICS = {
 
 
 def normaliser(normalise: str | nn.Module | None, channels: int) -> nn.Module | None:
-    """The normalisation for a name in :data:`STATISTICS`; a module or None unchanged."""
+    """The normalisation for a name in ``STATISTICS``; a module or None unchanged."""
     check_count(channels, "channels", low=1)
     if normalise is None or isinstance(normalise, nn.Module):
         return normalise
@@ -150,7 +150,7 @@ def resnet(
         width: channels of the first group, at least 8; the others have two and four times as many.
         classes, reject: numbers of class and of reject outputs.
         seed: of the initial weights; the global random state is unchanged.
-        normalise: a name in :data:`STATISTICS`, a module such as :class:`Normalise`, or None.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:
@@ -210,7 +210,7 @@ def wide_resnet(
             WRN-40-4 8,949,210.
         classes, reject: numbers of class and of reject outputs.
         seed: of the initial weights; the global random state is unchanged.
-        normalise: a name in :data:`STATISTICS`, a module such as :class:`Normalise`, or None.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:
@@ -242,7 +242,7 @@ def preact_resnet18(
     Args:
         classes, reject: numbers of class and of reject outputs.
         seed: of the initial weights; the global random state is unchanged.
-        normalise: a name in :data:`STATISTICS`, a module such as :class:`Normalise`, or None.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:

@@ -2,7 +2,7 @@
 
 A recipe is a TOML file with the sections ``[data]``, ``[model]``, ``[objective]``, ``[training]`` and
 ``[evaluation]``. It may extend others, which are merged key by key in the order named, the later one
-winning. Every key is checked before any data are read (:mod:`robustood.recipes.schema` lists them). The
+winning. Every key is checked before any data are read (``schema.py`` lists them). The
 recipes of the papers and their smaller versions lie beside this file; names that begin with ``_`` are parts.
 
 >>> recipe = read("aloe_cifar10_fast", ["training.epochs=3"])
@@ -86,7 +86,7 @@ class Recipe:
         root: str | Path | None = None,
         tell: Callable[[str], None] = running.silent,
     ) -> dict[str, Any]:
-        """Train, or go on where the run in ``folder`` stopped (:func:`robustood.recipes.running.train`)."""
+        """Train, or go on where the run in ``folder`` stopped (``running.train``)."""
         return running.train(self, folder, minutes, device, root, tell)
 
     def evaluate(
@@ -97,7 +97,7 @@ class Recipe:
         root: str | Path | None = None,
         tell: Callable[[str], None] = running.silent,
     ) -> dict[str, Any]:
-        """Measure the run in ``folder`` (:func:`robustood.recipes.testing.evaluate`, or ``pairs.measure``)."""
+        """Measure the run in ``folder`` (``testing.evaluate``, or ``pairs.measure``)."""
         measure = pairs.measure if "pairs" in self.settings["data"] else testing.evaluate
         return measure(self, folder, device, root, tell)
 

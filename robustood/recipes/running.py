@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import robustood
 from robustood import data as sets
-from robustood import engine, training
+from robustood import distributed, engine, training
 from robustood.attacks import robust_accuracy
 from robustood.checkpoints import check_same, load_weights, read_json, save_weights, write_whole
 from robustood.data import Augment, Data, Loaded, Split, digest, pixels
@@ -217,7 +217,7 @@ def train(
         OSError: if the folder cannot be written; states that were written before stay.
     """
     folder, start = Path(folder), time.monotonic()
-    if (old := agreed(earlier(recipe, folder))) and old["finished"]:
+    if (old := distributed.from_first(earlier(recipe, folder))) and old["finished"]:
         tell(f"this run is finished: {folder / 'weights.safetensors'}")
         return old
     model, objective = recipe.model(), recipe.objective()
@@ -245,7 +245,7 @@ def train(
     history = training.fit(
         model, objective, data, **to_fit(recipe), engine=chosen if classifies else None, device=device,
         run_dir=folder, minutes=left, monitor=partial(held_out, data.val) if classifies else None,
-        tell=partial(epoch_line, tell, recipe.settings["training"]["epochs"]),
+        on_epoch=partial(epoch_line, tell, recipe.settings["training"]["epochs"]),
     )  # fmt: skip
     rows = history.rows
     run |= {
@@ -253,7 +253,7 @@ def train(
         "speed": history.speed or (old or run)["speed"],
         "minutes": rows[-1]["seconds"] / 60 if rows else 0.0,
     }  # fmt: skip
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         if history.finished:
             kept = ("recipe", "settings", "seed", "data", "commit", "device", "minutes", "speed")
             save_weights(folder / "weights.safetensors", model, **{k: run[k] for k in kept})
@@ -340,7 +340,7 @@ def check_recipe(recipe: Recipe, name: str, settings: dict[str, Section], holder
 
 def keep(folder: Path, recipe: Recipe, run: dict[str, Any]) -> None:
     """Write what is on record, by the first process alone."""
-    if engine.rank() != 0:
+    if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "recipe.json", recipe.to_json().encode())
@@ -353,16 +353,7 @@ def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -
         return Engine()  # an autoencoder runs as it is
     want = {k: recipe.settings["training"][k] for k in ("precision", "channels_last", "compile")}
     shape = tuple(data.train.x.shape[1:])
-    return agreed(engine.choose(model, shape, device, **want))
-
-
-def agreed(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if engine.world() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return distributed.from_first(engine.choose(model, shape, device, **want))
 
 
 def to_fit(recipe: Recipe) -> dict[str, Any]:
@@ -375,7 +366,6 @@ def to_fit(recipe: Recipe) -> dict[str, Any]:
         **{key: want[key] for key in same},
         "optimiser": sgd if want["optimiser"] == "sgd" else torch.optim.Adam,
         "milestones": want["milestones"] or None,
-        "average": want["average"] or None,
         "augment": augment if images["crop"] or images["flip"] else None,
     }
 
@@ -388,7 +378,7 @@ def held_out(val: Split, model: nn.Module) -> dict[str, float]:
 def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
     """One line about an epoch, from the first process."""
     seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
 
 

@@ -138,7 +138,6 @@ TRAINING: dict[str, tuple[Any, Kind]] = {
     "weight_decay": (1e-4, number(0)),
     "warmup": (0.0, number(0, 1)),
     "milestones": ([], several(number(0, 1))),  # none: a half cosine
-    "average": (0.0, number(0, 1)),  # 0: no average of the weights
     "seed": (0, whole()),
     "precision": ("auto", one_of("auto", "float32", "bf16")),
     "channels_last": ("auto", either("auto", FLAG)),

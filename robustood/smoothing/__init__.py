@@ -3,14 +3,13 @@ r"""What can be proved: randomised smoothing, and interval bounds.
 An attack shows what an adversary *can* do. A certificate shows what no adversary of a given strength can
 do. There are two kinds, for classifiers and for the scores of detectors:
 
-- :mod:`robustood.smoothing.gaussian` adds Gaussian noise $\nu$ to the parameters of a perturbation set and
-  takes the vote, or the mean score, over many draws. That result cannot change faster than the normal law
+- :func:`certify` and :func:`certified_score` add Gaussian noise $\nu$ to the parameters of a perturbation
+  set and take the vote, or the mean score, over many draws. That result cannot change faster than the normal law
   allows (Cohen et al. 2019). The certificate holds in the Euclidean norm of the parameters: pixels for
   :class:`~robustood.perturbations.L2`, a latent code for a learned set. As the noise is sampled, it
   holds with probability $1 - \alpha$.
-- :mod:`robustood.smoothing.intervals` propagates a box of inputs through the layers of a network (Gowal et al.
-  2018). The certificate holds with certainty, in the maximum norm, but is tight only for networks that were
-  trained with it.
+- :func:`interval_bounds` propagates a box of inputs through the layers of a network (Gowal et al. 2018). The
+  certificate holds with certainty, in the maximum norm, but is tight only for networks that were trained with it.
 
 A certified rate is a lower bound, an attacked rate an upper bound on the same number. Plot both.
 """

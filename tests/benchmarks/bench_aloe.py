@@ -9,6 +9,7 @@ the median of 15 paired ratios is printed, and beside it how many times the floo
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -66,7 +67,7 @@ def published(model, batch, optimiser) -> None:
 def lean(running, objective, batch, optimiser) -> None:
     """One step as ``training.fit`` takes it."""
     running.train()
-    loss = objective(running, batch)
+    loss = objective(running, replace(batch, climb=getattr(running, "climb", None)))
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
@@ -97,12 +98,12 @@ def compare(device: torch.device, name: str) -> None:
     took = {name: [] for name in calls}
     for pair in range(PAIRS):
         for which in list(calls)[:: 1 if pair % 2 else -1]:
-            start = engine.waited(device)
+            start = engine.synchronised_time(device)
             calls[which]()
-            took[which].append(engine.waited(device) - start)
+            took[which].append(engine.synchronised_time(device) - start)
     ratios = np.array(took["published"]) / np.array(took["ours"])
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    meter = engine.Meter.read(ours, running, lambda m: objective(m, batch), torch.cat([x, u]))
+    meter = engine.Meter.read(ours, running, objective, batch)
     over = float(np.median(took["ours"])) * meter.bare / meter.flops
     print(
         f"ALOE step on {device.type}, {name}, 64 + 128 images, {STEPS} attack steps, {PAIRS} pairs, "

@@ -1,0 +1,189 @@
+"""What the recipes of the kept CIFAR-10 runs do not measure: tables of chapter 13, ``book/13_results.md``.
+
+They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
+of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
+distribution. Attacks made for one detector and judged by another change 200 images of CIFAR-10 and 200 of SVHN, those
+of the plan ``detectors``; the budgets of ATOM's test attack the same images of SVHN.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from experiments.harness import Row, experiment, grid
+from robustood import metrics, results
+from robustood.attacks import maximise
+from robustood.data import compress, load, pixels
+from robustood.detectors import MSP, Detector, RejectClass
+from robustood.evaluate import attack_score, scores
+from robustood.metrics import Estimate, proportion, threshold_at_tpr
+from robustood.objectives import OutlierTraining
+from robustood.perturbations import Linf
+from robustood.recipes import Recipe, read
+from robustood.recipes.running import trained
+from robustood.recipes.testing import fitted, pick
+from robustood.training import Objective
+
+RUNS = [f"{name}_cifar10_cpu" for name in ("standard", "oe", "aloe", "ntom", "atom", "acet")]
+RUNS += ["atom_cifar10_cpu_fine", "minedaloe_cifar10_cpu", "adv_cifar10_cpu_8"]
+ATTACKED = RUNS[4:8]  # outliers, in training
+DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
+NEW = ["svhn:train", "textures", "scenes", "cifar100:test"]
+COMMON: Row = {"images a set": 500, "inputs": "cifar10:test", "accepted": 0.95}
+COMMON |= {"seen": "tinyimagenet:val", "new": NEW}
+PAIR: Row = {"images a set": 200, "inputs": "cifar10:test", "outliers": "svhn:train"}
+BETWEEN: Row = PAIR | {"detectors": DETECTORS, "eps": 1 / 255, "steps": 40, "targets": 3}
+# Steps, the first of them in grey levels (the rule's own is twice the radius), target classes.
+BUDGETS = ((10, 16, 3), (10, 2, 3), (40, 16, 3), (100, 16, 1), (100, 16, 3))
+SEARCHED: Row = PAIR | {"eps": 8 / 255, "budgets": BUDGETS}
+
+
+@lru_cache
+def stored(name: str, n: int = COMMON["images a set"]) -> Tensor:
+    """Test images as they lie in the file, 8-bit."""
+    return pick(load(name), n).x
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    """Images of CIFAR-10 and of SVHN."""
+    n = PAIR["images a set"]
+    return pixels(stored(PAIR["inputs"], n)), pixels(stored(PAIR["outliers"], n))
+
+
+@lru_cache
+def restored(run: str) -> tuple[nn.Module, Recipe]:
+    """The network of a kept run, and the recipe that made it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = results.restore(run, scratch)
+        recipe = read(folder / "recipe.json")
+        model, *_ = trained(recipe, folder, "cpu")
+    return model, recipe
+
+
+@lru_cache
+def network(run: str) -> tuple[Detector, Objective, float]:
+    """The deployed detector of a kept run, its objective, and the threshold."""
+    model, recipe = restored(run)
+    detector = RejectClass(model) if model.reject else MSP(model)
+    clean = scores(detector, pixels(stored(COMMON["inputs"])))
+    return detector, recipe.objective(), threshold_at_tpr(clean, COMMON["accepted"])
+
+
+@lru_cache
+def detectors(run: str) -> dict[str, Detector]:
+    """All detectors on one kept network, fitted on training images where they need it."""
+    model, recipe = restored(run)
+    return {name: fitted(recipe, name, model, None) for name in DETECTORS}
+
+
+def accepted(run: str, x: Tensor) -> Estimate:
+    """Share of images at or above the threshold."""
+    detector, _, line = network(run)
+    return proportion(int((scores(detector, x) >= line).sum()), len(x))
+
+
+# --- experiments
+
+CHANGES = {f"moved by {grey}": grey for grey in (0, 1, 2, 4, 8)} | {"JPEG 75": None}
+
+
+@experiment(grid(run=RUNS, change=CHANGES), COMMON, seeds=(0,))
+def faint(run: str, change: str, seed: int) -> Row:
+    """Faint changes that no attack made, and what each network then accepts. No gradient is used.
+
+    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def changed(x: Tensor) -> Tensor:
+        """Images as floats, saved as JPEG or with every pixel moved up or down at random."""
+        grey = CHANGES[change]
+        if grey is None:
+            return pixels(compress(x, 75))
+        signs = 2.0 * torch.randint(0, 2, x.shape, generator=draw) - 1
+        return (pixels(x) + grey / 255 * signs).clamp(0, 1)
+
+    new = torch.cat([stored(name) for name in COMMON["new"]])
+    sides = {"inputs": stored(COMMON["inputs"]), "seen": stored(COMMON["seen"]), "new": new}
+    return {side: accepted(run, changed(x)) for side, x in sides.items()}
+
+
+WAYS: dict[str, tuple[int, int, float] | None] = {  # radius, steps and their size, in grey levels
+    "none": None,
+    "5 steps of 4": (8, 5, 4),
+    "5 steps of 2": (8, 5, 2),
+    "5 steps of 1": (8, 5, 1),
+    "40 steps of 4": (8, 40, 4),
+    "40 steps of 1": (8, 40, 1),
+    "radius 1": (1, 10, 0.25),
+}
+
+
+@experiment(grid(run=["ntom_cifar10_cpu", *ATTACKED], attack=WAYS), COMMON, seeds=(0,))
+def training_attack(run: str, attack: str, seed: int) -> Row:
+    """Outliers attacked by the training loss, as in ATOM's training, with other steps, and with a smaller radius.
+
+    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    """
+    detector, objective, _ = network(run)
+    assert isinstance(objective, OutlierTraining)
+    loss = lambda x: objective.outlier_loss(detector.model(x))
+    u, draw = pixels(stored(COMMON["seen"])), torch.Generator().manual_seed(seed)
+    if how := WAYS[attack]:
+        radius, steps, size = how
+        ball = Linf(radius / 255)
+        u = maximise(loss, u, ball, steps=steps, step_size=size / 255, keep="best", generator=draw)
+    with torch.no_grad():
+        mean = loss(u).mean().item()
+    return {"loss": mean, "accepted": accepted(run, u)}
+
+
+@experiment(
+    grid(run=RUNS[1:3], **{"made for": ("none", *DETECTORS)}),
+    BETWEEN,
+    seeds=(0,),
+)
+def transfer(run: str, made_for: str, seed: int) -> Row:
+    """AUROC of each detector on images attacked, both sides, for one of them.
+
+    Shown in book/13_results.md, "Other detectors on the same networks".
+    """
+    x, u = pair()
+    if made_for != "none":
+        how = {key: BETWEEN[key] for key in ("steps", "targets")}
+        attacked, ball = detectors(run)[made_for], Linf(BETWEEN["eps"])
+        x = attack_score(attacked, x, ball, direction="lower", **how)
+        u = attack_score(attacked, u, ball, direction="raise", **how)
+    return {
+        name: metrics.confidence_interval(metrics.auroc, scores(judge, x), scores(judge, u))
+        for name, judge in detectors(run).items()
+    }
+
+
+@experiment(
+    [
+        {"run": run, "steps": steps, "first step": first, "targets": targets}
+        for run in ATTACKED
+        for steps, first, targets in BUDGETS
+    ],
+    SEARCHED,
+    seeds=(0,),
+)
+def budgets(run: str, steps: int, first_step: int, targets: int, seed: int) -> Row:
+    """AUROC in ATOM's test, outliers attacked adaptively with other steps and numbers of target classes.
+
+    Shown in book/13_results.md, "Was the attack strong enough?".
+    """
+    detector, *_ = network(run)
+    x, u = pair()
+    how: Row = {"steps": steps, "step_size": first_step / 255, "targets": targets}
+    u = attack_score(detector, u, Linf(SEARCHED["eps"]), direction="raise", **how)
+    return {
+        "auroc": metrics.confidence_interval(
+            metrics.auroc, scores(detector, x), scores(detector, u)
+        )
+    }

@@ -1,0 +1,142 @@
+"""Several processes that train as one, each on its part of every batch; the result is that of one up to rounding.
+
+Without other processes every function is the trivial one, so that code does not ask whether there are any.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = [
+    "check_divisible",
+    "from_first",
+    "join",
+    "mean",
+    "rank",
+    "release_batch_norm",
+    "world",
+    "wrapped",
+]
+
+T = TypeVar("T")
+
+
+def join() -> int:
+    """Join the processes that ``torchrun`` started, if it did; returns the rank."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return rank()
+
+
+def rank() -> int:
+    """Number of this process; 0 without others."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes; it may be written into ``values``."""
+    if world() > 1:
+        dist.all_reduce(values)
+        values = values / world()
+    return values
+
+
+def from_first(value: T) -> T:
+    """The first process's value, in every process."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def check_divisible(size: int, name: str, parts: int = 1) -> None:
+    """Refuse a batch whose ``parts`` do not divide evenly among the processes."""
+    if world() > 1 and size % (parts * world()):
+        raise ValueError(
+            f"{name} must be a multiple of {parts * world()} with {world()} processes, got {size}"
+        )
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """The model whose gradients and batch statistics are those of all processes; itself without others."""
+    if world() == 1:
+        return model
+    _synchronise_batch_norm(model)
+    # The wrapper would send the buffers at each forward; they are equal already.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    how: dict[str, Any] = {sent: False}
+    return DistributedDataParallel(model, **how)
+
+
+# --- batch normalisation over the batches of all processes
+
+
+def _synchronise_batch_norm(model: nn.Module) -> None:
+    """Let batch normalisation see the batch of all processes, on any device.
+
+    torch's own synchronised layer needs a GPU; this one is the formula.
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm) and "forward" not in vars(layer):
+            layer.forward = lambda input, layer=layer: _shared_batch_norm(layer, input)
+
+
+def release_batch_norm(model: nn.Module) -> None:
+    """Undo :func:`wrapped`."""
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            vars(layer).pop("forward", None)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the processes, through which gradients flow back to all."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        return _AllReduce.forward(ctx, grads[0])
+
+
+def _shared_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Batch normalisation with mean and variance over the batches of all processes."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    axes = [0, *range(2, x.ndim)]
+    wide = x.float()
+    count = x.numel() / x.shape[1] * world()
+    centre = cast(Tensor, _AllReduce.apply(wide.sum(axes))) / count
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    centred = wide - centre.view(shape)
+    variance = cast(Tensor, _AllReduce.apply(centred.square().sum(axes))) / count
+    steps, means, variances = layer.num_batches_tracked, layer.running_mean, layer.running_var
+    if steps is not None and means is not None and variances is not None:
+        with torch.no_grad():
+            steps += 1
+            momentum = layer.momentum or 1 / float(steps)  # None: a plain mean
+            means.lerp_(centre, momentum)
+            variances.lerp_(variance * count / (count - 1), momentum)
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)

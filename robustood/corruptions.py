@@ -1,23 +1,23 @@
 r"""The common corruptions of Hendrycks and Dietterich (2019), at the strengths for small images.
 
 Fifteen are the benchmark, four more its validation set; each has five severities. The strengths
-are those of CIFAR-10-C (the authors' ``make_cifar_c.py``): lengths are pixels of a 32x32 image and
-stay so at other sizes, except that ``elastic_transform`` and ``pixelate`` scale with the image.
+are those of CIFAR-10-C (the authors' ``make_cifar_c.py``): lengths are pixels of a 32x32 image,
+also at other sizes, except that ``elastic_transform`` and ``pixelate`` scale with the image.
 
-What differs from the released images, so that no number is taken for one of theirs:
+Differences from the released images, whose numbers are therefore not comparable:
 
 * Results are not rounded to 8 bits, except in ``jpeg_compression``; random draws are NumPy's.
-* ``frost`` blends in photographs of frost. **A drawn texture of ice needles stands in for them.**
+* ``frost`` blends with photographs of frost. **A drawn texture of ice needles replaces them.**
 * ``motion_blur`` and ``snow`` follow ImageMagick's rule, half a Gaussian along a ray with its
   taps rounded to pixels, and ``spatter`` follows OpenCV's edges, with an exact distance.
-* Released quirks are kept: ``glass_blur`` copies a neighbour where a swap is described (two array
-  views overwrite each other), and ``saturate`` turns grey pixels reddish, as their hue is 0.
+* Quirks of the release are kept: ``glass_blur`` copies a neighbour instead of swapping with it (two array
+  views overwrite each other), and ``saturate`` turns grey pixels reddish, since their hue is 0.
 * On grey images a colour becomes its luminance, and ``saturate`` changes nothing.
 
-The distance from the clean image does not always grow with severity: ``saturate`` takes colour
-away, then adds; ``frost`` fades the image from 3 on; ``elastic_transform`` trades tilt for waves;
+The distance from the clean image does not always grow with severity: ``saturate`` first removes
+colour, then adds it; ``frost`` fades the image from 3 on; ``elastic_transform`` replaces tilt by waves;
 ``glass_blur`` smooths more at 3 and 5; ``spatter`` is water up to 3, then mud; ``motion_blur`` is
-nearly the same at 3 and 4. ``zoom_blur`` rounds to pixels: at 1 it leaves an 8x8 image alone.
+nearly the same at 3 and 4. ``zoom_blur`` rounds to pixels: at 1 it leaves an 8x8 image unchanged.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ Array = np.ndarray  # one image (channel, height, width) in [0, 1], unless said
 
 
 def corrupt(x: Images, name: str, severity: int, seeds: Int[Tensor, "..."]) -> Images:
-    """Corrupt each image; sample i depends on ``x[i]``, name, severity and ``seeds[i]`` alone.
+    """Corrupt each image; sample i depends only on ``x[i]``, name, severity and ``seeds[i]``.
 
     Args:
         x: images in [0, 1] with 1 or 3 channels and sides of 8 pixels or more, on any device.
         name: one of ``NAMES``.
         severity: 1 (mild) to 5 (strong).
-        seeds: (batch,) whole numbers of at least 0; global random states are left alone.
+        seeds: (batch,) whole numbers of at least 0; global random states are unchanged.
 
     Returns:
-        Images in [0, 1], made on the CPU, with the shape, dtype and device of x.
+        Images in [0, 1], computed on the CPU, with the shape, dtype and device of x.
 
     Raises:
         ValueError: if an argument is not as above.
@@ -91,7 +91,7 @@ def _smooth(x: Array, sigma: float) -> Array:
 
 
 def _defocus_blur(x: Array, strength: tuple[float, float], rng: Generator) -> Array:
-    """Average over the pixels within a radius (at most 2), a disc softened by a 3x3 Gaussian."""
+    """Average over a disc of radius at most 2 pixels, softened by a 3x3 Gaussian."""
     i = np.arange(-2, 3)
     square = i[:, None] ** 2 + i**2
     soft = np.exp(-square[1:4, 1:4] / (2 * strength[1] ** 2))
@@ -100,7 +100,7 @@ def _defocus_blur(x: Array, strength: tuple[float, float], rng: Generator) -> Ar
 
 
 def _glass_blur(x: Array, strength: tuple[float, int], rng: Generator) -> Array:
-    """Each pixel becomes itself or a neighbour above or left; rows and columns 0 and 1 stay."""
+    """Replace each pixel by itself or a neighbour above or left; rows and columns 0 and 1 stay."""
     x = _smooth(x, strength[0])
     for _ in range(strength[1]):
         row, column = np.indices(x.shape[1:])[:, 2:, 2:]
@@ -110,7 +110,7 @@ def _glass_blur(x: Array, strength: tuple[float, int], rng: Generator) -> Array:
 
 
 def _line_blur(x: Array, radius: int, sigma: float, degrees: float) -> Array:
-    """Average along a ray at an angle, with the weights of half a Gaussian."""
+    """Average along a ray at an angle, weighted by half a Gaussian."""
     (h, w), angle = x.shape[1:], math.radians(degrees)
     taps = min(2 * radius + 1, h, w)
     weights = np.exp(-(np.arange(taps) ** 2) / (2 * sigma**2))
@@ -123,7 +123,7 @@ def _line_blur(x: Array, radius: int, sigma: float, degrees: float) -> Array:
 
 @lru_cache
 def _zoom(n: int, factor: float) -> Array:
-    """Matrix that enlarges the middle of n pixels to n pixels, by linear interpolation."""
+    """Matrix that enlarges the centre of n pixels to n pixels, by linear interpolation."""
     kept = math.ceil(n / factor)
     size = round(kept * factor)
     at = np.linspace(0, kept - 1, size)[(size - n) // 2 :][:n] + (n - kept) // 2
@@ -131,7 +131,7 @@ def _zoom(n: int, factor: float) -> Array:
 
 
 def _zoom_blur(x: Array, end: float, rng: Generator) -> Array:
-    """Mean of the image and its enlargements by 1, 1.01, ... (arange, rounding as released)."""
+    """Mean of the image and its enlargements by 1, 1.01, ... (arange, rounded as in the release)."""
     factors = np.arange(1, end, 0.01).tolist()
     rows, columns = (np.stack([_zoom(n, factor) for factor in factors]) for n in x.shape[1:])
     larger = rows[:, None] @ x @ columns[:, None].swapaxes(2, 3)
@@ -151,7 +151,7 @@ def _snow(x: Array, strength: tuple[float, ...], rng: Generator) -> Array:
 
 
 def _frost(x: Array, strength: tuple[float, float], rng: Generator) -> Array:
-    """Blend with the stand-in for frost: clouds, and 30 needles at multiples of 60 degrees."""
+    """Blend with a substitute for frost: clouds, and 30 needles at multiples of 60 degrees."""
     h, w = x.shape[1:]
     top, left, length, light, bend = rng.random((5, 30, 1, 1))
     angle = rng.uniform(0, math.pi) + math.pi / 3 * np.arange(30)[:, None, None] + 0.2 * bend
@@ -164,7 +164,7 @@ def _frost(x: Array, strength: tuple[float, float], rng: Generator) -> Array:
 
 
 def _plasma(rng: Generator, h: int, w: int, decay: float) -> Array:
-    """Diamond-square height map (h, w) in [0, 1], cut from the next power of two."""
+    """Diamond-square height map (h, w) in [0, 1], cropped from the next power of two."""
     n = 1 << (max(h, w) - 1).bit_length()
     z, noise, step, wibble = np.zeros((n, n)), rng.uniform(-1, 1, (n, n)), n, 100.0
     while step >= 2:
@@ -172,7 +172,7 @@ def _plasma(rng: Generator, h: int, w: int, decay: float) -> Array:
         noise_now = wibble**2 * noise
         pair = z[old, old] + np.roll(z[old, old], -1, 0)
         z[new, new] = (pair + np.roll(pair, -1, 1)) / 4 + noise_now[new, new]
-        # The release pairs the corners along rows for both diamonds; columns were due for one.
+        # The release pairs the corners along rows for both diamonds; one should use columns.
         middle, pair = z[new, new], z[old, old] + np.roll(z[old, old], -1, 1)
         z[old, new] = (middle + np.roll(middle, 1, 0) + pair) / 4 + noise_now[old, new]
         z[new, old] = (middle + np.roll(middle, 1, 1) + pair) / 4 + noise_now[new, old]
@@ -182,13 +182,13 @@ def _plasma(rng: Generator, h: int, w: int, decay: float) -> Array:
 
 
 def _fog(x: Array, strength: tuple[float, float], rng: Generator) -> Array:
-    """Add a cloud, then scale so that the brightest value cannot rise."""
+    """Add a cloud, then rescale so that the largest value does not increase."""
     cloud = strength[0] * _plasma(rng, *x.shape[1:], strength[1])
     return (x + cloud) * x.max() / (x.max() + strength[0])
 
 
 def _spatter(x: Array, strength: tuple[float, ...], rng: Generator) -> Array:
-    """Drops where smooth noise passes a threshold: shining water, or opaque mud."""
+    """Drops where smooth noise exceeds a threshold: shiny water, or opaque mud."""
     mean, spread, sigma, threshold, amount, mud = strength
     liquid = _smooth(rng.normal(mean, spread, x.shape[1:]), sigma).clip(0, 1)
     drops = liquid >= threshold
@@ -200,7 +200,7 @@ def _spatter(x: Array, strength: tuple[float, ...], rng: Generator) -> Array:
 
 
 def _film(drops: Array) -> Array:
-    """Light through drops (h, w) of 0 to 255: embossed distance from their edges, peak 1."""
+    """Light through drops (h, w) in 0 to 255: embossed distance from their edges, with maximum 1."""
     edges = _edges(drops)
     away = np.minimum(ndimage.distance_transform_edt(~edges), 20) if edges.any() else 0 * drops
     depth = ndimage.uniform_filter(away, 3, mode="mirror").astype(int)
@@ -213,7 +213,7 @@ def _film(drops: Array) -> Array:
 
 
 def _edges(grey: Array) -> Array:
-    """Canny's edges (h, w): peaks of the gradient above 50, joined to one above 150."""
+    """Canny edges (h, w): peaks of the gradient above 50, connected to one above 150."""
     dy, dx = (ndimage.sobel(grey, axis, mode="nearest") for axis in (0, 1))
     size, tangent = abs(dy) + abs(dx), math.tan(math.pi / 8)
     flat, steep = abs(dy) < tangent * abs(dx), abs(dx) < tangent * abs(dy)
@@ -227,7 +227,7 @@ def _edges(grey: Array) -> Array:
 
 
 def _brightness(x: Array, amount: float, rng: Generator) -> Array:
-    """Raise the value of HSV; hue and saturation stay, so the channels scale together."""
+    """Increase the value of HSV; hue and saturation stay, so the channels scale together."""
     value = x.max(0)
     raised = (value + amount).clip(0, 1)
     return np.where(value > 0, x * (raised / np.where(value > 0, value, 1)), raised)
@@ -243,7 +243,7 @@ def _saturate(x: Array, strength: tuple[float, float], rng: Generator) -> Array:
 
 
 def _elastic_transform(x: Array, strength: tuple[float, ...], rng: Generator) -> Array:
-    """A random affine map of three points, then smooth random shifts; lengths in image sides."""
+    """A random affine map of three points, then smooth random shifts; lengths in units of the image side."""
     side, at = min(x.shape[1:]), np.indices(x.shape[1:])
     shift, sigma, tilt = (side * part for part in strength)
     points = np.array(x.shape[1:]) // 2 + side // 3 * np.array([[1, 1], [1, -1], [-1, -1]])
@@ -258,7 +258,7 @@ def _elastic_transform(x: Array, strength: tuple[float, ...], rng: Generator) ->
 
 @lru_cache
 def _pixels(n: int, factor: float) -> Array:
-    """Matrix of Pillow's box filter: n pixels down to ``factor`` of them and up again."""
+    """Matrix of Pillow's box filter: n pixels down to a share ``factor`` of them and up again."""
     few, box = int(n * factor), Image.Resampling.BOX
     eye = Image.fromarray(np.eye(n, dtype=np.float32))
     return np.asarray(eye.resize((n, few), box).resize((n, n), box))

@@ -1,10 +1,10 @@
-"""What a public function accepts: one door, one kind of message.
+"""Checks on the arguments of public functions, with one form of message.
 
 Images are float tensors ``(batch, channel, height, width)`` in [0, 1] *pixel units*;
 normalisation is a layer inside the model, so ``eps`` always means pixels (write ``8/255``).
-Labels are integers. Every check raises ``ValueError`` with the argument's name, the value seen
-and the fix, before any work is done. The checks read values, which on a GPU waits for the
-device: they stand at public doors and never inside a loop.
+Labels are integers. Every check raises ``ValueError`` with the argument's name, its value and
+the fix, before any work is done. The checks read values, which on a GPU waits for the device:
+they belong at the start of public functions, never inside a loop.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6
-MOST = sys.float_info.max  # infinity is a number only where a limit says so
+MOST = sys.float_info.max  # infinity is valid only where a limit is infinite
 
 
 def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> None:
@@ -50,15 +50,15 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
 
 
 def pixels(images: Tensor) -> Tensor:
-    """8-bit images as floats in [0, 1]; all else as it is."""
+    """8-bit images as floats in [0, 1]; anything else unchanged."""
     check_instance(images, "images", Tensor, "a tensor of images, in 8 bits or in [0, 1]")
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> Tensor:
-    """Inputs as a door takes them: 8-bit pixels as floats in [0, 1], all else checked and as it is.
+    """Inputs of a public function: 8-bit pixels as floats in [0, 1], anything else checked and unchanged.
 
-    In any other box than that of pixels, 8-bit numbers are refused like all integers.
+    With a box other than that of pixels, 8-bit inputs are refused like all integers.
     """
     if isinstance(x, Tensor) and box == (0, 1):
         x = pixels(x)
@@ -67,7 +67,7 @@ def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") 
 
 
 def entered(x: Tensor, name: str = "x") -> Tensor:
-    """Inputs inside a loop: 8-bit pixels as floats, all but floats refused; no value is read."""
+    """Inputs inside a loop: 8-bit pixels as floats, other integers refused; no value is read."""
     if isinstance(x, Tensor):
         x = pixels(x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -77,7 +77,7 @@ def entered(x: Tensor, name: str = "x") -> Tensor:
 
 
 def finite(x: Tensor, name: str = "x") -> Tensor:
-    """Inputs as a door without a box takes them: 8-bit images as floats in [0, 1], all else checked for NaN."""
+    """Inputs of a public function without a box: 8-bit images as floats in [0, 1], anything else checked for NaN."""
     if isinstance(x, Tensor) and x.ndim == 4:
         x = pixels(x)
     check_values(x, None, name)
@@ -85,17 +85,17 @@ def finite(x: Tensor, name: str = "x") -> Tensor:
 
 
 def check_images(x: Tensor, name: str = "x") -> None:
-    """Refuse what is not a float batch (batch, channel, height, width) in [0, 1]."""
+    """Refuse anything but floats (batch, channel, height, width) in [0, 1]."""
     if isinstance(x, Tensor) and x.ndim != 4:
         raise ValueError(
             f"{name} must have 4 axes (batch, channel, height, width), got shape {tuple(x.shape)}; "
-            "add an axis with x[None] for one image, x[:, None] for grey ones"
+            "add an axis with x[None] for one image, x[:, None] for grey images"
         )
     check_values(x, name=name)
 
 
 def check_labels(y: Tensor, x: Tensor, classes: int | None = None, name: str = "y") -> None:
-    """Refuse labels that are not integers, not one per sample, or outside 0 .. classes - 1."""
+    """Refuse anything but one integer in 0 .. classes - 1 per sample."""
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         seen = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
@@ -147,7 +147,7 @@ def check_count(
 
 
 def check_seed(value: int, name: str = "seed") -> int:
-    """Refuse what seeds no generator; give it as the int that torch needs."""
+    """Refuse anything but an integer of at least 0; return it as the int that torch needs."""
     return check_count(value, name, fix="the same seed gives the same draws")
 
 
@@ -166,13 +166,13 @@ def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
 
 
 def check_text(value: object, name: str) -> None:
-    """Refuse what is no text."""
+    """Refuse anything but a str."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {type(value).__name__}")
+        raise ValueError(f"{name} must be a str, got {type(value).__name__}")
 
 
 def check_path(value: object, name: str) -> None:
-    """Refuse what names no file or folder."""
+    """Refuse anything but the path of a file or folder."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(
             f"{name} must be the path of a file or folder, a str or Path, got {type(value).__name__}"
@@ -180,44 +180,42 @@ def check_path(value: object, name: str) -> None:
 
 
 def check_callable(value: object, name: str, form: str) -> None:
-    """Refuse what cannot be called; ``form`` shows how it will be."""
+    """Refuse what cannot be called; ``form`` shows the call."""
     if not callable(value):
         raise ValueError(f"{name} must be a function, called as {form}, got {value!r:.80}")
 
 
 def check_instance(value: object, name: str, kind: type | tuple[type, ...], such_as: str) -> None:
-    """Refuse what is not of a class, and the class itself, which a protocol lets pass."""
+    """Refuse anything but an instance of ``kind``; a class itself is refused, though it passes a protocol."""
     if isinstance(value, type) or not isinstance(value, kind):
         seen = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise ValueError(f"{name} must be {such_as}, got {seen}")
 
 
 def check_generator(value: object, name: str = "generator") -> None:
-    """Refuse what is neither torch's source of random numbers nor None."""
+    """Refuse anything but a torch.Generator or None."""
     if value is not None:
         such_as = "a torch.Generator, such as torch.Generator().manual_seed(0)"
         check_instance(value, name, torch.Generator, such_as)
 
 
 def check_model(model: object, name: str = "model") -> None:
-    """Refuse what maps no inputs to outputs, such as a class that was not built."""
+    """Refuse what cannot be called, and a class that was not instantiated."""
     if isinstance(model, type) or not callable(model):
         seen = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ValueError(f"{name} must be a network or a function, called as model(x), got {seen}")
 
 
 def check_device(value: object, name: str = "device") -> None:
-    """Refuse what names no device."""
-    if not isinstance(value, (str, torch.device)):
-        raise ValueError(f'{name} must be such as "cpu" or "cuda:0", got {value!r:.80}')
-    try:
-        torch.device(value)
-    except RuntimeError as error:
-        raise ValueError(f'{name} must be such as "cpu" or "cuda:0", got {value!r}') from error
+    """Refuse anything but a device or its name."""
+    with suppress(RuntimeError):  # what torch raises for an unknown name
+        if isinstance(value, (str, torch.device)) and torch.device(value):
+            return
+    raise ValueError(f'{name} must be a device such as "cpu" or "cuda:0", got {value!r:.80}')
 
 
 def check_several(values: object, name: str, what: str, least: int = 1) -> None:
-    """Refuse what is no list: one alone, or a text, which is a sequence of letters."""
+    """Refuse anything but a list with one axis; a str is refused, though it is a sequence of characters."""
     listed = isinstance(values, (Sequence, np.ndarray, Tensor)) and not isinstance(values, str)
     if not isinstance(values, Sized) or not listed or getattr(values, "ndim", 1) != 1:
         raise ValueError(f"{name} must be a list of {what}, got {values!r:.80}; use [..] for one")
@@ -226,18 +224,18 @@ def check_several(values: object, name: str, what: str, least: int = 1) -> None:
 
 
 def check_counts(low: int = 1, **values: int) -> None:
-    """Refuse each that is not a whole number of at least ``low``."""
+    """Refuse any value that is not a whole number of at least ``low``."""
     for name, value in values.items():
         check_count(value, name, low)
 
 
 def check_shape(shape: object) -> tuple[int, int, int]:
-    """Refuse what is not the shape of one image, (channel, height, width); give it as a tuple."""
+    """Refuse anything but the shape of one image, (channel, height, width); return it as a tuple."""
     check_several(shape, "shape", "three whole numbers (channel, height, width)", 3)
     channels, *sides = shape  # ty: ignore
     if len(sides) != 2:
         raise ValueError(f"shape must be (channel, height, width), got {shape!r:.80}")
-    return tuple(check_count(side, "shape: each", 1) for side in (channels, *sides))  # ty: ignore
+    return tuple(check_count(side, "each of shape", 1) for side in (channels, *sides))  # ty: ignore
 
 
 def numbers(values: object, name: str) -> np.ndarray:
@@ -257,7 +255,7 @@ def numbers(values: object, name: str) -> np.ndarray:
 
 
 def reals(values: object, name: str, axes: int | None = None) -> np.ndarray:
-    """Real numbers as float64, without NaN and infinity, at least one."""
+    """Finite real numbers as float64, at least one."""
     found = numbers(values, name)
     if axes is not None and found.ndim != axes:
         raise ValueError(f"{name} must have {axes} axes, got shape {found.shape}; use [None]")
@@ -267,13 +265,13 @@ def reals(values: object, name: str, axes: int | None = None) -> np.ndarray:
 
 
 def check_mapping(values: object, name: str, form: str) -> None:
-    """Refuse what is no dict; ``form`` shows one."""
+    """Refuse anything but a dict; ``form`` shows one."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} must be a dict such as {form}, got {type(values).__name__}")
 
 
-def check_keywords(function: Callable[..., Any], given: Mapping[str, Any], own: str) -> None:
-    """Refuse keywords that ``own`` would hand on to a function that has no such argument."""
+def check_keywords(function: Callable[..., object], given: Mapping[str, object], own: str) -> None:
+    """Refuse keywords that ``own`` would pass on to a function without such a parameter."""
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -27,21 +27,21 @@ Labels = Int[Tensor, " batch"]
 
 
 def cross_entropy(logits: Logits, y: Labels) -> Values:
-    r"""$-\log \mathrm{softmax}(z)_y$. Its gradient underflows once the network is sure."""
+    r"""$-\log \mathrm{softmax}(z)_y$. Its gradient underflows once the network is certain."""
     return nn.functional.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Logits, y: Labels) -> Values:
     r"""$\max_{j \ne y} z_j - z_y$ (Carlini and Wagner 2017).
 
-    Positive where the sample is misclassified, negative where it is right, zero at a tie.
+    Positive where the sample is misclassified, negative where it is classified correctly, zero at a tie.
     """
     own = one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(own, -torch.inf).amax(1) - logits.masked_fill(~own, 0).sum(1)
 
 
 def dlr(logits: Logits, y: Labels) -> Values:
-    r"""Difference of logits ratio: the margin over $z_{\pi_1} - z_{\pi_3}$, logits sorted downwards.
+    r"""Difference of logits ratio: the margin over $z_{\pi_1} - z_{\pi_3}$, with logits in descending order.
 
     Invariant to shifting and positively rescaling the logits; needs at least 3 classes (Croce
     and Hein 2020, section 4).
@@ -74,13 +74,13 @@ def to_reject(z: Float[Tensor, "batch outputs"]) -> Values:
 
 
 def log_odds(z: Logits) -> Logits:
-    r"""$\log \frac{p_t}{1 - p_t} = z_t - \mathrm{LSE}_{j \ne t}(z_j)$ of every class, without cancellation."""
+    r"""$\log \frac{p_t}{1 - p_t} = z_t - \mathrm{LSE}_{j \ne t}(z_j)$ of each class, without cancellation."""
     if z.shape[1] < 2:
         raise ValueError(
-            "log-odds compare a class with the others, but the model has one class alone"
+            "log-odds compare a class with the others, but the model has only one; use 2 or more classes"
         )
     top = one_hot(z.argmax(1), z.shape[1]).bool()
-    # 1 - p_t cancels for the largest alone; the others' p_t is at most 1/2.
+    # 1 - p_t cancels only for the largest output; p_t of the others is at most 1/2.
     p = z.softmax(1).masked_fill(top, 0)
     rest = z.logsumexp(1, keepdim=True) + torch.log1p(-p)
     rest_of_top = z.masked_fill(top, -torch.inf).logsumexp(1, keepdim=True)

@@ -1,14 +1,14 @@
-r"""How well a score separates two sets, and how sure we are of it.
+r"""How well a score separates two sets, with what confidence.
 
 A score is higher for more in-distribution inputs; ``x`` is accepted if ``score >= threshold``.
 With in-distribution scores $a_1, \dots, a_n$ and outlier scores $b_1, \dots, b_m$,
 
 $$\mathrm{AUROC} = \frac{1}{nm} \sum_{i,j} \mathbf 1\{a_i > b_j\} + \tfrac12 \mathbf 1\{a_i = b_j\}.$$
 
-Everything here depends on the order of the scores alone, so a strictly increasing map changes
-nothing, and plus or minus infinity are scores like others. Ties get half credit. All sums run in
-float64. Where the two sides play different parts, ``positive="in"`` or ``positive="out"`` has to
-be said. Arguments ``scores_in`` and ``scores_out`` are one-dimensional: lists, arrays or tensors.
+Everything here depends only on the order of the scores, so a strictly increasing map changes
+nothing, and plus or minus infinity are valid scores. Ties get half credit. All sums are computed in
+float64. Where the two sides are not interchangeable, ``positive="in"`` or ``positive="out"`` is
+required. Arguments ``scores_in`` and ``scores_out`` are one-dimensional: lists, arrays or tensors.
 
 Raises ``ValueError`` for an empty side, NaN, more than one axis, and rates outside [0, 1].
 """
@@ -50,7 +50,7 @@ class Estimate:
     Attributes:
         value: the point estimate.
         low, high: ends of the interval.
-        n: number of samples behind it.
+        n: number of samples.
     """
 
     value: float
@@ -106,7 +106,7 @@ def auroc(scores_in: Scores, scores_out: Scores) -> float:
 
 
 def tie_rate(scores_in: Scores, scores_out: Scores) -> float:
-    """Share of pairs (in-distribution, outlier) with equal scores. Above 0, ask how ties were counted.
+    """Share of pairs (in-distribution, outlier) with equal scores. If it is above 0, ask how ties were counted.
 
     >>> tie_rate([1.0, 1.0, 0.7], [1.0, 0.2])
     0.3333333333333333
@@ -119,9 +119,9 @@ def tie_rate(scores_in: Scores, scores_out: Scores) -> float:
 def roc(
     scores_in: Scores, scores_out: Scores
 ) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
-    """The ROC curve, positives in-distribution: (FPR, TPR, thresholds), one point a distinct score.
+    """The ROC curve with in-distribution positives: (FPR, TPR, thresholds), one point per distinct score.
 
-    Thresholds fall. The first, infinity, stands for accepting nothing; the last accepts everything.
+    Thresholds decrease. The first, infinity, accepts nothing; the last accepts everything.
     """
     a, b = _both(scores_in, scores_out)
     levels = np.unique(np.concatenate([a, b]))[::-1]
@@ -141,7 +141,7 @@ def threshold_at_tpr(scores_in: Scores, tpr: float = 0.95) -> float:
     a = _values(scores_in, "scores_in")
     fix = "a share of the positives; write 0.95 for 95 %"
     check_number(tpr, "tpr", np.nextafter(0, 1), 1, fix)
-    kept = int(np.ceil(tpr * a.size))  # the least count with kept / n >= tpr, despite rounding:
+    kept = int(np.ceil(tpr * a.size))  # the smallest count with kept / n >= tpr, despite rounding:
     kept += int(kept / a.size < tpr) - int((kept - 1) / a.size >= tpr)
     return float(np.partition(a, a.size - kept)[a.size - kept])
 
@@ -150,7 +150,7 @@ def acceptance(scores: Scores, threshold: float, confidence: float = 0.95) -> Es
     """Share of scores at or above a *fixed* threshold, with the exact binomial interval.
 
     Fixed means chosen without these scores. Then each is an independent trial, and the binomial
-    law is exact. On outliers the share is the false positive rate, on in-distribution inputs the
+    interval is exact. On outliers the share is the false positive rate, on in-distribution inputs the
     true positive rate.
 
     >>> print(acceptance([0.2, 0.5, 0.7, 0.9], threshold=0.5))
@@ -165,11 +165,11 @@ def acceptance(scores: Scores, threshold: float, confidence: float = 0.95) -> Es
 def fpr_at_tpr(
     scores_in: Scores, scores_out: Scores, tpr: float = 0.95, *, positive: Side
 ) -> float:
-    """False positive rate at the strictest threshold that finds a share ``tpr`` of the positives.
+    """False positive rate at the strictest threshold that detects a share ``tpr`` of the positives.
 
     ``positive="in"``: the highest t with P(in >= t) >= tpr; the result is P(out >= t), the share of
-    outliers that get in. ``positive="out"``: the lowest t with P(out <= t) >= tpr; the result is
-    P(in <= t), the share of in-distribution inputs that are thrown out. The two can lie far apart.
+    outliers that are accepted. ``positive="out"``: the lowest t with P(out <= t) >= tpr; the result is
+    P(in <= t), the share of in-distribution inputs that are rejected. The two can differ widely.
 
     >>> fpr_at_tpr([2, 3, 4, 5], [0, 1, 2, 9], tpr=0.75, positive="in")
     0.25
@@ -181,11 +181,11 @@ def fpr_at_tpr(
 
 
 def aupr(scores_in: Scores, scores_out: Scores, *, positive: Side) -> float:
-    """Average precision: the mean, over the positives, of the precision at each one's own score.
+    """Average precision: the mean over the positives of the precision at each one's score.
 
     It is the area under the steps of the precision-recall curve, not under straight lines between
-    its points, which would promise what no threshold reaches (Davis and Goadrich 2006). A score
-    that says nothing gets the share of positives, so the number depends on the base rate.
+    its points, which no threshold attains (Davis and Goadrich 2006). An uninformative score
+    gets the share of positives, so the value depends on the base rate.
 
     >>> aupr([2, 3, 4], [1, 2.5], positive="in")
     0.9166666666666666
@@ -199,12 +199,12 @@ def aupr(scores_in: Scores, scores_out: Scores, *, positive: Side) -> float:
 def detection_error(
     scores_in: Scores, scores_out: Scores, *, prior: float | Literal["empirical"] = 0.5
 ) -> float:
-    """Least probability of a wrong decision over all thresholds: prior FNR + (1 - prior) FPR.
+    """Smallest probability of a wrong decision over all thresholds: prior FNR + (1 - prior) FPR.
 
     ``prior`` is the probability that an input is in-distribution. One half balances the two errors,
-    as in the tables of ALOE (Chen et al. 2020). ``"empirical"`` takes the share n_in / (n_in + n_out)
-    of the samples, as in those of ATOM (Chen et al. 2021). The threshold is tuned on the very scores
-    it is judged on: the result is optimistic.
+    as in the tables of ALOE (Chen et al. 2020). ``"empirical"`` is the share n_in / (n_in + n_out)
+    of the samples, as in those of ATOM (Chen et al. 2021). The threshold is tuned on the same scores
+    that it is judged on, so the result is optimistic.
 
     >>> detection_error([2, 3, 4, 5], [0, 1, 2, 9])
     0.25
@@ -213,7 +213,7 @@ def detection_error(
     if isinstance(prior, str) and prior == "empirical":
         prior = a.size / (a.size + b.size)
     check_number(prior, "prior", 0, 1, "or write prior='empirical'")
-    # A threshold between two in-distribution scores can be raised to the next at no loss.
+    # A threshold between two in-distribution scores can be raised to the higher one at no loss.
     errors = prior * np.arange(a.size) / a.size + (1 - prior) * (1 - _below(a, b)[0] / b.size)
     return float(min(errors.min(), prior))  # prior: accept nothing
 
@@ -228,26 +228,26 @@ def confidence_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A metric with the interval that sampling of the test scores leaves.
+    """A metric with the interval due to the sampling of the test scores.
 
     ``"delong"``, for :func:`auroc` alone: the variance of DeLong et al. (1988), normal on the logit
-    scale, hence inside [0, 1]. ``"bootstrap"``, for any metric: both sides are drawn anew with
-    replacement, each by itself, and the interval runs between percentiles. ``"auto"`` takes the
+    scale, hence inside [0, 1]. ``"bootstrap"``, for any metric: each side is resampled with
+    replacement on its own, and the interval runs between percentiles. ``"auto"`` uses the
     first where it can. A rate whose threshold came from the same scores, such as :func:`fpr_at_tpr`,
-    needs the bootstrap, since the threshold moves from sample to sample; for a threshold that was
-    fixed before, :func:`acceptance` is exact.
+    needs the bootstrap, since the threshold varies from sample to sample; for a threshold that was
+    fixed beforehand, :func:`acceptance` is exact.
 
-    Where the sample holds no variation (AUROC 1, FPR 0), both would return an interval of no
-    width. Then min(n_in, n_out) disjoint pairs stand in as independent trials that all went one way,
-    which is exact for AUROC. No interval knows how a network trained again would differ.
+    Where the sample has no variation (AUROC 1, FPR 0), both would return an interval of zero
+    width. Then min(n_in, n_out) disjoint pairs serve as independent trials with the same outcome,
+    which is exact for AUROC. No interval accounts for the variation between training runs.
 
     Args:
-        metric: ``metric(scores_in, scores_out)``; fix options with ``functools.partial``.
+        metric: ``metric(scores_in, scores_out)``; set options with ``functools.partial``.
         resamples: number of bootstrap samples.
         seed: seed of the bootstrap.
 
     Returns:
-        Value, ends and the number of scores of both sides.
+        Value, interval, and the total number of scores.
 
     >>> print(confidence_interval(auroc, range(10, 60), range(40)))
     0.775 [0.668, 0.855]
@@ -255,7 +255,7 @@ def confidence_interval(
     a, b = _both(scores_in, scores_out)
     check_choice(method, "method", ("auto", "delong", "bootstrap"))
     if method == "delong" and metric is not auroc:
-        raise ValueError("method 'delong' is for auroc alone; use method='bootstrap'")
+        raise ValueError("method 'delong' is for auroc only; use method='bootstrap'")
     _check_interval(metric, a, b, confidence, resamples, seed)
     if metric is auroc and method != "bootstrap":
         return _delong(a, b, confidence)
@@ -281,11 +281,11 @@ def paired_difference(
     """``metric(*first) - metric(*second)`` for two detectors, or two attacks, on the same inputs.
 
     Each argument is a pair (scores_in, scores_out), in the same order of inputs. The bootstrap
-    draws inputs, so that what is hard for both cancels: the interval is usually much narrower than
+    resamples inputs, so that what is hard for both cancels: the interval is usually much narrower than
     two separate ones suggest. The value may be negative.
     """
     for name, given in (("first", first), ("second", second)):
-        check_several(given, name, "the two sides' scores")
+        check_several(given, name, "the scores of the two sides")
         if len(given) != 2:
             raise ValueError(f"{name} must be (scores_in, scores_out), got {len(given)} parts")
     (a, b), (c, d) = _both(*first, "first: "), _both(*second, "second: ")
@@ -308,20 +308,20 @@ def paired_difference(
 def as_printed(
     scores_in: Scores, scores_out: Scores, code: Literal["aloe", "atom"]
 ) -> dict[str, float]:
-    """What the papers' own programs print for these scores; compare with the functions above.
+    """What the papers' own programs print for these scores, to compare with the functions above.
 
-    Both remove the scores one after the other, lowest first, and join the points by straight lines.
+    Both remove the scores one by one, lowest first, and join the points by straight lines.
 
-    ``"aloe"`` (Chen et al. 2020): of equal scores the in-distribution one goes first, so a tie counts
+    ``"aloe"`` (Chen et al. 2020): of equal scores the in-distribution one is removed first, so a tie counts
     as lost. FPR is read at the first point whose TPR is nearest to 0.95. The detection error is
-    balanced. ``"atom"`` (Chen et al. 2021): equal scores go together, so a tie counts one half. The
+    balanced. ``"atom"`` (Chen et al. 2021): equal scores are removed together, so a tie counts one half. The
     threshold is the sorted in-distribution score at index round(0.05 n), and only scores *strictly*
-    above it are accepted: if they are saturated, nothing is, FPR is 0 and FNR is 1. The detection
-    error has empirical priors. In both, precision-recall curves start at recall 0, precision 0.
+    above it are accepted: with saturated scores nothing is, FPR is 0 and FNR is 1. The detection
+    error uses empirical priors. In both, precision-recall curves start at recall 0, precision 0.
 
     Returns:
         ``fpr``, ``fnr`` (at the same threshold), ``auroc``, ``detection_error``, ``aupr_in``,
-        ``aupr_out``; fractions where the programs print per cent.
+        ``aupr_out``, as fractions; the programs print per cent.
 
     >>> as_printed([1.0] * 10, [1.0] * 10, "aloe")["auroc"]
     0.0
@@ -350,16 +350,16 @@ def as_printed(
 
 
 def _values(scores: Scores, name: str) -> Float[np.ndarray, " n"]:
-    """Scores as float64, checked: the one door of this module."""
+    """Scores as float64, checked."""
     values = numbers(scores, name)
     if values.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {values.shape}; use .ravel()")
     if values.size == 0:
-        raise ValueError(f"{name} is empty; pass scores of both sides, at least one each")
+        raise ValueError(f"{name} is empty; pass at least one score for each side")
     if np.isnan(values).any():
         bad = int(np.isnan(values).sum())
         raise ValueError(
-            f"{name} holds {bad} NaN of {values.size} scores; find out where they arise"
+            f"{name} holds {bad} NaN among {values.size} scores; find out where they arise"
         )
     return values
 
@@ -371,15 +371,15 @@ def _both(scores_in: Scores, scores_out: Scores, of: str = "") -> tuple[np.ndarr
 def _oriented(
     scores_in: Scores, scores_out: Scores, positive: Side
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(positives, negatives) with higher scores for positives."""
+    """(positives, negatives), with higher scores for positives."""
     check_choice(positive, "positive", ("in", "out"))
     a, b = _both(scores_in, scores_out)
     return (a, b) if positive == "in" else (-b, -a)
 
 
 def _below(a: np.ndarray, b: np.ndarray) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """For each of a, upwards: how many of b are lower, how many are not higher."""
-    a, b = np.sort(a), np.sort(b)  # sorted queries walk through memory once
+    """For each of a in ascending order: how many of b are lower, and how many are not higher."""
+    a, b = np.sort(a), np.sort(b)  # sorted queries read memory in order
     return np.searchsorted(b, a, "left"), np.searchsorted(b, a, "right")
 
 
@@ -392,7 +392,7 @@ def _check_interval(
     check_count(resamples, "resamples", low=1)
     if min(a.size, b.size) < 2:
         raise ValueError(
-            f"an interval of the scores needs at least 2 a side, got {a.size} in and {b.size} out"
+            f"an interval needs at least 2 scores per side, got {a.size} in and {b.size} out; pass more"
         )
 
 
@@ -402,7 +402,7 @@ def _percentiles(value: float, draws: np.ndarray, confidence: float, n: int) -> 
 
 
 def _delong(a: np.ndarray, b: np.ndarray, confidence: float) -> Estimate:
-    """Variance from each score's own share of pairs won (DeLong et al. 1988), on the logit scale."""
+    """Interval from each score's share of pairs won (DeLong et al. 1988), on the logit scale."""
     won, lost = (np.add(*_below(*pair)) / (2 * pair[1].size) for pair in ((a, b), (b, a)))
     value, n = auroc(a, b), a.size + b.size
     if np.ptp(won) == np.ptp(lost) == 0:
@@ -414,10 +414,10 @@ def _delong(a: np.ndarray, b: np.ndarray, confidence: float) -> Estimate:
 
 
 def _unanimous(value: float, a: np.ndarray, b: np.ndarray, confidence: float) -> Estimate:
-    """All pairs are worth the same: 0, 1/2 (all tied) or 1.
+    """Interval where all pairs have the same value: 0, 1/2 (all tied) or 1.
 
-    The min(n, m) disjoint ones are independent, so a pair is worth this with a probability of at
-    least ``sure``; the rest may be worth anything.
+    min(n, m) disjoint pairs are independent, so a pair has this value with a probability of at
+    least ``sure``, and any value otherwise.
     """
     pairs = min(a.size, b.size)
     sure = proportion(pairs, pairs, confidence).low
@@ -425,7 +425,7 @@ def _unanimous(value: float, a: np.ndarray, b: np.ndarray, confidence: float) ->
 
 
 def _sweep(a: np.ndarray, b: np.ndarray, ties_together: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(accepted in, accepted out) while scores are removed upwards, in-distribution ones first."""
+    """(accepted in, accepted out) as scores are removed, lowest first, of equal ones in-distribution first."""
     scores = np.concatenate([a, b])
     order = np.argsort(scores, kind="stable")
     gone = np.concatenate([[0], np.cumsum(order < a.size)])
@@ -438,7 +438,7 @@ def _sweep(a: np.ndarray, b: np.ndarray, ties_together: bool) -> tuple[np.ndarra
 
 
 def _joined(hits: np.ndarray, alarms: np.ndarray) -> float:
-    """Area under the precision-recall points, recall falling, joined by lines down to (0, 0)."""
+    """Area under the precision-recall points in order of decreasing recall, joined by lines down to (0, 0)."""
     shown = hits + alarms > 0
     recall = hits[shown] / hits[0]
     precision = hits[shown] / (hits + alarms)[shown]

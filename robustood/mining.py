@@ -1,7 +1,7 @@
 r"""Which outliers matter: those that the network finds hardest to tell from its classes.
 
-Before an epoch the whole pool is scored, sorted from the most in-distribution-like, the hardest share
-q is left out, because some of it may *be* in-distribution, and the next n are kept (Chen et al. 2021,
+Before each epoch the whole pool is scored and sorted, the most in-distribution-like first. The hardest share
+q is skipped, because some of it may *be* in-distribution, and the next n are used (Chen et al. 2021,
 section 3 and algorithm 1): ranks $[\lfloor qN \rfloor, \lfloor qN \rfloor + n)$ of N.
 """
 
@@ -26,8 +26,8 @@ Margins = Float[Tensor, " _"]
 def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
     r"""How in-distribution-like each image looks, in eval mode; higher is harder.
 
-    With reject outputs the log-odds $\mathrm{LSE}(z_{1..K}) - \mathrm{LSE}(z_{K+1..})$, which orders as
-    $1 - F_{K+1}$ does where that rounds to one number. Without them the largest log-odds of a class.
+    With reject outputs the log-odds $\mathrm{LSE}(z_{1..K}) - \mathrm{LSE}(z_{K+1..})$, which sorts like
+    $1 - F_{K+1}$ but does not saturate. Without them, the largest log-odds of a class.
 
     Args:
         pool: images (pool, ...), floats in [0, 1] or 8-bit.
@@ -53,11 +53,11 @@ def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
 
     Args:
         pool: images (N, ...), floats in [0, 1] or 8-bit.
-        n: how many to keep.
-        q: share of the pool to leave out at the hard end.
+        n: number of outliers to select.
+        q: share of the pool to skip at the hard end.
 
     Raises:
-        ValueError: if q + n/N is above 1: there would be too few.
+        ValueError: if q + n/N is above 1, which would leave too few.
     """
     check_instance(pool, "pool", Tensor, "a tensor of images")
     check_window(n, q, len(pool))
@@ -73,14 +73,14 @@ def window(m: Margins, n: int, q: float) -> Int[Tensor, " n"]:
 
 
 def check_margins(m: Margins, name: str) -> None:
-    """Refuse what are no margins, one an image."""
+    """Refuse anything but finite margins, one per image."""
     check_values(m, None, name)
     if m.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {tuple(m.shape)}; use .flatten()")
 
 
 def check_window(n: int, q: float, pool: int) -> None:
-    """Refuse a window that does not fit into the pool, before the pool is scored."""
+    """Refuse a window that does not fit the pool, before the pool is scored."""
     check_count(n, "n", low=1)
     check_number(q, "q", 0, 1)
     check_count(pool, "number of images in the pool", low=1)
@@ -94,19 +94,17 @@ def check_window(n: int, q: float, pool: int) -> None:
 def contamination(margins_in: Margins, margins_pool: Margins) -> float:
     r"""Estimated share of the pool that is in-distribution.
 
-    Half of an in-distribution sample lies above its median margin, and next to no other image if the
-    network is any good: $\hat c = 2\, \Pr_{pool}[m \ge \mathrm{median}_{in}(m)]$, at most 1. Outliers
-    above the median make it too large, which is the safe side for q.
+    Half of the in-distribution images lie above their median margin, and hardly any other image does if the
+    network is good: $\hat c = 2\, \Pr_{pool}[m \ge \mathrm{median}_{in}(m)]$, at most 1. Outliers
+    above the median make it too large, which is the safe direction for q.
 
     Args:
         margins_in: of held-out in-distribution images.
         margins_pool: of the pool, by the same network.
 
     Raises:
-        ValueError: if one of them is empty or not finite.
+        ValueError: if either is empty or not finite.
     """
-    for name, given in (("margins_in", margins_in), ("margins_pool", margins_pool)):
-        check_values(given, None, name)
     check_margins(margins_in, "margins_in")
     check_margins(margins_pool, "margins_pool")
     return min(1.0, 2 * float((margins_pool >= margins_in.median()).double().mean()))
@@ -114,13 +112,13 @@ def contamination(margins_in: Margins, margins_pool: Margins) -> float:
 
 @dataclass(frozen=True)
 class Mining:
-    """The rule as a part of an objective: called before each epoch.
+    """The mining rule as part of an objective: called before each epoch.
 
     Attributes:
-        q: share left out at the hard end; ``"auto"`` takes :func:`contamination`, measured on
+        q: share skipped at the hard end; ``"auto"`` uses :func:`contamination`, measured on
             ``data.val`` each epoch.
-        share: n/N; the papers take a quarter. The mined images are repeated to fill the epoch.
-        sample: score a fresh random part of the pool of this size only; None for all of it.
+        share: n/N; one quarter in the papers. The mined images are repeated to fill the epoch.
+        sample: score only a new random sample of the pool of this size; None for all of it.
     """
 
     q: float | Literal["auto"] = 0.125
@@ -141,11 +139,11 @@ class Mining:
             check_count(self.sample, "sample", low=1)
 
     def __call__(self, model: nn.Module, data: Data, generator: torch.Generator) -> Data:
-        """The data with the mined outliers, and notes on the pool for the run's log."""
+        """The data with the mined outliers, and with notes on the pool for the run's log."""
         pool = data.outliers
         if self.q == "auto" and not len(data.val.x):
             raise ValueError(
-                'q="auto" is measured on held-out images, but data.val is empty; hold some back, or give q as a number'
+                'q="auto" is measured on held-out images, but data.val is empty; hold some out, or give q as a number'
             )
         if self.sample is not None and self.sample < len(pool):
             order = torch.randperm(len(pool), generator=generator, device=generator.device)
@@ -155,9 +153,7 @@ class Mining:
         if isinstance(q, str):
             q = min(contamination(margins(model, data.val.x), m), 1 - n / len(pool))
         kept = window(m, n, q)
-        notes = {
-            "pool": len(pool), "mined": n, "q": q, "pool margin": float(m.mean()),
-            "pool easy": float((m < -5).double().mean()), "mined hardest": float(m[kept[0]]),
-            "mined easiest": float(m[kept[-1]]),
-        }  # fmt: skip
+        notes = {"pool": len(pool), "mined": n, "q": q, "pool margin": float(m.mean())}
+        notes["pool easy"] = float((m < -5).double().mean())
+        notes |= {"mined hardest": float(m[kept[0]]), "mined easiest": float(m[kept[-1]])}
         return replace(data, outliers=pool[kept.to(pool.device)], notes={**data.notes, **notes})

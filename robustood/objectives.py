@@ -1,7 +1,7 @@
-r"""Training rules: what a step of training makes small.
+r"""Training rules: what a training step minimises.
 
 An objective maps a model and a batch to one scalar. :func:`robustood.training.fit` knows
-nothing else about a method, and every inner maximum is found by
+nothing else about a method. Every inner maximum is found by
 :func:`robustood.attacks.maximise`:
 
 $$\min_\theta\; \mathbb E \max_{z \in Z} \ell(f_\theta(\mathrm{apply}(x, z)), y)$$
@@ -29,6 +29,7 @@ from robustood.models import batch_statistics, declared, frozen, read
 from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
 
 Scalar = Float[Tensor, ""]
+Mode = Literal["eval", "train", "batch"]
 
 
 @runtime_checkable
@@ -48,21 +49,21 @@ class Standard:
 
 @dataclass(frozen=True)
 class InnerMax:
-    """What the attacked objectives share: the inner maximum.
+    """The inner maximum that the attacked objectives share.
 
     Attributes:
         within: the perturbation set; a number means ``Linf(number)``.
         steps: attack steps; each costs one forward and one input-only backward.
         step_size: default 2.5 radius / steps.
-        restarts: 1 starts at random, 0 from the clean input; of more, the best is kept, which
-            costs a forward more each.
+        restarts: 1 starts at random, 0 at the clean input; with more, the best is kept, which
+            costs one more forward each.
         ramp: share of the training over which the radius grows linearly from 0 (balls only).
         mode: of the model during the attack, ``"eval"``, ``"train"`` or ``"batch"``
             (:func:`robustood.models.frozen`).
-        keep: of one start, the ``"last"`` iterate or the ``"best"``, which costs a forward more.
+        keep: with one start, return the ``"last"`` iterate or the ``"best"``, which costs one more forward.
 
     Raises:
-        ValueError: for a negative radius, steps or ramp, or a ramp over a set that is no ball.
+        ValueError: for a negative radius, steps or ramp, or a ramp over a set that is not a ball.
     """
 
     within: PerturbationSet | float
@@ -70,7 +71,7 @@ class InnerMax:
     step_size: float | None = None
     restarts: int = 1
     ramp: float = 0.0
-    mode: Literal["eval", "train", "batch"] = "eval"
+    mode: Mode = "eval"
     keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class InnerMax:
             raise ValueError(f"ramp needs a ball such as Linf, L2 or Latent, got {self.within!r}")
 
     def set_at(self, progress: float) -> PerturbationSet:
-        """The set after a share ``progress`` of the training."""
+        """The set at a share ``progress`` of the training."""
         within = as_set(self.within)
         if self.ramp and isinstance(within, (Ball, Latent)):
             return within.scaled(min(1.0, progress / self.ramp))
@@ -101,7 +102,7 @@ class InnerMax:
         batch: Batch,
         parts: Sequence[int] | None = None,
     ) -> Tensor:
-        """The worst inputs that an attack finds; parts as in :func:`robustood.attacks.search`."""
+        """The worst inputs that the attack finds; ``parts`` as in :func:`robustood.attacks.search`."""
         climb = None if self.ramp else batch.climb  # a set that grows would need a graph per step
         with frozen(model, self.mode):
             return attacks.search(
@@ -116,12 +117,12 @@ class Adversarial(InnerMax):
     r"""$\frac1B \sum_i \max_{S(x_i)} \ell(f(x_i'), y_i)$ (Madry et al. 2018, eq. 2.1).
 
     With ``steps=1, step_size=within.radius, restarts=0`` it is FGSM training (Goodfellow et al.
-    2015 mix it with the clean loss), with ``steps=1, step_size=1.25 * radius`` the random-start single step of
-    Wong et al. (2020, algorithm 3); both can overfit to their own attack.
+    2015 mix it with the clean loss); with ``steps=1, step_size=1.25 * radius``, the random-start single step of
+    Wong et al. (2020, algorithm 3). Both can overfit to their own attack.
 
     Attributes:
-        clean: count the clean input as a member of the set, and take the larger of the two losses, as Wong and
-            Kolter (2021) do with learned sets, which need not hold the input.
+        clean: count the clean input as a member of the set and take the larger of the two losses, as Wong and
+            Kolter (2021) do with learned sets, which need not contain the input.
     """
 
     clean: bool = False
@@ -136,16 +137,16 @@ class Adversarial(InnerMax):
 
 @dataclass(frozen=True)
 class TRADES(InnerMax):
-    r"""Accuracy plus a price on instability (Zhang et al. 2019, eq. 5):
+    r"""Accuracy with a penalty on instability (Zhang et al. 2019, eq. 5):
 
     $$\frac1B \sum_i \ell(f(x_i), y_i) + \beta \max_{S(x_i)} \mathrm{KL}(f(x_i) \,\|\, f(x_i')).$$
 
     The gradient flows through both arguments of the divergence. The gradient of the divergence
-    is zero, up to rounding, at the clean input, so a random start is needed; ours is uniform in the set,
+    is zero, up to rounding, at the clean input, so a random start is needed. Ours is uniform in the set;
     the authors' code draws Gaussian noise of standard deviation 0.001.
 
     Attributes:
-        beta: price of instability; the authors use 1 to 6.
+        beta: weight of the penalty; the authors use 1 to 6.
     """
 
     beta: float = 6.0
@@ -167,28 +168,27 @@ class TRADES(InnerMax):
 
 @dataclass(frozen=True)
 class OutlierTraining:
-    r"""Every method of the two papers, and what lies between them:
+    r"""Every method of the two papers, and combinations of them:
 
     $$\mathbb E_{in} \max_{S_{in}(x)} \mathrm{CE}(f(x'), y) + \lambda\, \mathbb E_{out} \big[(1 - s)\,\ell(f(u))
     + s \max_{S_{out}(u)} \ell(f(u'))\big].$$
 
-    The methods are choices of its parts (:func:`OutlierExposure`, :func:`AOE`, :func:`ALOE`,
+    The methods are choices of its settings (:func:`OutlierExposure`, :func:`AOE`, :func:`ALOE`,
     :func:`NTOM`, :func:`ATOM`, :func:`ACET`, :func:`MinedALOE`). Both inner maxima are found by the
     shared loop; the update sees all inputs of a step in one batch.
 
     Attributes:
         inside: set of the inner maximum over in-distribution inputs, an :class:`InnerMax` for full
-            control, or None for clean ones. A number means ``Linf(number)``.
+            control, or None for clean inputs. A number means ``Linf(number)``.
         outside: the same for outliers.
         outlier_loss: $\ell$, :func:`~robustood.losses.to_uniform` or :func:`~robustood.losses.to_reject`.
-        weight: $\lambda$ on the mean over a step's outliers; 0 leaves them out altogether.
-        attacked_share: s, the share of a step's outliers that is attacked, the last ones.
-        mine: which outliers of the pool an epoch uses (:class:`robustood.mining.Mining`); None for all.
-        steps: of an inner maximum that is given as a set or a number.
-        bn: batch statistics. ``"eval"``: attack with the running ones. ``"train"``: with each attacked
-            batch's own, which also moves the running ones, as the code of ALOE does. ``"separate"``:
-            with each batch's own, both in the attack and in the update, and the running ones come from
-            in-distribution inputs alone.
+        weight: $\lambda$ of the mean over a step's outliers; 0 omits them altogether.
+        attacked_share: s, the share of a step's outliers that is attacked: the last ones.
+        mine: selects the outliers of each epoch from the pool (:class:`robustood.mining.Mining`); None for all.
+        steps: attack steps of an inner maximum that is given as a set or a number.
+        bn: which batch statistics an attack uses. ``"eval"``: the running ones. ``"train"``: those of each
+            attacked batch, which also update the running ones, as in the code of ALOE. ``"separate"``: those of
+            each batch, in the update too; the running ones come from in-distribution inputs only.
 
     Raises:
         ValueError: for bad settings, outliers that are missing, or a network without the reject
@@ -232,10 +232,10 @@ class OutlierTraining:
         return F.cross_entropy(z_in, batch.y) + self.weight * self.outlier_loss(z_out).mean()
 
     def worst(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Inputs and outliers as the update sees them; of outliers clean ones first, None without weight.
+        """Inputs and outliers as the update sees them: clean outliers first, None if they have no weight.
 
-        Where both sides are attacked alike and batch statistics are frozen, which leaves the samples
-        of a batch alone with themselves, both are attacked in one batch: half the number of passes.
+        Where both sides are attacked alike and batch statistics are frozen, so that the samples of a batch
+        do not affect one another, both are attacked in one batch, with half the number of passes.
         """
         x, u = batch.x, self.outliers(model, batch)
         inside, outside = self.inner(self.inside), self.inner(self.outside)
@@ -262,7 +262,7 @@ class OutlierTraining:
         return x, None if u is None else torch.cat([u[:clean], rest])
 
     def outliers(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """The step's outliers, None where they have no weight."""
+        """The step's outliers, None if they have no weight."""
         if self.weight == 0:
             return None
         if self.outlier_loss is to_reject:
@@ -276,14 +276,12 @@ class OutlierTraining:
         return self.mine(model, data, generator)
 
 
-BN_OF_ATTACK: dict[str, Literal["eval", "train", "batch"]] = {
-    "eval": "eval", "train": "train", "separate": "batch",
-}  # fmt: skip
+BN_OF_ATTACK: dict[str, Mode] = {"eval": "eval", "train": "train", "separate": "batch"}
 Set = InnerMax | PerturbationSet | float
 
 
 def given(within: Set) -> Set:
-    """The set, refused here if it is none."""
+    """The set itself, after a check."""
     if not isinstance(within, InnerMax):
         as_set(within)
     return within
@@ -295,14 +293,14 @@ def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
 
 
 def ADV(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
-    """Adversarial training alone, as a member of the family: no weight on outliers."""
+    """Adversarial training: attacked inputs, no outliers."""
     return OutlierTraining(inside=given(within), weight=0.0, steps=steps, **how)
 
 
 def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     """Attacked inputs, clean outliers (Chen et al. 2020, section 4).
 
-    The authors' code runs the attack on outliers and throws the result away, and makes two forwards.
+    The authors' code also attacks the outliers and discards the result, and makes two forward passes.
     """
     return OutlierTraining(inside=given(within), steps=steps, **how)
 
@@ -312,46 +310,41 @@ def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
 
     The paper: eps = 1/255, two steps of 1/255, weight 0.5. The authors' code attacks in train mode
     (``bn="train"``) and starts at the clean input, because it truncates its random start to whole 8-bit
-    steps; here the start is random and the step 2.5 radius / steps.
+    steps. Here the start is random and the step is 2.5 radius / steps.
     """
     return OutlierTraining(inside=given(within), outside=within, steps=steps, **how)
 
 
 def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
-    """Clean inputs, half of the outliers attacked (Hein et al. 2019, as the code of ATOM has it).
+    """Clean inputs, half of the outliers attacked (Hein et al. 2019, as in the code of ATOM).
 
-    The original attacks noise and lowers its largest log-confidence.
+    The original attacks noise and minimises its largest log-confidence.
     """
     return OutlierTraining(outside=best_of(within, steps), weight=1.0, attacked_share=0.5, **how)
 
 
 def NTOM(q: float = 0.125, **how: Any) -> OutlierTraining:
-    """Mined clean outliers to a reject class (Chen et al. 2021, section 3)."""
+    """Mined clean outliers, trained into a reject class (Chen et al. 2021, section 3)."""
     return OutlierTraining(outlier_loss=to_reject, weight=1.0, mine=Mining(q), **how)
 
 
 def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
-    """Mined outliers to a reject class, the second half of them attacked (Chen et al. 2021, section 3).
+    """Mined outliers, the second half of them attacked, trained into a reject class (Chen et al. 2021, section 3).
 
-    The paper's formula attacks all outliers; its code attacks half, which is followed here. Inputs
+    The paper's formula attacks all outliers; its code attacks half, as does this. Inputs
     are never attacked. The paper: eps = 8/255, five steps of 2/255, the best iterate kept.
     """
-    return OutlierTraining(
-        outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
-        attacked_share=0.5, mine=Mining(q), **how,
-    )  # fmt: skip
+    return NTOM(q, outside=best_of(within, steps), attacked_share=0.5, **how)
 
 
 def MinedALOE(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
-    """ALOE's attacked inputs with ATOM's mined, half-attacked outliers: in neither paper."""
-    return OutlierTraining(
-        inside=within, outside=best_of(within, steps), outlier_loss=to_reject, weight=1.0,
-        attacked_share=0.5, mine=Mining(q), steps=steps, **how,
-    )  # fmt: skip
+    """ALOE's attacked inputs with ATOM's mined, half-attacked outliers; our combination, in neither paper."""
+    outside = best_of(within, steps)
+    return NTOM(q, inside=within, outside=outside, attacked_share=0.5, steps=steps, **how)
 
 
 def best_of(within: Set, steps: int) -> InnerMax:
-    """An inner maximum that keeps the best iterate."""
+    """An inner maximum that returns the best iterate."""
     return within if isinstance(within, InnerMax) else InnerMax(within, steps=steps, keep="best")
 
 
@@ -360,11 +353,11 @@ class SOFL:
     r"""Self-supervised outlier classes (Mohseni et al. 2020), for a network with R reject outputs.
 
     First plain cross-entropy on the classes; then $\mathrm{CE}(x, y) + \lambda\,\mathrm{CE}(u, \hat r)$, where
-    $\hat r$ is the network's own answer if it is a reject output and a random reject output if not.
+    $\hat r$ is the network's own prediction if that is a reject output, else a random reject output.
 
     Attributes:
-        weight: $\lambda$ on the mean over a step's outliers.
-        start: share of the training before outliers are used; half, as in the papers' 100 + 100 epochs.
+        weight: $\lambda$ of the mean over a step's outliers.
+        start: share of the training before outliers are used; one half, as in the papers' 100 + 100 epochs.
     """
 
     weight: float = 5.0
@@ -387,18 +380,20 @@ class SOFL:
 
 
 def needed(outliers: Tensor | None) -> Tensor:
-    """Outliers, which an objective that learns from them must have."""
+    """The outliers, after a check that there are any."""
     if outliers is None:
-        raise ValueError("data.outliers is empty; this objective learns from outliers")
+        raise ValueError(
+            "data.outliers is empty, but this objective learns from outliers; add some"
+        )
     return outliers
 
 
 def reject_outputs(model: nn.Module) -> tuple[int, int]:
-    """Numbers of classes and of reject outputs, of which there must be some."""
+    """Numbers of classes and of reject outputs, after a check that there are some."""
     classes, rejects = declared(model)
     if classes is None or not rejects:
         raise ValueError(
-            "model has no reject output; build it with reject=1, or wrap a network from elsewhere by "
+            "model has no reject output; build it with reject=1, or wrap a network from elsewhere in "
             "models.adapt(model, head=..., reject=1)"
         )
     return classes, rejects
@@ -406,14 +401,14 @@ def reject_outputs(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ROWL:
-    r"""Robust open-world learning (Sehwag et al. 2019): one more class, everything attacked.
+    r"""Robust open-world learning (Sehwag et al. 2019): one more class, all inputs attacked.
 
-    Outliers are class K + 1. The mean of the clean cross-entropy and that of inputs pushed towards a random
-    wrong one of the K + 1 classes, each with its own label. The papers' code gives it only 5,000 outliers.
+    Outliers are class K + 1. The loss is the mean of two cross-entropies, of clean inputs and of inputs pushed
+    towards a random wrong class of the K + 1, each with its true label. The papers' code uses only 5,000 outliers.
 
     Attributes:
-        inner: set of the targeted attack, an :class:`InnerMax` for full control.
-        steps: where ``inner`` is a set or a number.
+        inner: set of the targeted attack, or an :class:`InnerMax` for full control.
+        steps: attack steps where ``inner`` is a set or a number.
     """
 
     inner: InnerMax | PerturbationSet | float
@@ -437,13 +432,21 @@ class ROWL:
         return F.cross_entropy(read(model, torch.cat([x, moved])), torch.cat([y, y]))
 
 
+@runtime_checkable
+class Densities(Protocol):
+    """What :class:`CCU` needs of a network besides its outputs: two log-densities."""
+
+    inside: Callable[[Tensor], Tensor]
+    outside: Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class CCU:
     r"""Certified certain uncertainty (Meinke and Hein 2020, eq. 8), for :class:`~robustood.models.CCUModel`.
 
     $\tfrac12(-\log p(y \mid x) - \log p_{in}(x)) + \tfrac{\lambda}{2}(\ell_{OE}(u) - \log p_{out}(u))$ with the
-    guarded posterior, all four averaged. The densities learn too, at a rate of their own. The code of ATOM
-    trains this and then scores the bare network.
+    guarded posterior, each term averaged. The densities are trained too, with their own learning rate. The code
+    of ATOM trains this and then scores the bare network.
 
     Attributes:
         weight: $\lambda$.
@@ -455,10 +458,9 @@ class CCU:
         check_number(self.weight, "weight", 0)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        if not hasattr(model, "inside"):
-            raise ValueError("model must be a CCUModel network; build it with models.ccu_model")
+        if not isinstance(model, Densities):
+            raise ValueError("model must be a CCUModel; build it with models.ccu_model")
         u = needed(batch.outliers)
-        guard: Any = model
-        inside = F.cross_entropy(read(model, batch.x), batch.y) - guard.inside(batch.x).mean()
-        outside = to_uniform(read(model, u)).mean() - guard.outside(u).mean()
+        inside = F.cross_entropy(read(model, batch.x), batch.y) - model.inside(batch.x).mean()
+        outside = to_uniform(read(model, u)).mean() - model.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

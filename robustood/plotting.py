@@ -1,7 +1,7 @@
-"""Figures that look alike and can be read by everyone.
+"""Figures in one style that everyone can read.
 
-Colours are those of Okabe and Ito (2008), which stay apart for every common form of colour
-blindness. The background is white in light and in dark pages.
+Colours are those of Okabe and Ito (2008), which are distinct for every common form of colour
+blindness. The background is white on light and on dark pages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLOURS = {
     "grey": "#777777",
 }
 
-STYLE: dict[str, Any] = {
+STYLE: dict[str, object] = {
     "axes.prop_cycle": plt.cycler(
         color=[COLOURS[c] for c in ("blue", "red", "green", "orange", "purple", "sky")]
     ),
@@ -78,12 +78,12 @@ def image_grid(
 
     Args:
         images: grey (1 channel) or RGB (3 channels), in [0, 1] or in 8 bits.
-        titles: one text an image.
-        columns: images a row.
+        titles: one per image.
+        columns: images per row.
         scale: width of one image in inches.
 
     Returns:
-        The figure, not yet shown.
+        The figure, which is not shown yet.
     """
     check_count(columns, "columns", low=1)
     check_number(scale, "scale", 0.01, 100, "the width of one image in inches")
@@ -91,15 +91,17 @@ def image_grid(
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
-            "add an axis with images[:, None] for grey ones"
+            "add an axis with images[:, None] for grey images"
         )
     images = taken(images.detach(), name="images")
     if titles is not None:
-        check_several(titles, "titles", "texts, one an image", 0)
+        check_several(titles, "titles", "strings, one per image", 0)
         for title in titles:
-            check_text(title, "titles: each")
-    if titles is not None and len(titles) != len(images):
-        raise ValueError(f"titles must be one an image, got {len(titles)} for {len(images)}")
+            check_text(title, "each of titles")
+        if len(titles) != len(images):
+            raise ValueError(
+                f"titles must hold one per image, got {len(titles)} for {len(images)} images"
+            )
     rows = -(-len(images) // columns)
     head = 0.28 if titles is not None else 0.04
     figure, axes = plt.subplots(
@@ -123,27 +125,27 @@ def band(
     colour: str = "blue",
     **line: Any,
 ) -> None:
-    """Draw a line through estimates and shade their intervals.
+    """Draw a line through estimates, with their intervals shaded.
 
     Args:
         axis: where to draw.
-        x: positions, one an estimate.
+        x: positions, one per estimate.
         estimates: values with intervals.
         label: legend entry.
         colour: a name from ``COLOURS``.
-        line: passed to ``Axes.plot``; a marker is drawn unless told otherwise.
+        line: passed to ``Axes.plot``; a marker is drawn by default.
     """
     check_instance(axis, "axis", Axes, "Matplotlib's Axes, such as plt.figure().gca()")
     check_several(x, "x", "positions")
-    check_several(estimates, "estimates", "Estimate, one a position")
+    check_several(estimates, "estimates", "Estimate, one per position")
     places = reals(x, "x")
     for each in estimates:
-        check_instance(each, "estimates: each", Estimate, "an Estimate with value, low and high")
+        check_instance(each, "each of estimates", Estimate, "an Estimate with value, low and high")
     if label is not None and not isinstance(label, Real):
         check_text(label, "label")
     if not len(x) == len(estimates) > 0:
         raise ValueError(
-            f"x and estimates must be of one length, got {len(x)} and {len(estimates)}"
+            f"x and estimates must have the same length, got {len(x)} and {len(estimates)}"
         )
     check_choice(colour, "colour", tuple(COLOURS))
     low, value, high = np.array([[e.low, e.value, e.high] for e in estimates]).T

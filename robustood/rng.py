@@ -1,7 +1,7 @@
 """Random draws that do not depend on how many processes share them.
 
-Each process of a run draws the numbers of all samples from the same seed and keeps those of its own. A sample
-therefore meets the same numbers however the work is divided.
+Each process of a run draws the numbers of all samples from the same seed and keeps those of its own samples. A
+sample therefore gets the same numbers however the work is divided.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class SharedGenerator(torch.Generator):
 
 
 def place(generator: torch.Generator | None) -> tuple[int, int]:
-    """Rank and number of the processes that share a generator's draws; (0, 1) for one alone."""
+    """(rank, number of processes) of a generator whose draws are shared; (0, 1) if they are not."""
     return getattr(generator, "place", (0, 1))
 
 
 def own_part(draw: Callable[[int], Tensor], n: int, generator: torch.Generator | None) -> Tensor:
-    """``draw(samples)`` for the samples of all processes; of these, the n of this process."""
+    """Draw for the samples of all processes and keep those of this process, which has n."""
     rank, world = place(generator)
     return draw(world * n)[rank::world]
 

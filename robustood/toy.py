@@ -2,17 +2,17 @@
 
 One feature is right with probability ``p`` and hard to move; ``d`` others are each nearly useless, strong together,
 and easy to move.  Everything here is exact: the accuracy of any linear classifier under attack, the bound of Theorem
-2.1, the best trade-off any classifier can reach, and the linear program that confirms it without using the formulas.
+2.1, the best trade-off that any classifier can reach, and the linear program that confirms it without using the
+formulas.
 
 Closed forms are float64 NumPy; samples are torch tensors.  The adversary moves every coordinate by at most ``eps``.
-There is no box: the features are not pixels.  A point on the boundary is an error, so the adversary wins ties.
+There is no box, since the features are not pixels.  A point on the boundary is an error, so the adversary wins ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class TsiprasDistribution:
     eta: float
 
     def __post_init__(self) -> None:
-        fix = "it is how often x1 agrees with y; below 0.5 flip the sign of x1"
+        fix = "p is how often x1 agrees with y; if it is below 0.5, flip the sign of x1"
         check_number(self.p, "p", 0.5, np.nextafter(1, 0), fix)
         check_count(self.d, "d", 1)
         check_number(self.eta, "eta", 1e-12, 1e12, "give a positive mean such as 3 / sqrt(d)")
@@ -82,7 +82,7 @@ class TsiprasDistribution:
         """Exact accuracy of sign(w @ x + bias) when each coordinate may move by eps.
 
         The worst margin is Gaussian given x1, because the attack costs exactly ``eps * |w|_1``.
-        Without weak weights there is no noise left and each normal probability is an indicator
+        Without weak weights there is no noise, and each normal probability is the indicator
         of "margin > 0"; a zero margin is an error.
 
         Args:
@@ -111,7 +111,7 @@ class TsiprasDistribution:
         return float(Phi(self.shift(eps)))
 
     def shift(self, eps: float = 0.0) -> float:
-        """Mean of y * g once the attack has pushed every weak feature: sqrt(d) (eta - eps)."""
+        """Mean of y * g after the attack has moved every weak feature: sqrt(d) (eta - eps)."""
         _check_budget(eps)
         return float(np.sqrt(self.d) * (self.eta - eps))
 
@@ -130,7 +130,7 @@ class TsiprasDistribution:
     def best_linear(self, eps: float) -> tuple[float, float]:
         """Ratio t and robust accuracy of the best linear classifier without bias.
 
-        For eps >= eta every weak weight hurts, and sign(x1) is best.
+        For eps >= eta every weak weight does harm, and sign(x1) is best.
         """
         _check_budget(eps)
         if eps >= self.eta:
@@ -142,7 +142,7 @@ class TsiprasDistribution:
         return t, accuracy
 
     def bound(self, delta: ArrayLike) -> Values:
-        """Theorem 2.1: standard accuracy >= 1 - delta leaves at most p / (1 - p) * delta.
+        """Theorem 2.1: with standard accuracy >= 1 - delta, robust accuracy is at most p / (1 - p) * delta.
 
         Holds for eps >= 2 eta.  Above delta = 1 - p it exceeds p, which no classifier does.
         """
@@ -159,7 +159,7 @@ class TsiprasDistribution:
         return float(logit(self.p) / (2 * shift)) if shift > 0 else np.inf
 
     def optimal_robust_accuracy(self, eps: float) -> float:
-        """Best accuracy under eps of any classifier whatever; eps = 0 gives the Bayes accuracy."""
+        """Best accuracy under eps of any classifier; eps = 0 gives the Bayes accuracy."""
         shift, t = self.shift(eps), self.threshold(eps)
         if eps >= 1:
             return float(Phi(max(shift, 0.0)))
@@ -169,7 +169,7 @@ class TsiprasDistribution:
         """Standard and robust accuracy of sign(t sign(x1) + g), t in [0, inf], eps < 1.
 
         At eps = 2 eta, the default, t in [threshold(0), inf] traces the exact Pareto frontier over
-        all classifiers.  At another eps the pairs are reached, but may be beaten: beyond 2 eta, by
+        all classifiers.  At another eps the pairs are attained but may be dominated: beyond 2 eta, by
         a coin toss between the two ends (see `frontier_lp`).
         """
         eps = 2 * self.eta if eps is None else eps
@@ -184,7 +184,7 @@ class TsiprasDistribution:
         return odds * Phi(-_inside(t, "t", np.inf) - self.shift(0.0))
 
     def answer(self, x: Float[Tensor, "n features"], t: float) -> Float[Tensor, " n"]:
-        """The frontier's classifier on points: sign(t sign(x1) + g); t = inf is sign(x1)."""
+        """The frontier's classifier at points: sign(t sign(x1) + g); t = inf is sign(x1)."""
         check_values(x, box=None)
         if x.ndim != 2 or x.shape[1] != self.d + 1:
             raise ValueError(
@@ -200,11 +200,11 @@ class TsiprasDistribution:
 
 
 def _check_budget(eps: float) -> None:
-    check_number(eps, "eps", 0, 1e12, "a budget is at least 0, in the unit of the features")
+    check_number(eps, "eps", 0, 1e12, "give a budget in the unit of the features")
 
 
 def _check_below_one(eps: float) -> None:
-    fix = "from 1 on x1 can be erased and there is no trade-off left (2 eta needs eta < 0.5)"
+    fix = "from 1 on, x1 can be erased and there is no trade-off (2 eta needs eta < 0.5)"
     check_number(eps, "eps", 0, np.nextafter(1, 0), fix)
 
 
@@ -219,10 +219,10 @@ def _check_dist(dist: TsiprasDistribution) -> None:
     check_instance(dist, "dist", TsiprasDistribution, "a TsiprasDistribution(p, d, eta)")
 
 
-def _least(f: Callable[[Any], Any], low: float, high: float) -> float:
+def _least(f: Callable[[Values], Values], low: float, high: float) -> float:
     """Minimise f on an interval: the best of a fine grid, then Brent's method around it."""
     grid = np.linspace(low, high, 401)
-    values = f(grid)
+    values = np.asarray(f(grid))
     i = int(np.argmin(values))
     bracket = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
     found = minimize_scalar(f, bounds=bracket, method="bounded", options={"xatol": 1e-10})
@@ -236,7 +236,7 @@ def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: floa
     """
     _check_dist(dist)
     w1, s = reals(w1, "w1"), _inside(s, "s", np.finfo(float).max)
-    noise = np.maximum(s, 1e-100)  # keeps the formula's limit at s = 0
+    noise = np.maximum(s, 1e-100)  # gives the limit of the formula at s = 0
 
     def hinge(m: Values) -> Values:
         return (1 - m) * Phi((1 - m) / noise) + s * phi((1 - m) / noise)
@@ -246,9 +246,9 @@ def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: floa
 
 
 def adversarial_svm(dist: TsiprasDistribution, eps: float = 0.0) -> Float[np.ndarray, " features"]:
-    """Unit-norm weights with the least population adversarial hinge loss (Theorem 2.2).
+    """Unit-norm weights with the smallest population adversarial hinge loss (Theorem 2.2).
 
-    eps = 0 is the standard SVM.  Equal weak weights lose nothing: the regularised loss is strictly
+    eps = 0 is the standard SVM.  Equal weak weights are optimal: the regularised loss is strictly
     convex and unchanged by permuting the weak features.
     """
     _check_dist(dist)
@@ -269,7 +269,7 @@ def adversarial_linear(
     steps: int = 1500,
     lr: float = 0.01,
 ) -> Float[Tensor, " features"]:
-    """Train linear weights on n points against the exact worst case, full batch, from zero.
+    """Train linear weights on n points against the exact worst case, with full batches, from zero.
 
     No inner attack is needed: the worst margin of a linear model is ``y w @ x - eps |w|_1``.
 
@@ -283,8 +283,8 @@ def adversarial_linear(
     check_instance(y, "y", Tensor, "a tensor of labels -1 and +1")
     if x.ndim != 2 or y.shape != x.shape[:1] or not ((y == 1) | (y == -1)).all():
         raise ValueError(
-            f"y must hold one label -1 or +1 for each row of x {tuple(x.shape)}, got shape "
-            f"{tuple(y.shape)} with values {y.unique()[:4].tolist()}; map classes 0/1 by 2 * y - 1"
+            f"y must hold one label -1 or +1 per row of x {tuple(x.shape)}, got shape "
+            f"{tuple(y.shape)} with values {y.unique()[:4].tolist()}; map classes 0 and 1 by 2 * y - 1"
         )
     _check_budget(eps)
     check_count(steps, "steps")
@@ -306,9 +306,9 @@ def frontier_lp(
 ) -> Float[np.ndarray, " deltas"]:
     """Best robust accuracy given standard accuracy >= 1 - delta, over all randomised classifiers.
 
-    Knows none of the formulas above.  The sum g is cut into bins; variables are the probability of
-    answering +1 for each sign of x1 and bin, and the probability of being right throughout the
-    budget for each label, sign and bin.  The latter is at most the probability of the right answer
+    Uses none of the formulas above.  The sum g is cut into bins; variables are the probability of
+    answering +1 for each sign of x1 and bin, and the probability of being right under every attack
+    for each label, sign and bin.  The latter is at most the probability of the right answer
     in every bin that the attack reaches.  Exact up to the width of a bin; eps < 1.
 
     Returns:
@@ -338,7 +338,7 @@ def frontier_lp(
 
 
 def _bin_masses(dist: TsiprasDistribution, eps: float, bins: int) -> tuple[np.ndarray, int]:
-    """Mass of (y, sign x1) = ++, +-, -+, -- over the bins of g, and the attack's reach in bins."""
+    """Mass of (y, sign x1) = ++, +-, -+, -- over the bins of g, and the reach of the attack in bins."""
     centre, reach = dist.shift(), np.sqrt(dist.d) * eps
     width = 2 * (centre + 5) / bins
     steps = max(1, round(reach / width)) if eps > 0 else 0
@@ -352,11 +352,11 @@ def _bin_masses(dist: TsiprasDistribution, eps: float, bins: int) -> tuple[np.nd
 
 @dataclass(frozen=True)
 class GaussianOutliers:
-    r"""Which outliers a linear detector should learn from, in closed form (after Chen et al. 2021, section 5).
+    r"""Which outliers a linear detector should be trained on, in closed form (after Chen et al. 2021, section 5).
 
     In-distribution inputs are $N(\mu, \sigma^2 I_d)$ with $\mu = (1, .., 1)$; test outliers $N(-\mu + v,
-    \sigma^2 I_d)$ with any $\|v\|_2 \le \nu$, moved by at most ``eps`` a coordinate. The detector accepts where
-    $\theta^\top x > 0$. The pool of auxiliary outliers holds a share ``rho`` of informative ones from
+    \sigma^2 I_d)$ with any $\|v\|_2 \le \nu$, moved by at most ``eps`` per coordinate. The detector accepts where
+    $\theta^\top x > 0$. The pool of auxiliary outliers contains a share ``rho`` of informative ones from
     $N(-\mu, \sigma^2 I)$; the others, far away, come from $N(-a \mu + b u, \sigma^2 I)$ with a unit vector u
     orthogonal to $\mu$. The paper proves bounds for such a model; this version is exact.
 
@@ -366,7 +366,7 @@ class GaussianOutliers:
         eps: attack on outliers, per coordinate.
         nu: how far the mean of the test outliers may move.
         rho: share of informative outliers in the pool.
-        a, b: where the others lie, along -mu and across.
+        a, b: position of the others, along -mu and orthogonal to it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -394,7 +394,7 @@ class GaussianOutliers:
 
     @property
     def u(self) -> Float[np.ndarray, " d"]:
-        """Direction of the far outliers: a Gaussian draw, always the same, made orthogonal to mu."""
+        """Direction of the far outliers: a fixed Gaussian draw, made orthogonal to mu."""
         drawn = np.random.default_rng(0).standard_normal(self.d)
         drawn -= drawn.mean()
         return drawn / np.linalg.norm(drawn)
@@ -405,7 +405,7 @@ class GaussianOutliers:
         return float(Phi(-theta.sum() / (self.sigma * np.linalg.norm(theta))))
 
     def robust_fpr(self, theta: Float[np.ndarray, " d"]) -> float:
-        r"""Worst share of attacked outliers accepted, over all allowed v:
+        r"""Largest share of attacked outliers accepted, over all allowed v:
 
         $\Phi\big((-\theta^\top\mu + \nu\|\theta\|_2 + \varepsilon\|\theta\|_1) / \sigma\|\theta\|_2\big)$.
         The worst v lies along $\theta$, the worst perturbation is $\varepsilon\,\mathrm{sgn}\,\theta$.
@@ -424,7 +424,7 @@ class GaussianOutliers:
         return theta
 
     def limit_cosine(self) -> float:
-        r"""$\cos(\theta_\infty, \mu)$ of the estimate from ever more random outliers of the pool: below 1.
+        r"""$\cos(\theta_\infty, \mu) < 1$ of the estimate in the limit of many random outliers from the pool.
 
         $\theta_\infty \propto (\rho + (1 - \rho) a) \mu - (1 - \rho) b u$.
         """
@@ -443,10 +443,10 @@ class GaussianOutliers:
     def pool(
         self, n: int, rng: np.random.Generator, contamination: float = 0.0
     ) -> tuple[Float[np.ndarray, "n d"], np.ndarray]:
-        """Auxiliary outliers (n, d), and of what kind each is: 0 informative, 1 far, 2 in-distribution.
+        """Auxiliary outliers (n, d) and the kind of each: 0 informative, 1 far, 2 in-distribution.
 
         Args:
-            contamination: share that is drawn from the in-distribution law in place of far ones.
+            contamination: share of in-distribution samples, which replace far ones.
         """
         _check_draw(n, rng)
         check_number(contamination, "contamination", 0, 1 - self.rho)
@@ -467,7 +467,7 @@ class GaussianOutliers:
     def hardest(
         inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
     ) -> Int[np.ndarray, " n_kept"]:
-        r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most alike first."""
+        r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most similar first."""
         inside, pool = reals(inside, "inside", 2), reals(pool, "pool", 2)
         check_count(n, "n", 1)
         check_number(q, "q", 0, 1, "a share of the pool")

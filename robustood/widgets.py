@@ -1,8 +1,7 @@
-"""Figures that move, and exercises that answer.
+"""Interactive figures, and exercises with checks.
 
 :func:`explore` renders every frame in advance and needs no kernel: it works in the static page,
-offline. :func:`live` draws on demand and needs a running one. Both take the same drawing
-function.
+offline. :func:`live` draws on demand in a running kernel. Both take the same drawing function.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import html
 import io
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -29,6 +29,7 @@ from robustood.inputs import (
 )
 
 Draw = Callable[..., Figure]
+Answer = TypeVar("Answer", bound=Callable[..., object])
 MOST_FRAMES = 240
 
 PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222;padding:8px;border-radius:6px">
@@ -76,19 +77,19 @@ def explore(
     *,
     alt: str,
     labels: dict[str, str] | None = None,
-    start: dict[str, Any] | None = None,
+    start: dict[str, object] | None = None,
     dpi: int = 80,
-    **values: Iterable[Any],
+    **values: Iterable[object],
 ) -> Page:
-    """A figure with one slider a parameter that works without a kernel: every combination is drawn in advance.
+    """A figure with one slider per parameter that works without a kernel: every combination is drawn in advance.
 
     Args:
         draw: ``draw(name=value, ...)`` returns a figure.
-        alt: what the figure shows, for readers who do not see it.
-        labels: text beside a slider, by parameter; default its name.
-        start: first value shown, by parameter; default the middle of its list.
+        alt: what the figure shows, for readers who cannot see it.
+        labels: text beside each slider, by parameter; default its name.
+        start: initial value, by parameter; default the middle of its list.
         dpi: resolution of the frames.
-        values: a list of values a parameter, at most 240 combinations in all.
+        values: a list of values per parameter, at most 240 combinations in all.
 
     Returns:
         An object that Jupyter shows as HTML.
@@ -100,16 +101,14 @@ def explore(
     check_count(dpi, "dpi", low=1)
     lists = listed(draw, labels, values)
     if start is not None:
-        check_mapping(start, "start", "{name: first value}")
+        check_mapping(start, "start", "{name: initial value}")
         for name in start:
-            check_choice(name, "start: parameter", tuple(lists))
+            check_choice(name, "each name in start", tuple(lists))
     sizes = [len(options) for options in lists.values()]
-    frames = 1
-    for size in sizes:
-        frames *= size
+    frames = math.prod(sizes)
     if frames > MOST_FRAMES:
         raise ValueError(
-            f"{frames} frames are too many for a page, at most {MOST_FRAMES}; thin the lists"
+            f"{frames} frames are too many for a page, at most {MOST_FRAMES}; shorten the lists"
         )
     firsts = []
     for name, options in lists.items():
@@ -149,8 +148,8 @@ def explore(
 
 
 def listed(
-    draw: Draw, labels: dict[str, str] | None, values: dict[str, Iterable[Any]]
-) -> dict[str, list[Any]]:
+    draw: Draw, labels: dict[str, str] | None, values: dict[str, Iterable[object]]
+) -> dict[str, list[object]]:
     """The values of each parameter, checked."""
     check_callable(draw, "draw", "draw(name=value, ...)")
     for name, options in values.items():
@@ -164,8 +163,8 @@ def listed(
     if labels is not None:
         check_mapping(labels, "labels", "{name: text beside the slider}")
         for name, text in labels.items():
-            check_choice(name, "labels: parameter", tuple(lists))
-            check_text(text, f"labels: that of {name}")
+            check_choice(name, "each name in labels", tuple(lists))
+            check_text(text, f"labels[{name!r}]")
     return lists
 
 
@@ -179,13 +178,13 @@ def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
     return small.getvalue(), picture.width
 
 
-def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable[Any]) -> None:
+def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable[object]) -> None:
     """The same figure drawn on demand by a running kernel, with ipywidgets.
 
     Args:
         draw: ``draw(name=value, ...)`` returns a figure.
-        labels: text beside a slider, by parameter.
-        values: a list of values a parameter.
+        labels: text beside each slider, by parameter.
+        values: a list of values per parameter.
     """
     import ipywidgets
     from IPython.display import display
@@ -201,7 +200,7 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
         for name, options in lists.items()
     }
 
-    def show(**chosen: Any) -> None:
+    def show(**chosen: object) -> None:
         figure = draw(**chosen)
         display(figure)
         plt.close(figure)
@@ -209,15 +208,15 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
     display(ipywidgets.interactive(show, **sliders))
 
 
-def attempt(check: Callable[[Any], None], answer: Callable[..., Any]) -> None:
-    """Hold an exercise's answer against its check, and say in one line how it went.
+def attempt(check: Callable[[Answer], None], answer: Answer) -> None:
+    """Check the answer to an exercise, and print the result in one line.
 
     Args:
-        check: raises ``AssertionError`` with a helpful message where the answer is wrong.
-        answer: the reader's function; one that raises ``NotImplementedError`` is not solved yet.
+        check: raises ``AssertionError`` with a helpful message if the answer is wrong.
+        answer: the reader's function; if it raises ``NotImplementedError``, it is not solved yet.
     """
     check_callable(check, "check", "check(answer)")
-    check_callable(answer, "answer", "the exercise says")
+    check_callable(answer, "answer", "in the exercise")
     try:
         check(answer)
     except NotImplementedError:

@@ -373,7 +373,9 @@ def test_a_gradient_that_is_not_a_number_moves_nothing(ball):
 
 @pytest.mark.parametrize("values", [lambda m: m.mean(), lambda m: m.sum(1, keepdim=True)])
 def test_objectives_are_per_sample(values):
-    with pytest.raises(ValueError, match=r"one value a sample, shape \(2,\), got .*do not average"):
+    with pytest.raises(
+        ValueError, match=r"one value per sample, shape \(2,\), got .*do not average"
+    ):
         maximise(values, torch.zeros(2, 3), Linf(0.1, None), steps=1)
 
 

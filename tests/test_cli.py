@@ -690,7 +690,7 @@ def test_data_commands(packs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     own = ["--data=~/own packs é/"]
     assert cli.main(["data", "pack", "~/tree/", "--name", "mine", *own]) == 0
-    noted = ["  1 of 3 images: transparent, laid on white", "  1 left out: 1 .heic"]
+    noted = ["  1 of 3 images: transparent, blended with white", "  1 left out: 1 .heic"]
     assert capsys.readouterr().out.splitlines() == ["mine: 3 images of 32 x 32", *noted]
     assert cli.main(["data", "check", *own]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == noted

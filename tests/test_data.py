@@ -387,21 +387,21 @@ SPLIT = Split(IMAGES, LABELS)
         (lambda: Split(IMAGES.numpy(), LABELS), "x must be a tensor .* got ndarray"),
         (lambda: Split(IMAGES, [0, 0, 0, 0]), "y must be .* got list"),
         (lambda: Split(IMAGES, torch.tensor(3)), "x and y must have an axis of samples"),
-        (lambda: Split(IMAGES, LABELS[1:]), "x and y must be of one length, got 4 and 3"),
-        (lambda: Pairs(IMAGES, IMAGES, LABELS[1:]), r"labels must be 4 classes, .* of shape \(3,\)"),
+        (lambda: Split(IMAGES, LABELS[1:]), "x and y must have the same length, got 4 and 3"),
+        (lambda: Pairs(IMAGES, IMAGES, LABELS[1:]), r"labels must be 4 integers, .* of shape \(3,\)"),
         (lambda: Pairs(IMAGES, IMAGES, None), "labels must be a tensor of classes .* got NoneType"),
         (lambda: Views.of(IMAGES.numpy(), LABELS), "views must be a tensor of images"),
-        (lambda: Views.of(torch.zeros(4, 2, 1, 2, 2), LABELS[1:]), "labels must be 4 classes"),
+        (lambda: Views.of(torch.zeros(4, 2, 1, 2, 2), LABELS[1:]), "labels must be 4 integers"),
         (lambda: Data(SPLIT, (IMAGES, LABELS), SPLIT, IMAGES), r"val must be a Split\(x, y\), got tuple"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, None), "outliers must be a tensor .* got NoneType"),
-        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES[..., :1]), r"data\.outliers must be shaped like "
-         r"data\.train\.x, \(1, 2, 2\) a sample, got \(1, 2, 1\)"),
+        (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES[..., :1]), r"data\.outliers must have samples shaped like those of "
+         r"data\.train\.x, \(1, 2, 2\), got \(1, 2, 1\)"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, [IMAGES]), "ood must be "),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, {"a": [0]}), r"ood\['a'\] must be a tensor of images, got list"),
         (lambda: Data(SPLIT, SPLIT, SPLIT, IMAGES, compressed=IMAGES[1:]), r"compressed must be .* got \(3, 1, 2, 2\)"),
-        (lambda: load(3), r"name and split must be texts such as 'mine', 'test', got 3, None"),
-        (lambda: load("mine", 3), "name and split must be texts"),
-        (lambda: without_overlap(SPLIT, "cifar10"), "outliers must be a set .* got Split"),
+        (lambda: load(3), r"name and split must be strings such as 'mine', 'test', got 3, None"),
+        (lambda: load("mine", 3), "name and split must be strings"),
+        (lambda: without_overlap(SPLIT, "cifar10"), "outliers must be a set, .* got Split"),
         (lambda: hold_out(SPLIT, np.bool_(True)), "n must be a whole number"),
         (lambda: hold_out(Split(IMAGES, LABELS - 1), 1), r"split\.y lies in \[-1, -1\]"),
         (lambda: compress([IMAGES], 75), "images must be a uint8 tensor or array, got list"),
@@ -673,19 +673,19 @@ def test_no_pack_holds_a_pickle_that_could_run(pack):
         ((torch.zeros(2, 4, 4, 3, dtype=torch.uint8), [0, 0]), "tensors are NCHW"),
         ((np.zeros((4, 4, 3), np.uint8), [0, 0]), r"shape \(4, 4, 3\)"),
         ((np.zeros((0, 4, 4, 3), np.uint8), []), "images is empty"),
-        ((images(2, size=4), [0]), r"labels must be of shape \(2,\)"),
-        ((images(2, size=4), [0, -1]), "labels must be whole numbers from 0"),
-        ((images(2, size=4), [0, 0.5]), "labels must be whole numbers"),
-        ((images(2, size=4), ["0", "1"]), "labels must be whole numbers from 0, got <U1"),
-        ((images(2, size=4), [True, False]), "labels must be whole numbers from 0, got bool"),
-        ((images(2, size=4), [0, np.nan]), "labels must be whole numbers from 0, got float64"),
-        ((images(2, size=4), None), r"labels must be of shape \(2,\)"),
+        ((images(2, size=4), [0]), r"labels must have shape \(2,\)"),
+        ((images(2, size=4), [0, -1]), "labels must be integers of at least 0"),
+        ((images(2, size=4), [0, 0.5]), "labels must be integers"),
+        ((images(2, size=4), ["0", "1"]), "labels must be integers of at least 0, got <U1"),
+        ((images(2, size=4), [True, False]), "labels must be integers of at least 0, got bool"),
+        ((images(2, size=4), [0, np.nan]), "labels must be integers of at least 0, got float64"),
+        ((images(2, size=4), None), r"labels must have shape \(2,\)"),
         ((images(2, size=4).tolist(), [0, 1]), "images must be a uint8 tensor or array, got list"),
-        ((images(2, size=4), [0, 1], "ab"), "names must be a list of texts, got 'ab'"),
-        ((images(2, size=4), [0, 1], [0, 1]), r"names must be a list of texts, got \[0, 1\]"),
-        ((images(2, size=4), [0, 1], [], "ab"), "ids must be a list of texts"),
-        ((images(2, size=4), [0, 2], ["a", "b"]), "names must have one entry a class"),
-        ((images(2, size=4), [0, 1], [], [], 101), "jpeg must be at most 100"),
+        ((images(2, size=4), [0, 1], "ab"), "names must be a list of strings, got 'ab'"),
+        ((images(2, size=4), [0, 1], [0, 1]), "each of names must be a str, got int"),
+        ((images(2, size=4), [0, 1], [], "ab"), "ids must be a list of strings"),
+        ((images(2, size=4), [0, 2], ["a", "b"]), "names must have one entry per class, 3, got 2"),
+        ((images(2, size=4), [0, 1], [], [], 101), "jpeg must be .* at most 100, got 101"),
         ((images(2, size=4), [0, 1], [], [], 0), "jpeg must be a whole number of at least 1"),
     ],
 )
@@ -817,10 +817,10 @@ def test_a_missing_set_says_what_is_there_and_how_to_get_it(pack, name, advice):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("toy:test", "train"), "split must be named once, got 'test' in the name and 'train'"),
-        (("../toy", "test"), "name must be of letters"),
-        (("", "test"), "name must be of letters"),
-        (("toy", "a/b"), "split must be of letters"),
+        (("toy:test", "train"), "split must be given once, got 'test' in the name and 'train'"),
+        (("../toy", "test"), "name must consist of letters"),
+        (("", "test"), "name must consist of letters"),
+        (("toy", "a/b"), "split must consist of letters"),
     ],
 )
 def test_a_name_is_no_path(pack, arguments, message):
@@ -1257,7 +1257,7 @@ def test_only_jpeg_files_of_that_size_carry_their_blocks(tmp_path):
 
 def test_a_tree_that_is_none_is_refused_by_name(tree, tmp_path):
     (tree / "b" / "broken.jpg").write_bytes(jpeg(images(1)[0])[:300])
-    with pytest.raises(ValueError, match=r"broken\.jpg is no readable image"):
+    with pytest.raises(ValueError, match=r"broken\.jpg is not a readable image"):
         folder(tree, "mine", root=tmp_path)
     assert not list(tmp_path.glob("*.npz"))
     (tree / "b" / "broken.jpg").unlink()
@@ -1270,7 +1270,7 @@ def test_a_tree_that_is_none_is_refused_by_name(tree, tmp_path):
     with pytest.raises(ValueError, match="path must be a folder of images"):
         folder(tmp_path / "nowhere", "mine", root=tmp_path)
     write_pack(tmp_path / "taken32.npz", images(2), [0, 0])
-    with pytest.raises(ValueError, match="made of no folder; choose another name"):
+    with pytest.raises(ValueError, match="not made from a folder; choose another name"):
         folder(tree, "taken", root=tmp_path)
     (tmp_path / "mine32.npz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"mine32\.npz is damaged"):
@@ -1318,9 +1318,9 @@ def test_sixteen_bits_keep_their_range(tmp_path, kind):
     found, notes = shown(path)
     wanted = np.round(RAMP / 65535 * 255)
     if kind == "clear.png":
-        wanted[0, 1] = 255  # transparent, laid on white
+        wanted[0, 1] = 255  # transparent, blended with white
     assert np.array_equal(found, np.repeat(wanted[..., None], 3, 2))
-    assert notes == ("16 bits, brought to 8",)
+    assert notes == ("16 bits, converted to 8",)
 
 
 def test_floats_from_0_to_1_keep_their_range_and_others_are_refused(tmp_path):
@@ -1328,19 +1328,19 @@ def test_floats_from_0_to_1_keep_their_range_and_others_are_refused(tmp_path):
     save(path, (RAMP / 65535).astype(np.float32))
     found, notes = shown(path)
     assert np.array_equal(found[..., 0], np.round(RAMP / 65535 * 255))
-    assert notes == ("floats, brought to 8 bits",)
+    assert notes == ("floats, converted to 8 bits",)
     for wrong, said in [
         (RAMP.astype(np.float32), r"lie in \[0, 65535\].*; save .* floats in \[0, 1\]"),
         (np.full((32, 32), -0.5, np.float32), r"lie in \[-0\.5, -0\.5\]"),
         (np.full((32, 32), np.nan, np.float32), r"lie in \[nan, nan\]"),
         (
             RAMP.astype(np.int32),
-            r"lie in .* nobody knows their range; save whole numbers in 8 or 16 bits",
+            r"lie in .* their range is unknown; save integers in 8 or 16 bits",
         ),
     ]:
         save(path, wrong)
         with pytest.raises(
-            ValueError, match=rf"floats\.tif is no readable image \(its values {said}"
+            ValueError, match=rf"floats\.tif is not a readable image \(its values {said}"
         ):
             one(path)
 
@@ -1367,7 +1367,7 @@ def test_transparency_is_laid_on_white(tmp_path, mode):
     image.save(path, **options)
     found, notes = shown(path)
     assert (found[:, :16] == 255).all() and (found[:, 16:24] == half).all()
-    assert (found[:, 24:] == 0).all() and notes == ("transparent, laid on white",)
+    assert (found[:, 24:] == 0).all() and notes == ("transparent, blended with white",)
 
 
 def test_what_is_opaque_stays_as_it_is_and_without_a_note(tmp_path):
@@ -1394,7 +1394,7 @@ def test_images_are_turned_upright_once(tmp_path, ending, orientation):
     save(path, stored, exif=exif, **({"lossless": True} if ending == "webp" else {}))
     found, notes = shown(path)
     assert np.array_equal(found, turns[orientation])
-    assert notes == (("turned upright as the EXIF data say",) if orientation > 1 else ())
+    assert notes == (("rotated upright by the EXIF data",) if orientation > 1 else ())
 
 
 def test_the_first_frame_is_taken_and_cmyk_becomes_rgb(tmp_path):
@@ -1403,11 +1403,11 @@ def test_the_first_frame_is_taken_and_cmyk_becomes_rgb(tmp_path):
     first, second = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     first.save(path, save_all=True, append_images=[second])
     found, notes = shown(path)
-    assert (found == [255, 0, 0]).all() and notes == ("several frames or pages, the first taken",)
+    assert (found == [255, 0, 0]).all() and notes == ("several frames or pages, the first used",)
     path.unlink()
     Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(path.with_suffix(".tif"))
     found, notes = shown(path.with_suffix(".tif"))
-    assert (found == [0, 255, 255]).all() and notes == ("CMYK, turned into RGB",)
+    assert (found == [0, 255, 255]).all() and notes == ("CMYK, converted to RGB",)
 
 
 def test_the_notes_count_and_stay_with_the_pack(tree, tmp_path):
@@ -1416,7 +1416,7 @@ def test_the_notes_count_and_stay_with_the_pack(tree, tmp_path):
     (tree / "b" / "phone.HEIC").write_bytes(b"anything")
     (tree / "b" / "LICENSE").write_text("free")
     wanted = (
-        "1 of 5 images: 16 bits, brought to 8",
+        "1 of 5 images: 16 bits, converted to 8",
         "4 left out: 2 .heic, 1 .txt, 1 without ending",
     )
     assert folder(tree, "mine", root=tmp_path).notes == wanted
@@ -1431,13 +1431,15 @@ def test_the_notes_count_and_stay_with_the_pack(tree, tmp_path):
 
 def test_a_class_without_images_is_named(tree, tmp_path):
     (tree / "c").mkdir()
-    with pytest.raises(ValueError, match=r"tree/c holds no image, so its class would be lost"):
+    with pytest.raises(
+        ValueError, match=r"tree/c contains no image, so its class would be missing"
+    ):
         folder(tree, "mine", root=tmp_path)
     (tree / "c" / "deeper").mkdir()
     for i in range(2):
         (tree / "c" / "deeper" / f"{i}.heic").write_bytes(b"anything")
     with pytest.raises(
-        ValueError, match=r"tree/c holds no image.*, and here are 2 \.heic\. Convert"
+        ValueError, match=r"tree/c contains no image.*, and here are 2 \.heic\. Convert"
     ):
         folder(tree, "mine", root=tmp_path)
     with pytest.raises(ValueError, match=r"no images in .*, and here are 2 \.heic"):
@@ -1458,15 +1460,15 @@ def test_links_are_followed_and_loops_and_dead_ends_are_named(tree, tmp_path):
     loop = tree / "a" / "again"
     for target in (tree, tree / "a", tmp_path):
         loop.symlink_to(target)
-        with pytest.raises(ValueError, match=r"again is a link to a folder that holds it"):
+        with pytest.raises(ValueError, match=r"again is a link to a folder that contains it"):
             folder(tree, "mine", root=tmp_path)
         loop.unlink()
     (tmp_path / "elsewhere" / "back").symlink_to(tree)
-    with pytest.raises(ValueError, match=r"is a link to a folder that holds it"):
+    with pytest.raises(ValueError, match=r"is a link to a folder that contains it"):
         folder(tree, "mine", root=tmp_path)
     (tmp_path / "elsewhere" / "back").unlink()
     (tree / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"gone\.png is a link to nothing"):
+    with pytest.raises(ValueError, match=r"gone\.png is a broken link"):
         folder(tree, "mine", root=tmp_path)
 
 
@@ -1486,9 +1488,7 @@ def test_paths_and_class_names_of_all_kinds(tmp_path, monkeypatch):
     found = folder("~/my photos é/", "mine", root="~/packs ü")
     assert found.names == ("Cats", composed, "cats") and found.y.tolist() == [0, 1, 2]
     assert torch.equal(found.x, tensor(rows[[0, 2, 1]]))
-    assert found.notes == (
-        "classes of their own, though they differ in capitals alone: Cats, cats",
-    )
+    assert found.notes == ("separate classes, though their names differ only in case: Cats, cats",)
     pack = tmp_path / "packs ü" / "mine32.npz"
     assert torch.equal(read_pack("~/packs ü/mine32.npz").x, read_pack(pack).x)
     again = write_pack("~/packs ü/again.npz", found.x, found.y)
@@ -1614,7 +1614,7 @@ def test_classes_that_are_named_in_another_way_than_in_the_list_do_not_pass_as_n
     """The validation images of the official Tiny-ImageNet lie in one folder called images."""
     x, y = torch.zeros(3, 3, 1, 1, dtype=torch.uint8), torch.zeros(3).long()
     made = Loaded(x, y, name="tinyimagenet", names=("images",))
-    said = r"classes of 'tinyimagenet' \(images, \.\.\.\) must be named by WordNet id.* a class, such as n01641577"
+    said = r"classes of 'tinyimagenet' \(images, \.\.\.\) must be named by WordNet id.* per class, such as n01641577"
     with pytest.raises(ValueError, match=said):
         without_overlap(made, "cifar10")
     with pytest.raises(ValueError, match="must be named by WordNet id"):
@@ -1796,10 +1796,10 @@ def test_a_folder_of_views_is_read_and_bad_ones_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"as many views as the first, 3; room1 has 2"):
         folder_of_views(tmp_path, size=8)
     (tmp_path / "room1" / "light2.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"light2.png is no readable image"):
+    with pytest.raises(ValueError, match=r"light2.png is not a readable image"):
         folder_of_views(tmp_path, size=8)
     Image.fromarray(pixels[0, 0]).save(tmp_path / "stray.png")
-    with pytest.raises(ValueError, match=r"stray.png lies in no folder"):
+    with pytest.raises(ValueError, match=r"stray.png lies in no subfolder"):
         folder_of_views(tmp_path, size=8)
     with pytest.raises(ValueError, match="path must be a folder of images"):
         folder_of_views(tmp_path / "nowhere")

@@ -347,7 +347,7 @@ def test_a_report_goes_through_json(net, sets, tmp_path):
 )
 def test_a_text_that_is_no_report_is_refused(untyped, text, said):
     with pytest.raises(
-        ValueError, match=rf"text is no report \(.*{said}.*; pass what Report\.to_json"
+        ValueError, match=rf"text is not a report \(.*{said}.*; pass what Report\.to_json"
     ):
         Report.from_json(text)
 
@@ -442,7 +442,7 @@ def test_measure_with_closed_form_thresholds():
             "paper must",
         ),
         (lambda n, x: ood_report(MSP(n), x, {}), "x_out is empty"),
-        (lambda n, x: ood_report(MSP(n), x, {"a": x}, side="both"), "within is missing"),
+        (lambda n, x: ood_report(MSP(n), x, {"a": x}, side="both"), "within is None"),
         (lambda n, x: ood_report(MSP(n), x, {"a": x * torch.nan}), r"x_out\['a'\] contains NaN"),
         (lambda n, x: ood_report(MSP(n), x, {"a": x}, side="ood"), "side must be one of"),
         (lambda n, x: ood_report(MSP(n), x, {"a": x}, tpr=1.5), "tpr must be"),

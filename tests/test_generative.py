@@ -447,13 +447,16 @@ def test_the_likelihood_ratio_is_bounded_tightly(seed):
             "distance must be one of 'squared error'.* got 'l1'",
         ),
         (lambda m, x: Variational(schedule=((2, 0),)), "schedule must be a number .* got 2"),
-        (lambda m, x: radii(m, x, x[:1]), "x and target must be of one length, got 4 and 1"),
+        (lambda m, x: radii(m, x, x[:1]), "x and target must have the same length, got 4 and 1"),
         (lambda m, x: radii(m, 2 * x, x), r"x lies in .* outside \[0, 1\]"),
         (lambda m, x: set_metrics(m, x, x, -1), "radius must be a finite number .* got -1"),
         (lambda m, x: set_metrics(m, x, x[0], 1), "target must have 4 axes"),
         (lambda m, x: set_metrics(m, x, x, 1, samples=0), "samples must be a whole number"),
         (lambda m, x: guarantee(m, x, x, alpha=1.0), "alpha must be a number .* got 1.0"),
-        (lambda m, x: residual_cvae((3, 8, 8), pool=3), "pool divide 8 and 8, got .* pool = 3"),
+        (
+            lambda m, x: residual_cvae((3, 8, 8), pool=3),
+            "pool must divide 8 and 8, got .* pool = 3",
+        ),
         (lambda m, x: warp_cvae((1, 8, 8), warps=0), "warps must be a whole number"),
     ],
 )

@@ -56,7 +56,7 @@ def test_log_odds_are_those_of_the_softmax(seed, scale):
 
 
 def test_log_odds_compare_at_least_two_classes():
-    with pytest.raises(ValueError, match="one class alone"):
+    with pytest.raises(ValueError, match="the model has only one"):
         log_odds(torch.zeros(3, 1))
 
 

@@ -579,9 +579,9 @@ PAIR = ([1.0, 2.0, 3.0], [0.0, 1.0])
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        (lambda: auroc([], [1.0]), ("scores_in is empty", "both sides")),
-        (lambda: auroc([1.0], []), ("scores_out is empty", "both sides")),
-        (lambda: auroc([1.0, NAN], [1.0]), ("scores_in holds 1 NaN of 2",)),
+        (lambda: auroc([], [1.0]), ("scores_in is empty", "each side")),
+        (lambda: auroc([1.0], []), ("scores_out is empty", "each side")),
+        (lambda: auroc([1.0, NAN], [1.0]), ("scores_in holds 1 NaN among 2",)),
         (lambda: aupr([1.0], [NAN], positive="in"), ("scores_out holds 1 NaN",)),
         (lambda: tie_rate(np.ones((2, 3)), [1.0]), ("scores_in", "(2, 3)", "ravel")),
         (lambda: roc([1.0], 3.0), ("scores_out", "one axis", "()")),
@@ -600,7 +600,7 @@ PAIR = ([1.0, 2.0, 3.0], [0.0, 1.0])
         (lambda: confidence_interval(auroc, *PAIR, method="exact"), ("method", "'delong'")),
         (
             lambda: confidence_interval(detection_error, *PAIR, method="delong"),
-            ("delong", "auroc alone", "bootstrap"),
+            ("delong", "auroc only", "bootstrap"),
         ),
         (lambda: confidence_interval(auroc, *PAIR, confidence=2), ("confidence", "2")),
         (lambda: confidence_interval(detection_error, *PAIR, resamples=0), ("resamples", "0")),

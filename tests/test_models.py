@@ -904,7 +904,7 @@ def test_a_network_that_returns_more_is_adapted():
 def test_a_detector_says_which_part_a_network_does_not_show(kind):
     how = {"k": 1} if kind == "KNN" else {}
     detector = getattr(detectors, kind)(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), **how)
-    with pytest.raises(TypeError, match=rf"{kind} needs model\..*Sequential has not.*models.adapt"):
+    with pytest.raises(TypeError, match=rf"{kind} needs model\..*Sequential lacks.*models.adapt"):
         detector.fit(X, Y).score(X)
 
 

@@ -479,7 +479,7 @@ def test_ccu_raises_both_densities_and_trains_them_slowly(data, mixed):
         (lambda b: NTOM()(small_cnn(), b), "model has no reject output"),
         (lambda b: SOFL()(small_cnn(), b), "model has no reject output"),
         (lambda b: ROWL(0.1)(small_cnn(), b), "model has no reject output"),
-        (lambda b: CCU()(small_cnn(), b), "model must be a CCUModel network"),
+        (lambda b: CCU()(small_cnn(), b), "model must be a CCUModel"),
         (lambda b: ALOE(0.1)(small_cnn(), replace(b, outliers=None)), "data.outliers is empty"),
         (lambda b: OutlierExposure(weight=-1.0), "weight must be .* got -1"),
         (lambda b: OutlierTraining(attacked_share=1.5), "attacked_share must be .* got 1.5"),

@@ -725,18 +725,18 @@ class Odd(nn.Module):
     [
         (
             lambda x: interval_bounds(nn.Sequential(nn.Conv2d(1, 2, 3), Odd()), x, x),
-            "do not know the layer Odd; they know .*Conv2d",
+            "do not support the layer Odd; they support .*Conv2d",
         ),
         (
             lambda x: interval_bounds(densenet_bc(10, 3), x, x),
-            "do not know the layer",
+            "do not support the layer",
         ),
         (
             lambda x: interval_bounds(small_cnn(batch_norm=True).train(), x, x),
             "BatchNorm2d layer is in train mode",
         ),
         (lambda x: interval_bounds(small_cnn(), x, x - 0.1), "lower <= upper"),
-        (lambda x: interval_bounds(small_cnn(), x, x[:1]), "of one shape"),
+        (lambda x: interval_bounds(small_cnn(), x, x[:1]), "must have the same shape"),
         (
             lambda x: margin_bounds(nn.Sequential(nn.Flatten()), x, x, torch.zeros(3).long()),
             "must end in a linear layer",

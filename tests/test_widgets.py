@@ -162,7 +162,7 @@ def test_the_limit_is_told_before_anything_is_drawn():
         pytest.fail("a frame was drawn")
 
     assert MOST_FRAMES == 240
-    with pytest.raises(ValueError, match=r"241 frames are too many .* at most 240; thin"):
+    with pytest.raises(ValueError, match=r"241 frames are too many .* at most 240; shorten"):
         explore(never, alt="a", red=range(241))
     with pytest.raises(ValueError, match="260 frames"):
         explore(never, alt="a", red=range(20), green=range(13))

@@ -1,4 +1,4 @@
-"""Attacks on a classifier, and the accuracy that they leave."""
+"""Attacks on a classifier, and its accuracy under attack."""
 
 from __future__ import annotations
 
@@ -50,29 +50,30 @@ def pgd(
 ) -> Inputs:
     """Projected gradient descent against a classifier, untargeted (Madry et al. 2018, section 2.1).
 
-    With ``keep="best"`` the iterate with the largest margin is returned, whatever loss was
-    climbed: a sample that was misclassified at any iterate comes back misclassified.
+    With ``keep="best"`` the iterate with the largest margin is returned, whichever loss was
+    maximised: a sample that was misclassified at any iterate is returned misclassified.
 
     Args:
         model: inputs to logits (batch, classes).
         x: clean inputs; images (batch, channel, height, width) in [0, 1] unless the set has no box.
         y: labels (batch,).
-        within: the perturbation set, such as ``Linf(8/255)`` or, which is the same, ``8/255``.
+        within: the perturbation set, such as ``Linf(8/255)``, or ``8/255`` for short.
         steps, step_size, restarts, rule, keep, generator: as in :func:`maximise`.
         loss: ``"ce"``, ``"margin"``, ``"dlr"``, or ``"targets"``: the margin towards each wrong
-            class in turn (the nine likeliest where there are more), which is exact for a linear
-            model and costs as many times more.
+            class in turn (the nine likeliest if there are more), which is exact for a linear
+            model and costs one attack per class.
 
     Returns:
         Perturbed inputs, shaped like x.
 
     Raises:
-        ValueError: for inputs outside the box, NaN, a wrong rank, an empty batch, labels out of
-            range, an unknown loss, a loss that needs more classes, or a model that returns NaN.
-        TypeError, RuntimeError: for a model that returns no tensor, or one without a gradient.
+        ValueError: for inputs outside the box, NaN, the wrong number of axes, an empty batch, labels
+            out of range, an unknown loss, a loss that needs more classes, or a model that returns NaN.
+        TypeError: for a model that does not return a tensor.
+        RuntimeError: for a model whose output has no gradient.
 
     Warns:
-        UserWarning: where the gradient is exactly zero at every step for every input.
+        UserWarning: if the gradient is exactly zero at every step for every input.
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
     check_choice(keep, "keep", ("best", "last"))
@@ -96,19 +97,19 @@ def pgd(
             [watch.over(each) for each in climbed], x, within, steps=steps, step_size=step_size,
             restarts=restarts, rule=rule, keep=keep, generator=generator,
         )  # fmt: skip
-    watch.close(hidden=within.radius > 0)
+    watch.close(len(x), hidden=within.radius > 0)
     return found
 
 
 def covering(model: Model, highest: int) -> Model:
-    """The model, with a check that its outputs cover the highest label; no forward of its own."""
+    """The model, with a check that its outputs cover the highest label; adds no forward pass."""
 
     def forward(x: Tensor) -> Tensor:
         logits = model(x)
         if logits.ndim != 2 or logits.shape[1] <= highest:
             raise ValueError(
-                f"y holds label {highest} but the model's output has shape {tuple(logits.shape)}; "
-                "it must be (batch, classes) with more classes than that"
+                f"y holds label {highest}, but the model's output has shape {tuple(logits.shape)}; it "
+                f"must be (batch, classes) with at least {highest + 1} classes"
             )
         return logits
 
@@ -116,7 +117,7 @@ def covering(model: Model, highest: int) -> Model:
 
 
 def untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
-    """Climb a loss, judge by the margin; both from one forward."""
+    """Maximise a loss, judge by the margin; both from one forward pass."""
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(x)
@@ -126,7 +127,7 @@ def untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
 
 
 def targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[Objective]:
-    """One objective for each wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
+    """One objective per wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
     with torch.no_grad():
         logits = model(x)
     own = nn.functional.one_hot(y, logits.shape[1]).bool()
@@ -151,10 +152,10 @@ def robust_accuracy(
     batch_size: int = 512,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Share of samples that are right and stay right under an attack, with an exact interval.
+    """Share of samples classified correctly before and after an attack, with an exact interval.
 
-    All samples count, not only those that were right before the attack. An attack is an upper
-    bound on the true robust accuracy, the interval is about sampling alone.
+    All samples count, not only those that were right before the attack. The accuracy under an attack
+    is an upper bound on the true robust accuracy; the interval covers sampling error only.
 
     Args:
         model: inputs to logits.
@@ -163,7 +164,7 @@ def robust_accuracy(
             within=Linf(0.1))``; ``None`` measures clean accuracy.
 
     Raises:
-        ValueError: for an empty or invalid x, labels that do not fit it or the model's output,
+        ValueError: for an empty or invalid x, labels that do not fit x or the model's output,
             or bad settings, before any work.
     """
     batch_size = check_count(batch_size, "batch_size", low=1)

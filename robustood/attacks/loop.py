@@ -1,4 +1,4 @@
-"""The one loop: climb from each start, keep the best."""
+"""The attack loop: climb from each initial point, keep the best."""
 
 from __future__ import annotations
 
@@ -45,28 +45,27 @@ def maximise(
     """Search ``within`` for the perturbed input with the highest objective, for each sample.
 
     ``keep="last"`` returns the last iterate of the last restart and costs exactly ``steps``
-    forwards and input-only backwards a restart. ``keep="best"`` returns the best of all
-    iterates, start and end included, and costs one forward more a restart. A finite set is
-    searched through its members, and the best is kept.
+    forward and input-only backward passes per restart. ``keep="best"`` returns the best of all
+    iterates, first and last included, and costs one more forward pass per restart. A finite set is
+    searched exhaustively, and the best member is returned.
 
     Args:
         objective: maps inputs to values (batch,), or to a pair (climb, judge): follow the
             gradient of the first, keep the best by the second. A sequence of objectives is
-            climbed one after the other, from starts of its own each, and judged together.
-            The model inside keeps its mode: call this within
-            :func:`~robustood.models.frozen`.
+            climbed one after the other, each from its own initial points, and judged together.
+            The model's mode is left alone: call this within :func:`~robustood.models.frozen`.
         x: clean inputs (batch, ...).
         within: the perturbation set; a number means ``Linf(number)``.
-        steps: number of steps; 0 judges the starts alone.
-        step_size: in the unit of ``within.radius``; default the rule's own.
-        restarts: number of starts: the first at random, the second x itself, the others at
-            random; 0 starts from x alone.
+        steps: number of steps; 0 only judges the initial points.
+        step_size: in the unit of ``within.radius``; by default the rule chooses it.
+        restarts: number of initial points: the first random, the second x itself, the others
+            random; 0 starts at x only.
         rule: proposes the next point; default :class:`Ascent`.
-        generator: source of the random starts, on the device of x; default: a fresh one with
-            seed 0.
+        generator: source of the random initial points, on the device of x; default: a new one
+            with seed 0.
 
     Returns:
-        Perturbed inputs, same shape, dtype and device as x, detached.
+        Perturbed inputs with the shape, dtype and device of x, detached.
 
     Raises:
         ValueError: for empty input, NaN, values outside the set's box, negative steps, restarts
@@ -93,12 +92,12 @@ def search(
     parts: Sequence[int] | None = None,
     climb: Climb | None = None,
 ) -> Inputs:
-    """:func:`maximise` for inputs whose values were checked; it never waits for the device.
+    """:func:`maximise` for inputs that have been checked; it never waits for the device.
 
     Args:
-        parts: sizes of the batches that x was put together from; each gets random starts of its own,
-            as if it came alone.
-        climb: how to climb from one start; default :func:`ascent`, which an engine may compile.
+        parts: sizes of the batches that x was concatenated from; each draws its own initial points, as if
+            it were attacked alone.
+        climb: how to climb from one initial point; default :func:`ascent`, which an engine may compile.
     """
     steps, restarts = check_count(steps, "steps"), check_count(restarts, "restarts")
     check_choice(keep, "keep", ("best", "last"))
@@ -140,10 +139,10 @@ def ascent(
     best_of: bool,
     gradient: Gradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Climb from one start: evaluate, keep, propose. Returns inputs and what they are judged by.
+    """Climb from one initial point: evaluate, keep, propose. Returns inputs and the values that judge them.
 
     A function of tensors without host synchronisation, so that it can be compiled as one graph;
-    ``gradient`` is then what a compiler can trace in place of :func:`value_and_grad`.
+    ``gradient`` then replaces :func:`value_and_grad` by what a compiler can trace.
     """
     gradient = gradient or value_and_grad
     best, propose = Best(x), rule.begin(x, within, steps, step_size)
@@ -163,8 +162,7 @@ def ascent(
 def value_and_grad(
     objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The input that z makes, what to climb, what to judge by, and the gradient of the climb in z."""
-
+    """The perturbed input, the value to climb, the value to judge by, and the gradient of the climb in z."""
     z = z.detach().requires_grad_()
     value, (moved, climb, judge) = climb_at(objective, x, z, within)
     grad = slope(value, z)
@@ -174,26 +172,26 @@ def value_and_grad(
 def climb_at(
     objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The sum over the batch of what to climb, and with it the inputs, the climb and the judge."""
+    """The climb summed over the batch, and (inputs, climb, judge)."""
     moved = within.apply(x, z)
-    climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite what it gets
+    climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite its input
     return climb.sum(), (moved, climb, judge)
 
 
 def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:
-    """What to climb and what to judge by; one tensor serves as both."""
+    """(climb, judge) of what an objective returns; a single tensor serves as both."""
     climb, judge = values if isinstance(values, tuple) else (values, values)
     for given in (climb, judge):
         if given.shape != (samples,):
             raise ValueError(
-                f"objective must return one value a sample, shape ({samples},), got "
+                f"objective must return one value per sample, shape ({samples},), got "
                 f"{tuple(given.shape)}; do not average over the batch"
             )
     return climb, judge
 
 
 class Best:
-    """The best input so far, per sample. NaN never wins; no host synchronisation."""
+    """The best input so far of each sample. NaN never wins; no host synchronisation."""
 
     def __init__(self, x: Tensor):
         self.inputs = x

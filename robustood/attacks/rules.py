@@ -1,4 +1,4 @@
-"""How an attack moves: the rules that propose the next point."""
+"""The rules by which an attack proposes its next point."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Rule(Protocol):
-    """How an attack moves: ``begin`` gives (z, value, grad) -> next z for one restart."""
+    """How an attack moves: ``begin`` returns, for one restart, a function (z, value, grad) -> next z."""
 
     def begin(
         self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
@@ -29,7 +29,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Ascent:
-    """Projected steepest ascent with a constant step, by default 2.5 radius / steps: PGD's rule."""
+    """Projected steepest ascent with a constant step, by default 2.5 radius / steps: the rule of PGD."""
 
     def begin(
         self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
@@ -40,19 +40,17 @@ class Ascent:
 
 @dataclass(frozen=True)
 class APGD:
-    r"""Ascent with momentum whose step halves by itself, for each sample (Croce and Hein 2020).
+    r"""Ascent with momentum and a step size that adapts to each sample (Croce and Hein 2020).
 
     $u = \Pi(z_k + a\,g)$, then $z_{k+1} = \Pi(z_k + \alpha (u - z_k) + (1 - \alpha)(z_k -
-    z_{k-1}))$. At checkpoints that grow denser, a sample whose value rose in at most a share
-    $\rho$ of the steps, or whose best value and step stayed as they were, halves $a$ and goes
-    back to its best point (section 3 and algorithm 1). Starts are those of the set, not on the
-    surface of the ball.
+    z_{k-1}))$. At checkpoints that become more frequent, a sample whose value rose in at most a
+    share $\rho$ of the steps, or whose best value and step size have not changed, halves $a$ and
+    returns to its best point (section 3 and algorithm 1). The first step is ``step_size``, by default
+    twice the radius. Initial points are those of the set, not on the surface of the ball.
 
     Attributes:
         momentum: $\alpha$.
         rising: $\rho$.
-
-    The first step is ``step_size``, by default twice the radius.
     """
 
     momentum: float = 0.75
@@ -63,7 +61,7 @@ class APGD:
         check_number(self.rising, "rising", 0, 1)
 
     def checkpoints(self, steps: int) -> set[int]:
-        """The steps at which the size is reconsidered: at shares 0.22, 0.41, 0.57, .. of all."""
+        """The steps at which the step size is reconsidered: shares 0.22, 0.41, 0.57, .. of all steps."""
         last, share, found = 0.0, 0.22, set()
         while share < 1:
             found.add(math.ceil(round(share * steps, 6)))
@@ -78,7 +76,7 @@ class APGD:
 
 
 class _APGDRestart:
-    """One restart of APGD: its step sizes, best points and counts, per sample."""
+    """One restart of APGD: step sizes, best points and counts per sample."""
 
     def __init__(
         self, rule: APGD, x: Tensor, within: PerturbationSet, checkpoints: set[int], size: float
@@ -103,7 +101,7 @@ class _APGDRestart:
         return ahead
 
     def remember(self, z: Tensor, value: Tensor, grad: Tensor) -> None:
-        """Count a rise, and keep the point where it is the sample's best; the first always is."""
+        """Count the samples that rose, and keep the points that are the best so far; the first always is."""
         better = value > self.best
         if self.step == 0:
             better, self.previous, self.best_z, self.best_grad = torch.ones_like(better), z, z, grad
@@ -113,7 +111,7 @@ class _APGDRestart:
         self.best_grad = torch.where(per_sample(better, grad), grad, self.best_grad)
 
     def reconsider(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples that rose too rarely, or not at all with this step, halve it and go back."""
+        """Samples that rose too rarely, or not at all with this step size, halve it and go back."""
         rare = self.rises <= self.rule.rising * (self.step - self.checkpoint)
         stuck = rare | (~self.halved & (self.best <= self.best_at_checkpoint))
         self.size = torch.where(stuck, self.size / 2, self.size)

@@ -1,7 +1,7 @@
-"""Data for three scales: digits that every reader has, image sets that are fetched once, your own folders.
+"""Data at three scales: digits that every reader has, image sets that are downloaded once, your own folders.
 
-:func:`digits` makes the digits and what is no digit without a download. Larger sets are kept as packs, one
-compact file each: :func:`fetch` downloads one, :func:`folder` makes one of a folder of images, :func:`load`
+:func:`digits` makes the digits and their outliers without a download. Larger sets are stored as packs, one
+compact file each: :func:`fetch` downloads one, :func:`folder` makes one from a folder of images, :func:`load`
 reads it.
 """
 

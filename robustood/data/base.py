@@ -40,10 +40,12 @@ class Split:
             check_instance(getattr(self, name), name, Tensor, "a tensor (samples, ...)")
         if self.x.ndim == 0 or self.y.ndim == 0:
             raise ValueError(
-                "x and y must have an axis of samples; use x[None] and y[None] for one"
+                "x and y must have an axis of samples; use x[None] and y[None] for one sample"
             )
         if len(self.x) != len(self.y):
-            raise ValueError(f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
+            raise ValueError(
+                f"x and y must have the same length, got {len(self.x)} and {len(self.y)}"
+            )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -58,14 +60,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Loaded(Split):
-    """A set of 8-bit images (samples, channel, height, width) with what its pack says about it.
+    """A set of 8-bit images (samples, channel, height, width) with the metadata of its pack.
 
     Attributes:
         name: of the set, such as ``"cifar10"``.
-        names: of the classes; empty where the pack has none.
+        names: of the classes; may be empty.
         ids: of the classes in another system, such as WordNet ids; may be empty.
-        jpeg: quality, if the pixels are decoded JPEG files; None if they never were compressed.
-        notes: what was done to files that are not ordinary, and which were left out.
+        jpeg: quality, if the pixels are decoded JPEG files; None if they were never compressed.
+        notes: how unusual files were converted, and which were left out.
     """
 
     name: str = ""
@@ -76,15 +78,15 @@ class Loaded(Split):
 
 
 def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
-    """A labelled split in two: what is left, in its order, and n samples that hold each class to its share.
+    """A labelled split in two: the rest, and n samples in which each class has its share.
 
     Args:
         split: with integer labels.
         n: number of samples to hold out.
-        seed: of the draw; the same samples each time.
+        seed: of the draw; the same seed holds out the same samples.
 
     Returns:
-        The rest, and those held out, both in the split's order.
+        The rest and the samples held out, both in the order of the split.
 
     Raises:
         ValueError: if nothing would be left.
@@ -97,7 +99,7 @@ def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(check_seed(seed)))
     y = split.y.cpu()[order]
     by_class, counts = y.argsort(stable=True), y.bincount()
-    # A sample's place among those of its class, from 0 to 1: the first n places are n fair shares.
+    # The rank of a sample within its class, scaled to [0, 1]: the n lowest ranks give each class its share.
     rank = torch.empty(len(y), dtype=torch.float64)
     rank[by_class] = torch.arange(len(y), dtype=torch.float64)
     place = (rank - (counts.cumsum(0) - counts)[y] + 0.5) / counts[y]
@@ -107,42 +109,41 @@ def hold_out(split: S, n: int, seed: int = 0) -> tuple[S, S]:
 
 
 def counted_as(loaded: Loaded, names: Sequence[str], by: str) -> Loaded:
-    """A set with its labels counted as another set counts its classes, found by name.
+    """A set with its labels renumbered like the classes of another set, matched by name.
 
-    A folder that lacks a class numbers all later ones in another way. Sets without names stay as they are.
+    In a folder that lacks a class all later classes have other numbers. Sets without names are unchanged.
 
     Args:
         loaded: the set.
         names: of the other set's classes, in the order of its labels.
-        by: what the other set is called.
+        by: name of the other set.
 
     Raises:
         ValueError: for a class that the other set does not have.
     """
-    check_instance(loaded, "loaded", Loaded, "a set, as load(..) gives it")
-    check_instance(loaded, "loaded", Loaded, "a set, such as data.load(name) gives")
-    check_several(names, "names", "texts", 0)
+    check_instance(loaded, "loaded", Loaded, "a set, such as data.load(name) returns")
+    check_several(names, "names", "strings", 0)
     for name in names:
-        check_text(name, "names: each")
+        check_text(name, "each of names")
     check_text(by, "by")
     if not names or not loaded.names or loaded.names == tuple(names):
         return loaded
     if unknown := [name for name in loaded.names if name not in names]:
         raise ValueError(
             f"{loaded.name} has classes that {by} does not have: {_listed(unknown)}; known are: "
-            f"{_listed(names)}. Call their folders alike, or take them out, and pack the images again"
+            f"{_listed(names)}. Rename their folders to match, or remove them, and pack the images again"
         )
     if len({*names}) < len(names):
         raise ValueError(
-            f"{loaded.name} and {by} have other classes, and two of the same name: give each a name "
-            "of its own, and pack the images again"
+            f"{loaded.name} and {by} have different classes, and two of the same name: give each a unique "
+            "name, and pack the images again"
         )
     places = torch.tensor([tuple(names).index(name) for name in loaded.names])
     return replace(loaded, y=places.to(loaded.y.device)[loaded.y], names=tuple(names))
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first ten names."""
+    """The first ten names, and how many more there are."""
     return ", ".join(map(repr, names[:10])) + (
         f" and {len(names) - 10} more" if len(names) > 10 else ""
     )
@@ -150,15 +151,15 @@ def _listed(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """All that a run needs.
+    """All the data of a run.
 
     Attributes:
         train, val, test: in-distribution images with labels.
         outliers: auxiliary outliers for training (samples, ...); may be empty.
         ood: test outliers by name, never seen in training.
-        notes: numbers about the data of one epoch that a run should log.
-        compressed: ``train.x`` after the outliers' compression, or None; an epoch takes each image from one
-            of the two at random, so that compression does not tell outliers.
+        notes: numbers about the data of one epoch, for the run's log.
+        compressed: ``train.x`` compressed like the outliers, or None; an epoch takes each image from one
+            of the two at random, so that compression does not reveal outliers.
     """
 
     train: Split
@@ -179,7 +180,7 @@ class Data:
         shape, other = self.train.x.shape, self.outliers
         if other.ndim == 0 or (len(other) and other.shape[1:] != shape[1:]):
             raise ValueError(
-                f"data.outliers must be shaped like data.train.x, {tuple(shape[1:])} a sample, got "
+                f"data.outliers must have samples shaped like those of data.train.x, {tuple(shape[1:])}, got "
                 f"{tuple(other.shape[1:])}"
             )
         check_mapping(self.notes, "notes", "{name: number}")
@@ -212,9 +213,9 @@ class Batch:
     Attributes:
         x, y: inputs and labels; y may be an image.
         outliers: auxiliary outliers, or None.
-        generator: the run's source of randomness, on the device of x.
+        generator: the run's source of random numbers, on the device of x.
         progress: share of the training that is done, in [0, 1].
-        climb: how an attack climbs, where the loop has its own (:func:`robustood.attacks.search`).
+        climb: how an attack climbs, if the engine has its own way (:func:`robustood.attacks.search`).
     """
 
     x: Tensor

@@ -40,7 +40,7 @@ class Augment:
     def __call__(
         self, x: Shaped[Tensor, "batch channel height width"], generator: torch.Generator | None
     ) -> Shaped[Tensor, "batch channel height width"]:
-        """Each image cropped and flipped by a draw of its own."""
+        """Crop and flip each image by its own draw."""
         n, channels, height, width = x.shape
         drawn = rng.uniform(torch.empty(n, 3, device=x.device), generator)
         down, right = (drawn[:, :2] * (2 * self.crop + 1)).long().unbind(1)
@@ -58,7 +58,7 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def check_augment(augment: object) -> None:
-    """Refuse what changes no images, such as a class that was not built; None is for no change."""
+    """Refuse what cannot be called, and a class that was not instantiated; None means no augmentation."""
     if augment is None:
         return
     if isinstance(augment, type) or not callable(augment):
@@ -74,12 +74,12 @@ def draw(
     generator: torch.Generator,
     augment: Change | None = None,
 ) -> Iterator[Batch]:
-    """One epoch of full batches in random order; outliers come along, each as often as needed.
+    """One epoch of full batches in random order, with outliers, which are repeated as often as needed.
 
-    Sizes are those of all processes together; each process gets its own part of every batch.
+    Sizes are totals over all processes; each process gets its own part of every batch.
 
     Args:
-        augment: applied to inputs and to outliers, such as :class:`Augment`.
+        augment: applied to inputs and outliers, such as :class:`Augment`.
     """
     check_instance(data, "data", Data, "Data(train, val, test, outliers)")
     check_count(batch_size, "batch_size", low=1)
@@ -95,7 +95,7 @@ def draw(
     rank, world = rng.place(generator)
 
     def own(indices: Tensor, size: int, step: int) -> Tensor:
-        # Strided, so that the first half of a process's part comes from the first half of the batch.
+        # Strided, so that the first half of each process's part comes from the first half of the batch.
         return indices[step * size :][:size][rank::world]
 
     def ready(images: Tensor) -> Tensor:

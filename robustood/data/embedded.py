@@ -1,8 +1,8 @@
-"""Data that every reader has: handwritten digits and things that are no digits.
+"""Data that every reader has: handwritten digits, and images that are not digits.
 
 The in-distribution set is scikit-learn's copy of the UCI handwritten digits (Alpaydin and
 Kaynak 1998): 1,797 images of 8x8 pixels with 17 grey levels, made by counting ink in 4x4 blocks
-of a 32x32 bitmap. Everything that is no digit is brought to the same size and grey levels:
+of a 32x32 bitmap. The other images are brought to the same size and grey levels:
 
 ==============  ==============================  ===============================
 set             auxiliary outliers (training)   test outliers
@@ -13,9 +13,9 @@ photo patches   ``china.jpg``                   ``flower.jpg``
 noise           none                            uniform grey levels
 ==============  ==============================  ===============================
 
-Letters have their fonts' weight and proportions. Printed strokes are thinner than a pen's and capitals
-wider than digits, which helps to tell them apart; ``glyphs(.., pen=True)`` draws them as heavy and as
-narrow as digits and leaves the shape alone.
+Letters have the weight and proportions of their fonts. Printed strokes are thinner than a pen's and capitals
+wider than digits, which makes them easier to detect; ``glyphs(.., pen=True)`` draws them as heavy and as
+narrow as digits without changing their shape.
 
 The letters B D G I L O Q S Z look like digits (a network rightly reads S as 5). They are in
 neither set; with ``glyphs("lookalike", ...)`` they serve as a contaminated pool.
@@ -50,14 +50,14 @@ FLAT = 0.05  # standard deviation of a patch below which two photos can give the
 
 
 def digits(train: int = 1097, seed: int = 0) -> Data:
-    """The digits with everything that is no digit, split once and for all.
+    """The digits with their outliers, in a fixed split.
 
-    500 test digits and 200 validation digits are the same for every ``train``; a smaller
-    ``train`` keeps the first of the training digits, so that sample sizes are nested.
+    The 500 test digits and 200 validation digits are the same for every ``train``; a smaller
+    ``train`` takes the first training digits, so that training sets are nested.
 
     Args:
         train: number of training digits, at most 1,097.
-        seed: of the split and of the drawn outliers; 0 is the book's.
+        seed: of the split and of the outliers; the book uses 0.
 
     Returns:
         Data with float32 images (samples, 1, 8, 8) in [0, 1]; ``outliers`` holds 1,000 letters
@@ -94,17 +94,17 @@ def digits(train: int = 1097, seed: int = 0) -> Data:
 def glyphs(
     which: Literal["auxiliary", "test", "lookalike"], n: int, seed: int, pen: bool = False
 ) -> Float[Tensor, "n 1 8 8"]:
-    """Capital letters in the fonts that Matplotlib ships, drawn as the digits were scanned.
+    """Capital letters in the fonts that Matplotlib ships, rendered like the scanned digits.
 
-    A letter fills a 32x32 bitmap up to a small random shear, rotation, size and offset; each pixel
+    A letter fills a 32x32 bitmap, with a small random shear, rotation, scale and offset; each pixel
     is the share of ink in a 4x4 block, in sixteenths.
 
     Args:
-        which: ``"auxiliary"``, ``"test"`` or ``"lookalike"``; letters and fonts in the module's
-            table.
-        n: number of images; letters and fonts are drawn at random.
+        which: ``"auxiliary"``, ``"test"`` or ``"lookalike"``; see the table of the
+            module for letters and fonts.
+        n: number of images; letters and fonts are chosen at random.
         seed: of the draw.
-        pen: with a pen's weight and a digit's width: nearer to the digits.
+        pen: with the weight of a pen and the width of a digit, closer to the digits.
     """
     check_choice(which, "which", tuple(LETTERS))
     check_count(n, "n", low=1)
@@ -121,11 +121,11 @@ def _glyph(letter: str, font: str, rng: np.random.Generator, pen: bool) -> np.nd
     left, top, right, bottom = face.getbbox(letter)
     canvas = Image.new("L", (96, 96), 0)
     corner = (48 - (left + right) / 2, 48 - (top + bottom) / 2)
-    # A pen's strokes are heavier than print; bold faces are nearly as heavy.
+    # Pen strokes are heavier than print; bold faces are nearly as heavy.
     weight = int(rng.integers(0, 2) if "Bol" in font else rng.integers(1, 4)) if pen else 0
     ImageDraw.Draw(canvas).text(corner, letter, fill=255, font=face, stroke_width=weight)
     across, down = right - left + 2 * weight, bottom - top + 2 * weight
-    if pen:  # the digits' boxes are filled top to bottom and are about two thirds as wide as high
+    if pen:  # digits fill their boxes from top to bottom and are about two thirds as wide as high
         wide, high = rng.uniform(1.0, 1.3) * across / 24, rng.uniform(0.95, 1.1) * down / 32
     else:
         wide = high = rng.uniform(0.95, 1.1) * max(across, down) / 32
@@ -148,8 +148,8 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 def patches(which: Literal["auxiliary", "test"], n: int, seed: int) -> Float[Tensor, "n 1 8 8"]:
     """Grey patches of one photograph that ships with scikit-learn.
 
-    A square of 16 to 96 pixels is averaged down to 8x8 and rounded to sixteenths. Flat patches
-    are drawn again: a patch of sky is the same image in any photograph.
+    A square of 16 to 96 pixels is downsampled to 8x8 by averaging and rounded to sixteenths. Flat patches
+    are rejected: a patch of sky is the same image in any photograph.
 
     Args:
         which: ``"auxiliary"`` cuts from ``china.jpg``, ``"test"`` from ``flower.jpg``.
@@ -180,5 +180,5 @@ def noise(n: int, seed: int) -> Float[Tensor, "n 1 8 8"]:
 
 
 def _images(cut: list[np.ndarray]) -> Float[Tensor, "n 1 8 8"]:
-    """Stack to float32 (n, 1, 8, 8) with the digits' 17 grey levels."""
+    """Stack to float32 (n, 1, 8, 8) with the 17 grey levels of the digits."""
     return torch.tensor(np.round(np.stack(cut)[:, None] * 16) / 16, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Published sets, downloaded once and kept as packs.
 
-torchvision names the addresses and the checksums, and reads what comes; the download is ours, since an
-interrupted one must go on where it stopped, and tell what to do where there is no network.
+torchvision supplies the addresses and checksums and reads the files. The download is our own, because it must
+resume after an interruption and say what to do without a network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,11 +31,11 @@ SHRUNK = ("gtsrb", "textures")
 
 
 def fetch(name: str, split: str | None = None, root: str | Path | None = None) -> list[Path]:
-    """Download a set by torchvision's addresses and checksums and write it as packs.
+    """Download a set from torchvision's addresses, check it, and write it as packs.
 
-    The archives are kept in ``root/raw/NAME``; where there is no network, put them there by other
-    means. Images larger than 32x32 (GTSRB, Textures) are shrunk: shorter side to 32, then the
-    middle. The three splits of Textures make one set, as in the papers.
+    The archives are kept in ``root/raw/NAME``; without a network, put them there by other
+    means. Images larger than 32x32 (GTSRB, Textures) are resized, the shorter side to 32, and cropped at the
+    centre. The three splits of Textures make one set, as in the papers.
 
     Args:
         name: one of cifar10, cifar100, gtsrb, svhn, mnist, textures; a split may follow a colon.
@@ -43,12 +43,12 @@ def fetch(name: str, split: str | None = None, root: str | Path | None = None) -
         root: folder of the packs.
 
     Returns:
-        The packs' paths. A pack that is there already is left as it is.
+        The paths of the packs. A pack that exists is not changed.
 
     Raises:
         ValueError: for an unknown name, or a file with another checksum.
-        ConnectionError: without a network; what has come stays and the next call goes on from there.
-        OSError: if the folder cannot be written or is full; what has come stays.
+        ConnectionError: without a network; partial downloads are kept, and the next call resumes them.
+        OSError: if the folder cannot be written or is full; partial downloads are kept.
     """
     name, split = named(name, split)
     if name not in OFFICIAL:
@@ -75,7 +75,7 @@ def _fetch(name: str, split: str, path: Path) -> None:
     try:
         raw.mkdir(parents=True, exist_ok=True)
         images, labels, classes = [], [], ()
-        # The archives stay in raw; what torchvision unpacks is gone at the end, also after a failure.
+        # The archives stay in raw; what torchvision unpacks is deleted at the end, also after a failure.
         with TemporaryDirectory(dir=raw) as tree, _resuming(raw):
             for arguments in splits[split]:
                 dataset = getattr(datasets, kind)(tree, download=True, **arguments)
@@ -85,7 +85,7 @@ def _fetch(name: str, split: str, path: Path) -> None:
                     labels.append(int(label))
     except URLError as error:
         raise ConnectionError(str(error.reason)) from error
-    except RuntimeError as error:  # how torchvision reports that no address of several answered
+    except RuntimeError as error:  # what torchvision raises if none of several addresses answers
         raise ConnectionError(str(error)) from error
     except OSError as error:
         if isinstance(error, ConnectionError):
@@ -96,10 +96,10 @@ def _fetch(name: str, split: str, path: Path) -> None:
 
 @contextmanager
 def _resuming(raw: Path) -> Generator[None]:
-    """Inside, torchvision's downloads go through :func:`download` into ``raw``.
+    """Within this context torchvision downloads through :func:`download` into ``raw``.
 
-    torchvision says what belongs to a set, where it lies and which checksum it has; some of that stands
-    only in the code of its methods. Its own download starts from nothing after each interruption.
+    torchvision knows the files of a set, their addresses and checksums, in part only in the code of its
+    methods. Its own download starts from scratch after an interruption.
     """
     from torchvision.datasets import svhn, utils
 
@@ -133,17 +133,17 @@ def _resuming(raw: Path) -> Generator[None]:
 
 
 def download(url: str, target: Path, md5: str | None) -> None:
-    """Download a file; an interrupted download goes on where it stopped, now or at the next call.
+    """Download a file; an interrupted download is resumed, now or at the next call.
 
     Args:
         url: address.
-        target: becomes the file when all has come and the checksum is right; until then the bytes
+        target: path of the file once it is complete and its checksum is right; until then the bytes
             are in ``target.partial``.
-        md5: the right checksum; None for any.
+        md5: the expected checksum; None for any.
 
     Raises:
         ValueError: for a wrong checksum.
-        ConnectionError: when no more bytes come.
+        ConnectionError: if no more bytes arrive.
     """
     if target.exists():
         _check_md5(target, md5, target.name)
@@ -157,10 +157,10 @@ def download(url: str, target: Path, md5: str | None) -> None:
         except ConnectionError as error:
             if _size(partial) <= best:
                 raise ConnectionError(
-                    f"{url} does not come ({error}; {_size(partial):,} bytes so far). Try again "
+                    f"cannot download {url} ({error}; {_size(partial):,} bytes so far). Try again "
                     f"later, or get the file by other means and put it at {target}, or copy the "
-                    "set's pack from a machine with internet, or name a folder that has it in "
-                    "ROBUSTOOD_DATA"
+                    "set's pack from a machine with a network, or set ROBUSTOOD_DATA to a folder that "
+                    "has it"
                 ) from error
             best = _size(partial)
     try:
@@ -178,19 +178,13 @@ def _receive(url: str, partial: Path) -> None:
         answer = urlopen(Request(url, headers=headers), timeout=30)
     except (OSError, HTTPException) as error:
         if isinstance(error, HTTPError) and error.code == 416:
-            return  # nothing after the last byte: the checksum decides
+            return  # no bytes are missing; the checksum decides
         raise ConnectionError(str(error)) from error
     with answer:
-        start = start if answer.status == 206 else 0  # a server may send all of it again
+        start = start if answer.status == 206 else 0  # a server may send the whole file again
         total = start + int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(
-            total=total or None,
-            initial=start,
-            unit="B",
-            unit_scale=True,
-            desc=partial.stem,
-            disable=None,
-        )
+        how = {"desc": partial.stem, "unit": "B", "unit_scale": True, "disable": None}
+        bar = tqdm(total=total or None, initial=start, **how)
         with bar, partial.open("ab" if start else "wb") as file:
             for chunk in _chunks(answer):
                 file.write(chunk)
@@ -199,8 +193,8 @@ def _receive(url: str, partial: Path) -> None:
         raise ConnectionError(f"cut off at {_size(partial):,} of {total:,} bytes")
 
 
-def _chunks(answer: Any) -> Iterator[bytes]:
-    """The body, as it comes; trouble in reading is the network's, in writing the disk's."""
+def _chunks(answer: HTTPResponse) -> Iterator[bytes]:
+    """The body in pieces; an error while reading is one of the network, not of the disk."""
     try:
         while chunk := answer.read1(2**18):
             yield chunk
@@ -217,6 +211,6 @@ def _check_md5(file: Path, wanted: str | None, name: str) -> None:
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if wanted and found != wanted:
         raise ValueError(
-            f"{name} has md5 {found}, torchvision expects {wanted}: it is damaged or another file; "
-            f"delete {file} if it is still there, and fetch again"
+            f"{name} has md5 {found}, torchvision expects {wanted}: it is damaged or a different file; "
+            f"delete {file} if it still exists, and fetch again"
         )

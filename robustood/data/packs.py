@@ -1,22 +1,21 @@
-"""Packs: a set of images in one small file that any machine reads, whole or not at all.
+"""Packs: a set of images in one small file, portable and verified by checksum.
 
 A pack is an ``.npz`` of plain arrays, never a pickle, so that reading one runs no code:
 
 ==========================  =====================================================================
-``blob``, ``offsets``       image files end to end and where each begins: *mosaics* of ``per``
+``blob``, ``offsets``       concatenated image files and where each begins: *mosaics* of ``per``
                             images in rows of ``cols``, as lossless WebP
 ``n``, ``labels``           number of images (the last mosaic is padded) and one label each
 ``names``, ``ids``          of the classes; may be empty
-``jpeg``                    quality that the pixels were compressed with earlier; 0 for never
+``jpeg``                    quality of an earlier JPEG compression of the pixels; 0 for none
 ``height`` ...              and ``width``, ``channels``; without them 32, 32 and 3
 ``sha256``                  of the decoded pixels (n, height, width, channels)
-``source``                  a digest of the folder that the pack was made from; may be empty
-``notes``                   what was done to the files in that folder; may be empty
+``source``                  a digest of the folder from which the pack was made; may be empty
+``notes``                   how files of that folder were converted; may be empty
 ==========================  =====================================================================
 
-Two older forms are read too: mosaics without the last rows, which may be JPEG, and JPEG bodies that
-share one header (``head``, ``blob``, ``offsets``). The quality of a JPEG is read off its quantisation
-table.
+Two older formats are read too: mosaics without the fields from ``jpeg`` on, which may be JPEG, and JPEG bodies
+that share one header (``head``, ``blob``, ``offsets``). The quality of a JPEG is inferred from its quantisation table.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ from robustood.inputs import check_count, check_path, check_several, check_text
 Images = UInt8[Tensor, "n channel height width"] | UInt8[np.ndarray, "n height width channel"]
 Labels = Integer[Tensor, " n"] | Integer[np.ndarray, " n"] | Sequence[int]
 END = b"\xff\xd9"  # closes a JPEG file
+QUALITY = "Pillow's default is 75"
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -65,33 +65,33 @@ def write_pack(
     """Write images as a pack; equal arguments give equal bytes.
 
     Args:
-        path: of the file; its folder is made, a file that is there is replaced.
+        path: of the file; its folder is created, an existing file is replaced.
         images: 8-bit, grey or RGB; tensors are NCHW and arrays NHWC.
-        labels: one for each image, from 0.
-        names, ids: of the classes, one for each label.
-        jpeg: quality that the images were compressed with before, None for never.
-        per: images in a mosaic.
-        source: a digest of what the pack was made from.
-        notes: what was done to the images before.
+        labels: one per image, from 0.
+        names, ids: of the classes, one per label.
+        jpeg: quality of an earlier JPEG compression of the images, None for none.
+        per: images per mosaic.
+        source: a digest of what the pack is made from.
+        notes: how the images were converted.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for images that are not 8-bit, or labels that do not belong to them.
-        OSError: if the file cannot be written; what was there before is still there.
+        ValueError: for images that are not 8-bit, or labels that do not fit them.
+        OSError: if the file cannot be written; an existing file is unchanged.
     """
     rows = nhwc(images)
     y = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     check_text(source, "source")
     for key, given in {"names": names, "ids": ids, "notes": notes}.items():
-        check_several(given, key, "texts", 0)
-        if isinstance(given, str) or not all(isinstance(word, str) for word in given):
-            raise ValueError(f"{key} must be a list of texts, got {given!r}")
+        check_several(given, key, "strings", 0)
+        for word in given:
+            check_text(word, f"each of {key}")
     check_count(per, "per", low=1)
     _check_labels(y, len(rows), {"names": names, "ids": ids})
     if jpeg is not None:
-        _check_quality(jpeg, "jpeg")
+        check_count(jpeg, "jpeg", 1, 100, QUALITY)
     per = min(per, len(rows))
     cols = isqrt(per - 1) + 1
     mosaics = [_mosaic(rows[i : i + per], per, cols) for i in range(0, len(rows), per)]
@@ -102,7 +102,7 @@ def write_pack(
         "blob": np.frombuffer(b"".join(mosaics), np.uint8),
         "offsets": np.cumsum([0, *map(len, mosaics)], dtype=np.int64),
         "labels": y.astype(np.min_scalar_type(int(y.max()))),
-        **{key: np.int64(value) for key, value in numbers.items()},
+        **{key: np.array(value, np.int64) for key, value in numbers.items()},
         **{key: np.array(value, str) for key, value in texts.items()},
     }
     buffer = io.BytesIO()
@@ -118,13 +118,13 @@ def write_pack(
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:
-    """The same error with the file's name and the way out."""
-    fix = "make room, or name a folder that can be written in ROBUSTOOD_DATA"
+    """The same error with the name of the file and the fix."""
+    fix = "make room, or set ROBUSTOOD_DATA to a folder that can be written"
     return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); {fix}")
 
 
 def nhwc(images: Images) -> np.ndarray:
-    """8-bit images as an array (n, height, width, channels); a tensor's channels come second."""
+    """8-bit images, a tensor NCHW or an array NHWC, as an array (n, height, width, channels)."""
     if isinstance(images, Tensor):
         images = images.cpu().numpy()
         images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
@@ -155,27 +155,29 @@ def _mosaic(tiles: np.ndarray, per: int, cols: int) -> bytes:
     sheet = sheet.reshape(rows, cols, height, width, channels).swapaxes(1, 2)
     sheet = sheet.reshape(rows * height, cols * width, channels).repeat(3 // channels, axis=2)
     buffer = io.BytesIO()
-    # method=0: CIFAR-10's training set takes seconds; the thorough ones save 8 % in some minutes.
+    # method=0 takes seconds for the training set of CIFAR-10; thorough methods take minutes and save 8 %.
     Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, method=0)
     return buffer.getvalue()
 
 
 def _check_labels(y: np.ndarray, n: int, classes: Mapping[str, Sequence[str]]) -> None:
     if y.shape != (n,):
-        raise ValueError(f"labels must be of shape ({n},), one for each image, got {y.shape}")
+        raise ValueError(f"labels must have shape ({n},), one per image, got {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         seen = f" from {y.min()}" if np.issubdtype(y.dtype, np.number) else ""
-        raise ValueError(f"labels must be whole numbers from 0, got {y.dtype}{seen}")
+        raise ValueError(f"labels must be integers of at least 0, got {y.dtype}{seen}")
     for key, given in classes.items():
         if given and len(given) <= y.max():
-            raise ValueError(f"{key} must have one entry a class, got {len(given)} for {y.max()}")
+            raise ValueError(
+                f"{key} must have one entry per class, {y.max() + 1}, got {len(given)}"
+            )
 
 
 # ---- reading ----------------------------------------------------------------------------------
 
 
 def read_pack(path: str | Path) -> Loaded:
-    """Read a pack and hold it against its sha256, where it has one.
+    """Read a pack and verify its sha256, if it has one.
 
     Returns:
         The images as uint8 (n, channel, height, width), named like the file.
@@ -187,14 +189,16 @@ def read_pack(path: str | Path) -> Loaded:
     check_path(path, "path")
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"path {path} is no file; robustood data pack FOLDER makes one")
+        raise FileNotFoundError(
+            f"path {path} is not a file; make one with `robustood data pack FOLDER`"
+        )
     held = _held(path)
     with _whole(path):
         return _loaded(path.stem, held)
 
 
 def made_from(path: Path) -> str:
-    """The digest of what a pack was made from; empty where the pack does not say."""
+    """The digest of what a pack was made from; empty if the pack has none."""
     return str(_held(path).get("source", ""))
 
 
@@ -202,14 +206,14 @@ def _held(path: Path) -> dict[str, np.ndarray]:
     content = io.BytesIO(path.read_bytes())
     with _whole(path):
         if not zipfile.is_zipfile(content):
-            raise ValueError("it is cut short, or no .npz file")
+            raise ValueError("it is truncated, or not a .npz file")
         with np.load(content, allow_pickle=False) as pack:
             return {key: pack[key] for key in pack.files}
 
 
 @contextmanager
 def _whole(path: Path) -> Generator[None]:
-    """Whatever fails between a file's bytes and its arrays: the bytes are bad, and what to do."""
+    """Turn any error while decoding a file into one that says that the file is damaged, and the fix."""
     try:
         yield
     except Exception as error:
@@ -227,7 +231,7 @@ def _loaded(name: str, held: dict[str, np.ndarray]) -> Loaded:
     _check_labels(labels, n, classes)
     head = held["head"].tobytes() if "head" in held else b""
     if offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(offsets) <= 0).any():
-        raise ValueError("offsets do not cut its blob into images")
+        raise ValueError("its offsets do not divide its blob into images")
     files = (
         io.BytesIO(head + blob[a:b] + (END if head else b"")) for a, b in zip(offsets, offsets[1:])
     )
@@ -244,7 +248,7 @@ def _loaded(name: str, held: dict[str, np.ndarray]) -> Loaded:
             space = x[i * per : (i + 1) * per]
             space[:] = _tiles(sheet, cols, size, len(space))
     if "sha256" in held and (wanted := str(held["sha256"])) != (sha := digest(x)):
-        raise ValueError(f"its pixels have sha256 {sha[:12]}…, it says {wanted[:12]}…")
+        raise ValueError(f"its pixels have sha256 {sha[:12]}…, but it records {wanted[:12]}…")
     return Loaded(
         torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(labels.astype(np.int64)),
@@ -266,7 +270,7 @@ def _tiles(sheet: Image.Image, cols: int, size: tuple[int, ...], n: int) -> np.n
 
 
 def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
-    """An array from a gzipped idx file, the form in which MNIST is published.
+    """An array from a gzipped idx file, the format in which MNIST is published.
 
     Raises:
         ValueError: if the file is damaged.
@@ -275,7 +279,7 @@ def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
     with _whole(Path(path)):
         content = gzip.decompress(packed)
         if content[:3] != b"\0\0\x08":
-            raise ValueError("it holds no 8-bit numbers")
+            raise ValueError("it does not contain 8-bit numbers")
         shape = np.frombuffer(content, ">i4", content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
@@ -286,29 +290,29 @@ def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
 def compress(
     images: UInt8[Tensor, "n channel height width"], quality: int
 ) -> UInt8[Tensor, "n channel height width"]:
-    """What is left of images after a JPEG file each, with Pillow's chroma sampling (4:2:0).
+    """Images after JPEG compression and decompression, with Pillow's chroma subsampling (4:2:0).
 
-    Outliers that are JPEG files carry its 8x8 blocks. A network that is trained to tell them from
-    lossless images learns the blocks; twins of its own images with the same blocks take that away.
+    Outliers that are JPEG files show its 8x8 blocks. A network that is trained to tell them from
+    lossless images learns the blocks; copies of its own images with the same blocks prevent that.
 
     Args:
         images: 8-bit, grey or RGB.
-        quality: from 1 to 100; ``Loaded.jpeg`` says that of a set.
+        quality: from 1 to 100; ``Loaded.jpeg`` is that of a set.
     """
-    _check_quality(quality, "quality")
+    check_count(quality, "quality", 1, 100, QUALITY)
     rows = nhwc(images)
     out = np.empty_like(rows)
-    for image, twin in zip(rows, out):
+    for image, copy in zip(rows, out):
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
             buffer, "JPEG", quality=int(quality)
         )
-        twin[:] = np.asarray(Image.open(buffer)).reshape(twin.shape)
+        copy[:] = np.asarray(Image.open(buffer)).reshape(copy.shape)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
 def jpeg_quality(image: Image.Image) -> int:
-    """Quality, from 1 to 100, of Pillow's quantisation table that is nearest to the file's."""
+    """Quality, from 1 to 100, of Pillow's quantisation table that is closest to that of the file."""
     table = np.array(_tables(image)[0])
     return 1 + int(np.abs(_pillows() - table).sum(1).argmin())
 
@@ -325,10 +329,4 @@ def _pillows() -> np.ndarray:
 
 
 def _tables(image: Any) -> dict[int, list[int]]:
-    return image.quantization
-
-
-def _check_quality(quality: int, name: str) -> None:
-    check_count(quality, name, low=1)
-    if quality > 100:
-        raise ValueError(f"{name} must be at most 100, got {quality}; Pillow's default is 75")
+    return image.quantization  # of JPEG files only

@@ -1,7 +1,7 @@
-"""Pairs of an image and a perturbed one, from which a perturbation set can be learned.
+"""Pairs of an image and a perturbed image, from which a perturbation set can be learned.
 
-A :class:`Pairs` is a split whose targets are images; the classes of its inputs come along. Partners are
-fixed, drawn by a random perturbation (:func:`paired`), or other views of the same thing
+A :class:`Pairs` is a split whose targets are images; it also holds the classes of its inputs. Partners are
+fixed, drawn by a random perturbation (:func:`paired`), or other views of the same object
 (:class:`Views`): corrupted copies, photographs under other lights, rendered scenes.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robustood import rng
-from robustood.corruptions import NAMES, corrupt
+from robustood.corruptions import NAMES, STANDARD, corrupt
 from robustood.data.base import Data, Split, pixels
 from robustood.data.batches import Change
 from robustood.data.files import images_in, read_image
@@ -34,11 +34,8 @@ from robustood.inputs import (
     check_several,
 )
 
-# CIFAR-10-C as learned and as held out by Wong and Kolter (2021), at severity 5; noise is left out.
-LEARNED = (
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
+# CIFAR-10-C as learned and as held out by Wong and Kolter (2021), at severity 5; noise is omitted.
+LEARNED = tuple(name for name in STANDARD if not name.endswith("_noise"))
 HELD_OUT = ("gaussian_blur", "spatter", "saturate")
 Pairing = Literal["first", "others", "any"]
 PAIRINGS = ("first", "others", "any")
@@ -59,7 +56,7 @@ class Pairs(Split):
         check_instance(self.labels, "labels", Tensor, "a tensor of classes (samples,)")
         if self.labels.is_floating_point() or self.labels.shape != self.x.shape[:1]:
             raise ValueError(
-                f"labels must be {len(self.x)} classes, one a sample, got {self.labels.dtype} of shape "
+                f"labels must be {len(self.x)} integers, one per sample, got {self.labels.dtype} of shape "
                 f"{tuple(self.labels.shape)}"
             )
 
@@ -80,7 +77,7 @@ class Pairs(Split):
         return Split(self.x, self.labels)
 
     def redraw(self, generator: torch.Generator) -> Pairs:
-        """The same inputs with new partners, where there are others."""
+        """The same inputs with new partners, if there are others."""
         return self
 
 
@@ -105,7 +102,7 @@ class Drawn(Pairs):
 
 @dataclass(frozen=True)
 class Views(Pairs):
-    """Partners from several views of each thing.
+    """Partners from several views of each object.
 
     Attributes:
         views: (samples, views, channel, height, width), float or 8 bits.
@@ -139,7 +136,7 @@ class Views(Pairs):
         first = torch.zeros(len(self.views), dtype=torch.int64, device=device)
         if self.pairing != "first":
             first = start + rng.integers(0, count - start, self.views, generator)
-        # Of the remaining views, those from the first on move up by one: never the same twice.
+        # Among the remaining views, indices from the first on shift by one, so the two always differ.
         second = start + rng.integers(0, count - start - 1, self.views, generator)
         second = second + (second >= first)
         at = torch.arange(len(self.views), device=device)
@@ -147,7 +144,7 @@ class Views(Pairs):
 
 
 def check_views(views: Tensor, pairing: Pairing) -> None:
-    """Refuse what are no views, and too few of them to pair."""
+    """Refuse anything but views, and too few of them to pair."""
     check_choice(pairing, "pairing", PAIRINGS)
     check_instance(views, "views", Tensor, "a tensor of images, float or 8 bits")
     needed = 3 if pairing == "others" else 2
@@ -159,22 +156,22 @@ def check_views(views: Tensor, pairing: Pairing) -> None:
 
 
 def redrawn(data: Data, generator: torch.Generator) -> Data:
-    """The data with new partners for its training pairs; other data as they are."""
+    """The data with new partners for its training pairs; other data unchanged."""
     train = data.train
     return replace(data, train=train.redraw(generator)) if isinstance(train, Pairs) else data
 
 
 def paired(data: Data, change: Change, border: int = 0, seed: int = 0) -> Data:
-    """Labelled images as pairs with a random perturbation: fresh ones at each epoch of training.
+    """Labelled images as pairs with a random perturbation, drawn anew at each epoch of training.
 
-    The digits of the book are padded by 2 to 12x12 and changed by ``Random(Spatial(30, 1))``; MNIST-RTS of
-    Wong and Kolter (2021) is MNIST padded by 7 to 42x42 with ``Random(Spatial(45, 7, 0.3))``, where their shifts are
-    whole pixels. (The S stands for size; their text says skew.)
+    The digits of the book are padded by 2 to 12x12 and perturbed by ``Random(Spatial(30, 1))``; MNIST-RTS of
+    Wong and Kolter (2021) is MNIST padded by 7 to 42x42 with ``Random(Spatial(45, 7, 0.3))``, whose shifts are
+    whole pixels. (The S stands for scale; their text says skew.)
 
     Args:
         data: with labelled splits; validation and test pairs are drawn once.
         change: ``change(x, generator)`` perturbs images at random.
-        border: pixels of zeros added on each side, so that nothing leaves the image.
+        border: pixels of zeros added on each side, so that no content leaves the image.
         seed: of the fixed draws.
     """
     check_instance(data, "data", Data, "Data(train, val, test, outliers)")
@@ -197,20 +194,20 @@ def perturbed(split: Split, change: Change, generator: torch.Generator, border: 
 def corrupted(
     split: Split, names: Sequence[str] = LEARNED, severity: int = 5, seed: int = 0
 ) -> Views:
-    """Each image clean and under every one of some corruptions, as 8-bit views.
+    """Each image, clean and under each of several corruptions, as 8-bit views.
 
     Args:
         split: labelled images (samples, channel, height, width), float in [0, 1] or 8 bits.
-        names: of :mod:`robustood.corruptions`; default the twelve that the paper learns from.
+        names: of the corruptions (:mod:`robustood.corruptions`); default the twelve of the paper.
         severity: 1 to 5.
-        seed: of the corruptions' noise; every image and corruption has its own.
+        seed: of the noise of the corruptions, which differs for every image and corruption.
     """
     check_instance(split, "split", Split, "a Split(x, y)")
     x = pixels(split.x)
     check_images(x, "split.x")
     check_several(names, "names", "corruptions")
     for name in names:
-        check_choice(name, "names: name", NAMES)
+        check_choice(name, "each of names", NAMES)
     lots = np.random.default_rng(check_seed(seed)).integers(2**31, size=(len(names), len(x)))
     made = [
         corrupt(x, name, severity, torch.as_tensor(s)) for name, s in zip(names, lots, strict=True)
@@ -222,20 +219,20 @@ def corrupted(
 def folder_of_views(
     path: str | Path, size: int = 32, pairing: Pairing = "any", seed: int = 0
 ) -> Views:
-    """Photographs of the same things: one folder a thing, in it one image a view.
+    """Photographs of objects: one folder per object, with one image per view.
 
-    For the scenes of Multi-Illumination (Murmann et al. 2019), or your own. The views of a thing are sorted by
-    name and must be of one number; files are read as by :func:`robustood.data.folder`. Labels are the things'
-    places in alphabetical order.
+    For the scenes of Multi-Illumination (Murmann et al. 2019), or your own. The views of an object are sorted by
+    name, and all objects must have the same number; files are read as by :func:`robustood.data.folder`. Labels
+    number the objects in alphabetical order.
 
     Args:
         path: the folder of folders.
-        size: height and width that images are shrunk to (shorter side, then the middle).
+        size: height and width to which images are resized (shorter side, then a centre crop).
         pairing: see :class:`Views`; photographs have no clean view, so ``"any"``.
         seed: of the first draw of pairs.
 
     Raises:
-        ValueError: for a folder without folders of images, an image that cannot be read, or things
+        ValueError: for a folder without folders of images, an image that cannot be read, or objects
             with different numbers of views; the message names them.
     """
     check_path(path, "path")
@@ -245,13 +242,15 @@ def folder_of_views(
     tree, things = Path(path).expanduser(), dict[str, list[Path]]()
     for file in images_in(tree)[0]:
         if file.parent == tree:
-            raise ValueError(f"{file} lies in no folder; give each thing a folder with its views")
+            raise ValueError(
+                f"{file} lies in no subfolder; give each object a folder with its views"
+            )
         things.setdefault(file.parent.relative_to(tree).as_posix(), []).append(file)
     counts = {name: len(files) for name, files in things.items()}
     first = next(iter(counts.values()))
     if odd := [f"{name} has {n}" for name, n in counts.items() if n != first]:
         raise ValueError(
-            f"all folders in {tree} must hold as many views as the first, {first}; {', '.join(odd[:5])}"
+            f"all folders in {tree} must contain as many views as the first, {first}; {', '.join(odd[:5])}"
         )
     read = [np.stack([read_image(file, size)[0] for file in files]) for files in things.values()]
     views = torch.as_tensor(np.stack(read)).movedim(-1, 2).contiguous()

@@ -1,15 +1,15 @@
 r"""Small rendered scenes under changing light: image = albedo x shading, with cast shadows.
 
-They stand in for the photographs of Multi-Illumination (Murmann et al. 2019), which are too large for a
-notebook: 25 lights a scene there, as many as one likes here, and every *true* light can be tried. A scene
-is one solid on the ground, seen from straight above. What it is shows in its shading; a dome lit from
+They replace the photographs of Multi-Illumination (Murmann et al. 2019), which are too large for a
+notebook: 25 lights per scene there, any number here, and every *true* light can be tried. A scene
+is one solid on the ground, seen from straight above. Only its shading shows what it is; a dome lit from
 one side looks much like a dent lit from the other.
 
 With the unit normal $n$ of the height map, the direction $l$ to the light and its colour $c$,
 
 $$\text{image} = \text{albedo} \odot c\, \big(a + (1 - a)\, v \max(0, n^\top l)\big),$$
 
-where $a$ is the ambient share and $v$ how far a point sees the light past higher ground.
+where $a$ is the ambient share and $v$ the visibility of the light from a point, past higher ground.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scenes:
     Attributes:
         kind: place in ``SOLIDS`` (scenes,).
         height: in units of half the image's side (scenes, size, size).
-        albedo: share of light that is sent back (scenes, 3, size, size).
+        albedo: share of light that is reflected (scenes, 3, size, size).
     """
 
     kind: Int[Tensor, " scenes"]
@@ -79,7 +79,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Lights:
-    """Distant lights, as many for each scene; a first axis of 1 is shared by all.
+    """Distant lights, the same number for each scene; a first axis of 1 is shared by all scenes.
 
     Attributes:
         elevation: angle above the ground in degrees (scenes, lights).
@@ -102,7 +102,7 @@ class Lights:
 
 
 def tinted(warmth: Tensor, strength: Tensor | float) -> Tensor:
-    """Colours from blue (warmth -1) over white to orange (+1), the brightest channel at ``strength``."""
+    """Colours from blue (warmth -1) through white to orange (+1), with the brightest channel at ``strength``."""
     colour = torch.stack([1 + 0.3 * warmth, torch.ones_like(warmth), 1 - 0.3 * warmth], -1)
     strength = torch.as_tensor(strength, dtype=colour.dtype).expand(warmth.shape)
     return colour / colour.amax(-1, keepdim=True) * strength[..., None]
@@ -114,7 +114,7 @@ REFERENCE = Lights(torch.tensor([[60.0]]), torch.tensor([[135.0]]), torch.full((
 def random_lights(
     scenes: int, lights: int, generator: torch.Generator, held_out: bool = False
 ) -> Lights:
-    """Lights of random direction and colour, for each scene its own.
+    """Lights of random direction and colour, different for each scene.
 
     Elevations are uniform in 30 to 75 degrees, strengths in 0.7 to 1, warmth in -1 to 1. Azimuths are uniform
     over three quarters of the circle, or with ``held_out`` over the remaining one, 0 to 90 degrees.
@@ -133,7 +133,7 @@ def light_grid(
     warmths: Sequence[float] = (-1.0, 0.0, 1.0),
     strength: float = 0.85,
 ) -> Lights:
-    """All combinations, shared by all scenes."""
+    """All combinations of the given values, shared by all scenes."""
     limits = {"elevations": (elevations, 0, 90), "azimuths": (azimuths, -360, 360)}
     for name, (given, low, high) in (limits | {"warmths": (warmths, -1, 1)}).items():
         check_several(given, name, "numbers")
@@ -146,7 +146,7 @@ def light_grid(
 
 
 def scenes(n: int, seed: int, size: int = 16) -> Scenes:
-    """Random solids in the middle: kind, turn, size, height and colours.
+    """Random solids at the centre: kind, rotation, size, height and colours.
 
     Args:
         n: number of scenes.
@@ -222,10 +222,10 @@ def relit(
 
     Args:
         train, val, test: numbers of scenes.
-        lights: random lights a scene.
+        lights: random lights per scene.
         size: height and width of the images.
-        pairing: ``"first"`` takes the view under the reference light as the input; photographs have no such
-            view, for them it is ``"any"``.
+        pairing: ``"first"`` takes the view under the reference light as the input; ``"any"`` suits photographs,
+            which have no such view.
         seed: of scenes, lights and pairs; the splits have different scenes.
 
     Returns:

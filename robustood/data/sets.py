@@ -1,10 +1,10 @@
-"""Image sets by name: found in a folder of packs, fetched once, or made from your own images.
+"""Image sets by name: found in a folder of packs, or made from your own images.
 
-The folder is the argument ``root``, else the environment's ``ROBUSTOOD_DATA``, else ``data/cache``. A set
-``NAME`` with a split is the file ``NAME_SPLIT.npz``, or ``NAME32_SPLIT.npz`` where the images were shrunk
-to 32x32; longer names, ``NAME_SPLIT_PART.npz``, are parts of one set, in alphabetical order.
+The folder is the argument ``root``, else the environment variable ``ROBUSTOOD_DATA``, else ``data/cache``. A set
+``NAME`` with a split is the file ``NAME_SPLIT.npz``, or ``NAME32_SPLIT.npz`` if the images were resized
+to 32x32; files with longer names, ``NAME_SPLIT_PART.npz``, are parts of one set, in alphabetical order.
 
-Nothing is downloaded here; :mod:`robustood.data.fetching` does that.
+:mod:`robustood.data.fetching` downloads sets.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ OFFICIAL: dict[str, tuple[str, int, dict[str, list[dict[str, Any]]]]] = {
 }
 IDX = {"train": "train", "test": "t10k"}
 WORDNET = re.compile(r"n\d{8}").fullmatch  # such as n02085620
-RULES = 2  # of reading files of images; a pack that was made by others is made again
+RULES = 2  # version of the conversion of images; a pack made by another version is made again
 
 
 def root(path: str | Path | None = None) -> Path:
     """The folder of the packs: the argument, else ``ROBUSTOOD_DATA``, else ``data/cache``."""
     if path is not None:
-        check_path(path, "path: root")
+        check_path(path, "root")
     if path := path or os.environ.get("ROBUSTOOD_DATA"):
         return Path(path).expanduser()
     checkout = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ _root = root  # below, root is an argument
 
 
 def load(name: str, split: str | None = None, root: str | Path | None = None) -> Loaded:
-    """A set of images from its packs; downloads nothing.
+    """A set of images from its packs, without a download.
 
     Args:
         name: such as ``"cifar10"``, or with the split ``"cifar10:test"``.
@@ -71,10 +71,10 @@ def load(name: str, split: str | None = None, root: str | Path | None = None) ->
         root: folder of the packs.
 
     Returns:
-        Images as uint8 (n, channel, height, width) and labels; ``jpeg`` says if they were compressed.
+        Images as uint8 (n, channel, height, width) and labels; ``jpeg`` is the quality of an earlier compression.
 
     Raises:
-        ValueError: if the set is not there (the message says how to get it), or is damaged.
+        ValueError: if the set is missing (the message says how to get it) or damaged.
     """
     name, split = named(name, split)
     place = _root(root)
@@ -85,7 +85,7 @@ def load(name: str, split: str | None = None, root: str | Path | None = None) ->
     wanted = f"{name}:{split}" if split else name
     raise ValueError(
         f"no set {wanted!r} in {place}; there are: {', '.join(available(place)) or 'none'}. "
-        f"{advice(wanted)}, or name another folder in ROBUSTOOD_DATA"
+        f"{advice(wanted)}, or set ROBUSTOOD_DATA to another folder"
     )
 
 
@@ -101,7 +101,7 @@ def available(root: str | Path | None = None) -> list[str]:
 
 
 def check(name: str, split: str | None = None, root: str | Path | None = None) -> dict[str, Any]:
-    """Read a set in full and say what it holds, for a look or a comparison between machines."""
+    """Read a whole set and summarise it, for inspection or a comparison between machines."""
     found = load(name, split, root)
     return {
         "n": len(found),
@@ -115,28 +115,28 @@ def check(name: str, split: str | None = None, root: str | Path | None = None) -
 
 
 def named(name: str, split: str | None) -> tuple[str, str | None]:
-    """Name and split, whether written as one or as two."""
+    """Name and split, whether given together or apart."""
     if not isinstance(name, str) or not isinstance(split, str | None):
         raise ValueError(
-            f"name and split must be texts such as 'mine', 'test', got {name!r}, {split!r}"
+            f"name and split must be strings such as 'mine', 'test', got {name!r}, {split!r}"
         )
     name, _, second = name.partition(":")
     if split and second and split != second:
-        raise ValueError(f"split must be named once, got {second!r} in the name and {split!r}")
+        raise ValueError(f"split must be given once, got {second!r} in the name and {split!r}")
     for key, value in {"name": name, "split": split or second}.items():
         if not re.fullmatch(r"[\w-]+" if key == "name" else r"[\w-]*", value):
-            raise ValueError(f"{key} must be of letters, digits, - and _, got {value!r}")
+            raise ValueError(f"{key} must consist of letters, digits, - and _, got {value!r}")
     return name, split or second or None
 
 
 def _find(name: str, split: str | None, place: Path) -> list[Path]:
-    """A set's only file, or its parts in alphabetical order."""
+    """The only file of a set, or its parts in alphabetical order."""
     stem = f"{re.escape(name)}(32)?" + (f"_{re.escape(split)}" if split else "")
     files = sorted(place.glob("*.npz"))
     whole = [file for file in files if re.fullmatch(stem, file.stem)]
     if len(whole) > 1:
-        raise ValueError(f"{whole[0]} and {whole[1].name} are the same set: delete one of them")
-    # A whole set comes before the parts of one: "_train" holds what "_train_first1000" does.
+        raise ValueError(f"{whole[0]} and {whole[1].name} are the same set; delete one of them")
+    # A whole set takes precedence over parts: "_train" contains "_train_first1000".
     return whole or [file for file in files if split and re.fullmatch(f"{stem}_.+", file.stem)]
 
 
@@ -147,11 +147,13 @@ def _joined(files: list[Path]) -> Loaded:
         for key in ("names", "ids", "jpeg"):
             if getattr(part, key) != getattr(first, key):
                 raise ValueError(
-                    f"{files[0]} and {file.name} differ in {key}: they cannot be parts of one set; "
+                    f"{files[0]} and {file.name} differ in {key}, so they cannot be parts of one set; "
                     "rename or delete one of them"
                 )
         if part.x.shape[1:] != first.x.shape[1:]:
-            raise ValueError(f"{files[0]} and {file.name} hold images of different sizes")
+            raise ValueError(
+                f"{files[0]} and {file.name} have images of different sizes; delete one of them"
+            )
     if len(parts) == 1:
         return first
     return replace(
@@ -170,7 +172,7 @@ def _mnist(place: Path, split: str) -> Loaded:
 
 
 def advice(name: str) -> str:
-    """How to get a set that is not there."""
+    """How to get a missing set."""
     if (whole := name.partition(":")[0]) in OFFICIAL:
         return f"Get it with `robustood data fetch {whole}`"
     return f"Make it from a folder of images with `robustood data pack FOLDER --name {name}`"
@@ -188,25 +190,25 @@ def folder(
 ) -> Loaded:
     """Any tree of images as a set: Places365, LSUN, Tiny-ImageNet, your own.
 
-    The folders directly under ``path`` are the classes, in alphabetical order; without any, all labels
-    are 0. Images are sorted by their path, brought to 8-bit RGB (``data/files.py`` says how), shrunk
-    to ``size`` (shorter side, then the middle) and kept as a pack ``NAME32_SPLIT.npz``, which the next call
-    reads if the tree has not changed since.
+    The folders directly under ``path`` are the classes, in alphabetical order; if there are none, all labels
+    are 0. Images are sorted by path, converted to 8-bit RGB (see ``data/files.py``), resized
+    to ``size`` (shorter side, then a centre crop) and stored as a pack ``NAME32_SPLIT.npz``, which the next call
+    reads if the tree has not changed.
 
     Args:
         path: the tree.
         name, split: of the set, for :func:`load`.
-        size: height and width in pixels; another one than 32 becomes part of the name.
+        size: height and width in pixels; it becomes part of the file name.
         root: folder of the packs.
 
     Returns:
-        The set. ``jpeg`` is the usual quality if most images are JPEG files of that very size; shrunk
-        photographs no longer carry their blocks. ``notes`` says what was done to files that are not
-        ordinary, and which were left out.
+        The set. ``jpeg`` is the most common quality if most images are JPEG files of exactly that size; resized
+        photographs no longer show JPEG blocks. ``notes`` says how unusual files were converted, and which were
+        left out.
 
     Raises:
         ValueError: for a folder or a class without images, an image that cannot be read, or a name that
-            is taken.
+            is in use.
     """
     check_path(path, "path")
     name, split = named(name, split)
@@ -219,13 +221,15 @@ def folder(
     target = _root(root) / f"{name}{size}{'_' if split else ''}{split or ''}.npz"
     made = made_from(target) if target.exists() else None
     if made == "":
-        raise ValueError(f"{target} is there and was made of no folder; choose another name")
+        raise ValueError(f"{target} exists and was not made from a folder; choose another name")
     if made != source:
-        # A Mac may write the same letters in another way.
+        # macOS may encode the same letters differently.
         classes = [normalize("NFC", n.partition("/")[0]) if "/" in n else "" for n, _ in listed]
         names = sorted(set(classes))
         if "" in names and len(names) > 1:
-            raise ValueError(f"{tree} holds images beside folders of images; move them into one")
+            raise ValueError(
+                f"{tree} contains images beside folders of images; move them into a folder"
+            )
         read = [read_image(file, size) for file in tqdm(files, desc=name, disable=None)]
         blocks = Counter(jpeg for _, jpeg, _ in read if jpeg)
         changes = Counter(change for *_, changes in read for change in changes)
@@ -243,39 +247,38 @@ def folder(
 
 
 def _alike(names: list[str]) -> list[str]:
-    """A note for classes whose names differ in capitals alone."""
+    """A note for classes whose names differ only in case."""
     by_letters: dict[str, list[str]] = {}
     for name in names:
         by_letters.setdefault(name.casefold(), []).append(name)
     twins = [", ".join(same) for same in by_letters.values() if len(same) > 1]
-    return [f"classes of their own, though they differ in capitals alone: {t}" for t in twins]
+    return [f"separate classes, though their names differ only in case: {t}" for t in twins]
 
 
-# ---- outliers that are none -------------------------------------------------------------------
+# ---- outliers that are not --------------------------------------------------------------------
 
 
 def without_overlap(outliers: Loaded, known: str) -> Loaded:
-    """Drop the outlier classes that show what the in-distribution set shows.
+    """Drop the outlier classes that also occur in the in-distribution set.
 
-    The classes are listed in ``overlap.toml``, by their ids or, where a set has none, by their names.
+    The classes are listed in ``overlap.toml``, by their ids or, if a set has none, by their names.
 
     Args:
-        outliers: with ``ids`` or ``names``; labels and names of the other classes stay as they are.
+        outliers: with ``ids`` or ``names``; labels and names of the other classes are unchanged.
         known: name of the in-distribution set, such as ``"cifar100"``.
 
     Raises:
-        ValueError: if no list says how the two sets overlap, or names the classes in another way, or if
+        ValueError: if there is no list for the two sets, if it names the classes in another way, or if
             nothing would be left.
     """
-    check_instance(outliers, "outliers", Loaded, "a set with its classes' names; use load(..)")
-    check_instance(outliers, "outliers", Loaded, "a set, such as load(name) gives")
+    check_instance(outliers, "outliers", Loaded, "a set, such as load(name) returns")
     check_text(known, "known")
     file = Path(__file__).with_name("overlap.toml")
     lists = tomllib.loads(file.read_text("utf-8")).get(outliers.name, {})
     labels = outliers.ids or outliers.names
     if known not in lists or not labels:
         raise ValueError(
-            f"no list says which classes of {outliers.name!r} are in {known!r}: add "
+            f"there is no list of the classes of {outliers.name!r} that are in {known!r}: add "
             f"[{outliers.name}] {known} = [..] with their ids or names to {file} (an empty list for "
             "none), and give the outlier set ids or names"
         )
@@ -283,13 +286,13 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
     if listed and all(map(WORDNET, listed)) and not all(map(WORDNET, labels)):
         raise ValueError(
             f"the classes of {outliers.name!r} ({', '.join(labels[:3])}, ...) must be named by WordNet id, as "
-            f"in the list of those that are in {known!r}: sort its images into one folder a class, such as "
+            f"in the list of those that are in {known!r}: sort its images into one folder per class, such as "
             f"{listed[0]}, and pack them again"
         )
     dropped = torch.tensor([label in listed for label in labels])
     kept = ~dropped[outliers.y]
     if not kept.any():
         raise ValueError(
-            f"all images of {outliers.name!r} show classes of {known!r}; name another set of outliers"
+            f"all images of {outliers.name!r} show classes of {known!r}; choose another set of outliers"
         )
     return replace(outliers, x=outliers.x[kept], y=outliers.y[kept])

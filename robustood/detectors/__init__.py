@@ -1,17 +1,17 @@
-r"""Scores that tell outliers: higher means more like the training distribution.
+r"""Scores that detect outliers: higher means more like the training distribution.
 
-A detector wraps a classifier and accepts an input where its score is at least a threshold. Each
+A detector wraps a classifier and accepts an input if its score is at least a threshold. Each
 has two scores. ``score`` is the deployed one: unsaturated, in log space, so that two confident
-inputs never tie and a gradient is left to follow. ``paper_score`` is the number that the paper
-prints, a strictly increasing map of it. ``attack_objectives`` lists the objectives that an attack on the
-score should try.
+inputs never tie and a gradient remains. ``paper_score`` is the number that the paper
+reports, a strictly increasing function of it. ``attack_objectives`` returns the objectives that an attack
+on the score should try.
 
 Notation: outputs $z \in \mathbb R^K$ of the network, $p = \mathrm{softmax}(z)$,
 $\mathrm{LSE}(z) = \log \sum_k e^{z_k}$, penultimate features $h$, head $z = W h + b$. Only the class
-outputs of a network with reject outputs are read, except by :class:`RejectClass`.
+outputs of a network with reject outputs are used, except by :class:`RejectClass`.
 
 A detector is a ``torch.nn.Module`` that holds its network: :func:`robustood.models.frozen`, ``.to``
-and ``state_dict`` work on both. Scores do not change the network's mode; put it in eval mode.
+and ``state_dict`` apply to both. Scoring does not change the network's mode; put it in eval mode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def post_hoc(model: nn.Module, x: Inputs, y: Labels) -> dict[str, Detector]:
-    """Every detector that needs nothing but a trained classifier, fitted on its training data."""
+    """Every detector that needs only a trained classifier and its training data, fitted."""
     plain = [MSP(model), MaxLogit(model), Energy(model), Entropy(model), ODIN(model)]
     learned = [Mahalanobis(model), KNN(model), ViM(model), ReAct(model), GradNorm(model)]
     return {type(d).__name__: d.fit(x, y) for d in [*plain, *learned]}

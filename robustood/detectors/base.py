@@ -1,4 +1,4 @@
-"""What every detector shares, and the few formulas that several use."""
+"""The base class of detectors, and functions that several of them use."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ Labels = Int[Tensor, " batch"]
 Values = Float[Tensor, " batch"]
 Columns = Float[Tensor, "batch objectives"]
 Direction = Literal["raise", "lower"]
-FIT_BATCH = 512  # images of one forward while fitting
+FIT_BATCH = 512  # images per forward pass while fitting
 
 
 class Detector(nn.Module, ABC):
-    """What every detector shares.
+    """Base class of detectors.
 
     Args:
         model: maps inputs (batch, ...) to outputs (batch, classes + reject).
     """
 
     model: Any
-    fitted_attribute: str | None = (
-        None  # the attribute that fit sets, where a detector must be fitted
-    )
-    n_untargeted: int = 1  # how many attack objectives are not about one class
+    fitted_attribute: str | None = None  # the attribute that fit sets, if fit is required
+    n_untargeted: int = 1  # number of attack objectives that are not about one class
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -41,22 +39,22 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def score(self, x: Inputs) -> Values:
-        """The deployed score; differentiable, through pre-processing and clipping too."""
+        """The deployed score; differentiable, also through pre-processing and clipping."""
 
     @abstractmethod
     def paper_score(self, x: Inputs) -> Values:
-        """The score as the paper prints it."""
+        """The score as the paper reports it."""
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """Objectives that an attack should climb to raise (or lower) the score, one a column.
+        """Objectives that an attack should maximise to raise (or lower) the score, one per column.
 
-        The first column is the score itself, negated where it is to be lowered. ``n_untargeted`` columns are
-        for every input; those after them pull towards one class each.
+        The first column is the score itself, negated if it is to be lowered. The first ``n_untargeted`` columns
+        apply to every input; each of the others pulls towards one class.
         """
         return signed(self.score(x), direction)[:, None]
 
     def fit(self, x: Inputs, y: Labels | None = None) -> Detector:
-        """Learn from in-distribution data, in a stream of batches; here there is nothing to learn."""
+        """Learn from in-distribution data, batch by batch; by default there is nothing to learn."""
         return self
 
     def forward(self, x: Inputs) -> Values:
@@ -67,24 +65,24 @@ class Detector(nn.Module, ABC):
         return self.class_logits(read(self.model, entered(x)))
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
-        """The network's penultimate features; like all of its parts it gets a copy of x."""
+        """The network's penultimate features."""
         return through(self.part("features"), self.model, entered(x))
 
     def stages(self, x: Inputs) -> list[Tensor]:
-        """The network's maps after each stage."""
+        """The network's feature map after each stage."""
         return through(self.part("stages"), self.model, entered(x))
 
     def part(self, name: str) -> Any:
-        """A part of the network that not every network shows."""
+        """An attribute of the network that not every network has."""
         if (found := getattr(self.model, name, None)) is None:
             raise TypeError(
-                f"{type(self).__name__} needs model.{name}, which {type(self.model).__name__} has not; wrap it by "
+                f"{type(self).__name__} needs model.{name}, which {type(self.model).__name__} lacks; wrap it in "
                 'models.adapt(model, head="name of its last linear layer")'
             )
         return found
 
     def class_logits(self, z: Float[Tensor, "batch outputs"]) -> Tensor:
-        """Outputs without those that reject."""
+        """Outputs without the reject outputs."""
         return split(self.model, z)[0]
 
     def check_is_fitted(self) -> None:
@@ -94,17 +92,17 @@ class Detector(nn.Module, ABC):
             raise RuntimeError(f"{name} is not fitted; call fit(x, y) on training images first")
 
     def device(self, x: Inputs) -> torch.device:
-        """Where the network lives; where x does if it has no parameters."""
+        """The network's device; that of x if the network has no parameters."""
         found = (p.device for network in networks(self.model) for p in network.parameters())
         return next(found, x.device)
 
     def stream(
         self, look: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """What ``look`` sees in each batch, with the labels; on the network's device.
+        """``look(batch)`` and the labels of each batch, on the network's device.
 
-        Nothing stays switched off between batches: a fit that fails half-way leaves no trace. NaN and
-        infinity are refused after the last.
+        The network is frozen only during each forward pass, so a fit that fails leaves no trace. NaN and
+        infinity are refused after the last batch.
         """
         device, bad = self.device(x), 0
         y = torch.zeros(len(x), dtype=torch.int64) if y is None else y
@@ -118,13 +116,13 @@ class Detector(nn.Module, ABC):
 
 
 def signed(values: Tensor, direction: Direction) -> Tensor:
-    """The values, or their negative where an attack lowers the score."""
+    """The values, negated if the attack is to lower the score."""
     check_choice(direction, "direction", ("raise", "lower"))
     return values if direction == "raise" else -values
 
 
 def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:
-    """x minus a sign step on a summed loss, with sgn(0) = 1 and the identity as its gradient."""
+    """x minus a sign step on a summed loss, with sgn(0) = 1; its gradient is that of the identity."""
     x = entered(x)
     if step == 0:
         return x
@@ -135,11 +133,11 @@ def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs
 
 
 def check_fit(x: Inputs, y: Labels | None, labelled: bool = True) -> int:
-    """Refuse to fit on nothing, on NaN, and without labels where they are needed; count the classes."""
+    """Refuse empty data, NaN, and missing labels if they are needed; return the number of classes."""
     finite(x)
     if y is not None:
         check_labels(y, x)
         return int(y.max()) + 1
     if labelled:
-        raise ValueError("y is missing: this detector learns from labels; call fit(x, y)")
+        raise ValueError("y is None, but this detector learns from labels; call fit(x, y)")
     return 0

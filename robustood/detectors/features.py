@@ -1,4 +1,4 @@
-"""Scores of the penultimate features, or of the features of every stage."""
+"""Scores computed from the penultimate features or from the features of every stage."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Mahalanobis(Detector):
     r"""Distance to the nearest class mean under one tied covariance (Lee et al. 2018, eq. 2).
 
     $M = \max_c -\tfrac12 (h - \mu_c)^\top \Sigma^{-1} (h - \mu_c)$, on the penultimate features or
-    on the channel means of every stage. The stages are added until :meth:`combine` weighs them by a
+    on the channel means of every stage. The stages are summed unless :meth:`combine` has weighted them by a
     logistic regression $t = w^\top M + b$ with label 1 for outliers; then ``paper_score`` is
     $-\sigma(t)$ and the deployed score $-t$.
 
     Args:
         layers: ``"last"`` or ``"all"``.
-        step: $\eta$ of the input step $x - \eta\,\mathrm{sgn} \nabla_x (-M)$, each layer its own; its
-            gradient is taken as that of a constant.
+        step: $\eta$ of the input step $x - \eta\,\mathrm{sgn} \nabla_x (-M)$, separate for each layer;
+            the step counts as a constant in the gradient.
 
     >>> from robustood.models import readout
     >>> spread = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
@@ -72,7 +72,7 @@ class Mahalanobis(Detector):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, x: Inputs, y: Labels | None = None) -> Mahalanobis:
-        """Class means and tied covariance of each layer, in one pass over (x, y)."""
+        """Compute class means and tied covariance of each layer, in one pass over (x, y)."""
         classes = check_fit(x, y)
         moments: list[Moments] = []
         for features, labels in self.stream(self.parts, x, y):
@@ -80,7 +80,9 @@ class Mahalanobis(Detector):
             for seen, h in zip(moments, features, strict=True):
                 seen.update(h, labels)
         if missing := (moments[0].count == 0).nonzero().flatten().tolist():
-            raise ValueError(f"y has no sample of class {missing}; every class needs some")
+            raise ValueError(
+                f"y has no sample of the classes {missing}; give each class at least one"
+            )
         self.layer_fits = nn.ModuleList(
             Gaussian(m.mean, m.scatter / m.count.sum()) for m in moments
         ).to(features[0].dtype)
@@ -89,13 +91,13 @@ class Mahalanobis(Detector):
     @torch.inference_mode(False)
     @torch.no_grad()
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
-        """Weigh the layers: logistic regression of outliers (1) against in-distribution x (0)."""
+        """Weight the layers by logistic regression of outliers (1) against in-distribution x (0)."""
         self.check_is_fitted()
         x, outliers = finite(x), finite(outliers, "outliers")
         if x.shape[1:] != outliers.shape[1:]:
             raise ValueError(
-                f"x and outliers must be of one shape, got {tuple(x.shape[1:])} and "
-                f"{tuple(outliers.shape[1:])} a sample"
+                f"x and outliers must have samples of the same shape, got {tuple(x.shape[1:])} and "
+                f"{tuple(outliers.shape[1:])}; resize one of them"
             )
         both = torch.cat([x, outliers])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
@@ -108,20 +110,20 @@ class Mahalanobis(Detector):
         return self
 
     def by_class(self, x: Inputs, layer: int) -> Float[Tensor, "batch classes"]:
-        """The layer's distances after its own input step."""
+        """One layer's distances after its own input step."""
         gaussian = self.layer_fits[layer]
         moved = downhill(lambda v: -gaussian(self.parts(v)[layer]).amax(1).sum(), x, self.step)
         return gaussian(self.parts(moved)[layer])
 
     def distances(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
-        """All layers; one forward where there is no input step."""
+        """Distances of all layers, in one forward pass if there is no input step."""
         if self.step:
             self.check_is_fitted()
             return torch.stack([self.by_class(x, i) for i in range(len(self.layer_fits))], 1)
         return self.unmoved(x)
 
     def unmoved(self, x: Inputs) -> Float[Tensor, "batch layers classes"]:
-        """All layers, without the input step."""
+        """Distances of all layers, without the input step."""
         self.check_is_fitted()
         fits = zip(self.layer_fits, self.parts(x), strict=True)
         return torch.stack([gaussian(h) for gaussian, h in fits], 1)
@@ -131,13 +133,13 @@ class Mahalanobis(Detector):
         return self.distances(x).amax(2)
 
     def weighed(self, scores: Float[Tensor, "batch layers *classes"]) -> Tensor:
-        """$-t$, or the sum where no weights were fitted."""
+        """$-t$, or the sum over layers if no weights were fitted."""
         if self.weight is None:
             return scores.sum(1)
         return -(torch.tensordot(scores, self.weight, ([1], [0])) + self.bias)
 
     def plain(self, x: Inputs) -> Values:
-        """$t$ of the fitted regression without the input step: what the papers' attack sees."""
+        """$t$ of the fitted regression without the input step: what the papers' attack uses."""
         return -self.weighed(self.unmoved(x).amax(2))
 
     def score(self, x: Inputs) -> Values:
@@ -148,7 +150,7 @@ class Mahalanobis(Detector):
         return score if self.weight is None else -torch.sigmoid(-score)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """Raise: the score and, for each class, all layers' closeness to it. Lower: the score, and smooth."""
+        """The score; to raise it, also the closeness to each class, to lower it, a smooth version."""
         distances = self.distances(x)
         score = self.weighed(distances.amax(2))
         if direction == "raise":
@@ -159,11 +161,11 @@ class Mahalanobis(Detector):
 class KNN(Detector):
     r"""Distance to the k-th nearest training feature on the unit sphere, negated (Sun et al. 2022).
 
-    $-\|\hat h - \hat h_{(k)}\|_2$ with $\hat h = h / \|h\|_2$. The neighbours are searched anew at
-    every call, so an attack always meets the current ones.
+    $-\|\hat h - \hat h_{(k)}\|_2$ with $\hat h = h / \|h\|_2$. The neighbours are searched at
+    every call, so an attack always faces the current ones.
 
     Args:
-        k: which neighbour; the paper takes 50 for CIFAR-10, 200 for CIFAR-100.
+        k: which neighbour; the paper uses 50 for CIFAR-10, 200 for CIFAR-100.
 
     >>> from robustood.models import readout
     >>> bank = torch.tensor([[3.0, 4], [1, 0], [0, 2]]).double()
@@ -189,10 +191,12 @@ class KNN(Detector):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, x: Inputs, y: Labels | None = None) -> KNN:
-        """Keep the features of all training images: the one fit whose memory grows with them."""
+        """Store the features of all training images; no other detector's memory grows with their number."""
         classes = check_fit(x, y)
         if len(x) < self.k:
-            raise ValueError(f"x must hold at least k = {self.k} samples, got {len(x)}")
+            raise ValueError(
+                f"x must hold at least k = {self.k} samples, got {len(x)}; pass more, or lower k"
+            )
         parts = [(normalize(h), c) for h, c in self.stream(self.features, x, y)]
         self.bank, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         means = self.bank.new_zeros(classes, self.bank.shape[1]).index_add_(0, labels, self.bank)
@@ -206,8 +210,8 @@ class KNN(Detector):
     def nearest(self, q: Tensor) -> tuple[Values, Float[Tensor, "batch k"]]:
         r"""Distance to the k-th neighbour, and cosines with the k nearest.
 
-        $\sqrt{2 - 2\cos}$ cancels where two features nearly coincide, so the one distance that is the score is
-        taken from the difference.
+        $\sqrt{2 - 2\cos}$ cancels where two features nearly coincide, so the distance that is the score is
+        computed from the difference.
         """
         cosines, places = (q @ self.bank.T).topk(self.k, dim=1)
         apart = (q - self.bank[places[:, -1]]).square().sum(1)
@@ -220,7 +224,7 @@ class KNN(Detector):
         return self.score(x)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """The score and the mean cosine with the k nearest; to raise it, also with each class's mean."""
+        """The score and the mean cosine with the k nearest; to raise it, also the cosine with each class mean."""
         q = self.query(x)
         farthest, cosines = self.nearest(q)
         columns = [-farthest, cosines.mean(1)]
@@ -232,11 +236,11 @@ class KNN(Detector):
 class ViM(Detector):
     r"""Virtual-logit matching, $\mathrm{LSE}(z) - \alpha r$ (Wang et al. 2022, eq. 7).
 
-    $r = \|R^\top (h - o)\|_2$ is the length outside the principal subspace of the training
+    $r = \|R^\top (h - o)\|_2$ is the norm of the part outside the principal subspace of the training
     features about $o = -W^+ b$, and $\alpha$ scales its mean to that of the largest output.
 
     Args:
-        dims: width of the principal subspace; default 1000 of at least 2048 features, 512 of at least
+        dims: dimension of the principal subspace; default 1000 of at least 2048 features, 512 of at least
             1000, else half of them.
 
     >>> from robustood.models import readout
@@ -265,18 +269,15 @@ class ViM(Detector):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, x: Inputs, y: Labels | None = None) -> ViM:
-        """Two passes over x: the principal subspace, then the scale; labels are not used."""
+        """Compute the principal subspace, then the scale, in two passes over x; labels are not used."""
         check_fit(x, y, labelled=False)
         head = self.part("head")
         width = head.in_features
         dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
         if dims > width:
-            raise ValueError(f"dims must be at most the {width} features, got {dims}")
-        weight, bias = (
-            self.class_logits(head.weight.T).T.double(),
-            self.class_logits(head.bias[None])[0],
-        )
-        origin = -torch.linalg.pinv(weight) @ bias.double()
+            raise ValueError(f"dims must be at most the number of features, {width}, got {dims}")
+        weight = self.class_logits(head.weight.T).T.double()
+        origin = -torch.linalg.pinv(weight) @ self.class_logits(head.bias[None])[0].double()
         second = origin.new_zeros(width, width)
         for h, _ in self.stream(self.features, x):
             own = h.double() - origin
@@ -284,8 +285,8 @@ class ViM(Detector):
         energy, axes = torch.linalg.eigh(second)
         if dims < width and energy[: width - dims].sum() <= 1e-12 * energy.sum():
             raise ValueError(
-                f"the features of x lie in a subspace of {dims} dims, so nothing is left outside; "
-                "take fewer dims"
+                f"dims = {dims} leaves no residual: the features of x lie in a subspace of that dimension; "
+                "choose fewer dims"
             )
         self.outside = axes[:, : width - dims].to(head.weight)
         self.origin, self.alpha = origin.to(head.weight), head.weight.new_ones(())
@@ -298,12 +299,12 @@ class ViM(Detector):
         return self
 
     def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Class outputs and the virtual logit of features."""
+        """Class outputs and the virtual logit, of features."""
         z = self.class_logits(self.part("head")(h))
         return z, self.alpha * self.residual(h)
 
     def residual(self, h: Float[Tensor, "batch width"]) -> Values:
-        """$r$; its gradient at 0 is 0."""
+        """$r$, with gradient 0 at 0."""
         return ((h - self.origin) @ self.outside).square().sum(1).clamp_min(1e-30).sqrt()
 
     def score(self, x: Inputs) -> Values:
@@ -315,7 +316,7 @@ class ViM(Detector):
         return self.score(x)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """The score and its two terms; to raise it, also each class output minus the virtual one."""
+        """The score and its two terms; to raise it, also each class output minus the virtual logit."""
         self.check_is_fitted()
         z, virtual = self.of(self.features(x))
         energy = z.logsumexp(1)
@@ -329,11 +330,11 @@ class ReAct(Detector):
     r"""Energy of clipped features, $\mathrm{LSE}(W \min(h, c) + b)$ (Sun et al. 2021, eq. 3).
 
     A clipped unit has no gradient, which hides it from a plain attack. The gradient of ``score``
-    passes the clip as if it were not there; ``attack_objectives`` holds both.
+    ignores the clipping; ``attack_objectives`` has both gradients.
 
     Args:
-        clip: c; None to take it from data.
-        share: the share of training activations below c that :meth:`fit` sets.
+        clip: c; None to estimate it by :meth:`fit`.
+        share: the share of training activations that are below the c of :meth:`fit`.
 
     >>> from robustood.models import readout
     >>> h, head = torch.tensor([[0.5, 4, 1]]), readout([[1.0, 1, 0], [0, 1, 1]])
@@ -356,7 +357,7 @@ class ReAct(Detector):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, x: Inputs, y: Labels | None = None) -> ReAct:
-        """The quantile of all activations, up to a millionth of their range, in two passes."""
+        """Set c to a quantile of all activations, up to a millionth of their range, in two passes over x."""
         check_fit(x, y, labelled=False)
         features = lambda: (h.float() for h, _ in self.stream(self.features, x))
         ends = torch.stack([torch.stack(h.aminmax()) for h in features()])
@@ -370,14 +371,13 @@ class ReAct(Detector):
         return self
 
     def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Class outputs of clipped features: with the gradient passed through the clip, and as is."""
+        """Class outputs of clipped features: with the gradient of the unclipped ones, and with their own."""
         self.check_is_fitted()
         h = self.features(x)
         clipped = h.minimum(self.clip.to(h))
-        through = clipped.detach() + (h - h.detach())  # the values exactly, h's gradient
-        return self.class_logits(self.part("head")(through)), self.class_logits(
-            self.part("head")(clipped)
-        )
+        through = clipped.detach() + (h - h.detach())  # exactly the values, with the gradient of h
+        head = self.part("head")
+        return self.class_logits(head(through)), self.class_logits(head(clipped))
 
     def score(self, x: Inputs) -> Values:
         return self.outputs(x)[0].logsumexp(1)
@@ -397,7 +397,7 @@ class ReAct(Detector):
 class GradNorm(Detector):
     r"""Norm of a gradient, $\|h\|_1 \, \|p - \tfrac1K \mathbf 1\|_1$ (Huang et al. 2021, eq. 5 to 8).
 
-    That is the $\ell_1$ norm of $\partial\,\mathrm{CE}(U, p) / \partial W$ with the mean over classes; no
+    This is the $\ell_1$ norm of $\partial\,\mathrm{CE}(U, p) / \partial W$ with the mean over classes, so no
     backward pass is needed. The deployed score is its logarithm.
 
     >>> from robustood.models import readout
@@ -429,7 +429,7 @@ class GradNorm(Detector):
         return size * peak
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """The two factors apart and together; to raise them, also the log-odds of each class."""
+        """The score and its two factors; to raise it, also each class's log-odds, to lower it, closeness to uniform."""
         size, peak, z = self.logs(x)
         columns = torch.stack([size + peak, size, peak], 1)
         if direction == "raise":

@@ -1,4 +1,4 @@
-"""Class means, their common scatter, and the distance that follows from them."""
+"""Class means, their common scatter, and the Mahalanobis distance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robustood.detectors.base import Labels
 
 
 def gram(own: Float[Tensor, "batch width"], strip: int = 86) -> Float[Tensor, "width width"]:
-    """own.T @ own, each entry computed once: strips of the upper half, mirrored."""
+    """own.T @ own, each entry computed once: strips of the upper triangle, mirrored."""
     product = own.new_empty(own.shape[1], own.shape[1])
     for at in range(0, own.shape[1], strip):
         product[at : at + strip, at:] = own[:, at : at + strip].T @ own[:, at:]
@@ -20,7 +20,7 @@ def gram(own: Float[Tensor, "batch width"], strip: int = 86) -> Float[Tensor, "w
 
 
 def precision(h: Tensor) -> torch.dtype:
-    """That of products: single where it is the features' own and torch keeps to it, else double."""
+    """The dtype of matrix products: float32 if h is and torch does not lower its precision, else float64."""
     kept = torch.get_float32_matmul_precision() == "highest"
     kept = kept and not torch.is_autocast_enabled(h.device.type)
     return torch.float32 if kept and h.dtype == torch.float32 else torch.float64
@@ -30,8 +30,8 @@ class Moments:
     """Class means and the scatter about them in float64, updated batch by batch.
 
     The parallel form of Welford's update (Chan, Golub and LeVeque 1983): no difference of large
-    sums, whatever the size of the mean. Single precision meets only one batch, centred, and adds no
-    more than the features' own rounding.
+    sums, whatever the size of the mean. Single precision is used only within one centred batch, and adds no
+    more error than the rounding of the features themselves.
     """
 
     def __init__(self, classes: int, like: Tensor):
@@ -46,7 +46,7 @@ class Moments:
         each, total = count.clamp_min(1)[:, None], self.count + count
         about = self.sums(h, y) / each.to(h)
         own = about.index_select(0, y).neg_().add_(h)  # in place: this is bound by memory
-        rest = self.sums(own, y).double() / each  # what rounding left out of the mean
+        rest = self.sums(own, y).double() / each  # the rounding error of the mean
         mean = about.double() + rest
         shift, share = mean - self.mean, count / total.clamp_min(1)
         weight = torch.cat([-count, self.count * share])[:, None]
@@ -62,11 +62,11 @@ class Moments:
 
 
 class Gaussian(nn.Module):
-    """Class means under one covariance, kept in coordinates in which the distance is Euclidean.
+    """Class means under one covariance, in coordinates in which the distance is Euclidean.
 
     Args:
         means: (classes, width).
-        covariance: (width, width), symmetric; directions without variance are left out.
+        covariance: (width, width), symmetric; directions without variance are dropped.
     """
 
     whiten: Tensor
@@ -77,7 +77,9 @@ class Gaussian(nn.Module):
         variances, axes = torch.linalg.eigh(covariance.double())
         kept = variances > variances.amax() * len(variances) * torch.finfo(torch.float32).eps
         if not kept.any():
-            raise ValueError("x has no variance within the classes: is the feature layer dead?")
+            raise ValueError(
+                "the features of x have no variance within the classes; look for a dead feature layer"
+            )
         whiten = axes[:, kept] / variances[kept].sqrt()
         self.register_buffer("whiten", whiten.to(means.dtype))
         self.register_buffer("means", (means.double() @ whiten).to(means.dtype))

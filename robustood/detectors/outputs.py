@@ -1,4 +1,4 @@
-"""Scores of the network's outputs alone."""
+"""Scores computed from the network's outputs only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from robustood.models import declared, read, split
 class MSP(Detector):
     r"""Maximum softmax probability, $\max_k p_k$ (Hendrycks and Gimpel 2017).
 
-    In float32 it is exactly 1 once the largest output leads by about 17. The deployed score is
+    In float32 it rounds to 1 once the largest output leads by about 17. The deployed score is
     its log-odds, $\max_k\, z_k - \mathrm{LSE}_{j \ne k}(z_j)$.
 
     >>> z = torch.tensor([[3.0, 1.0, 0.0]])
@@ -106,8 +106,8 @@ class Energy(Detector):
 class Entropy(Detector):
     r"""Negative entropy of the softmax, $\sum_k p_k \log p_k \in [-\log K, 0]$.
 
-    The deployed score is $-\log H$: where one class leads, $H$ is a sum of small positive terms
-    and its logarithm does not round to zero.
+    The deployed score is $-\log H$: where one class leads, $H$ is computed as a sum of small positive
+    terms, so it does not round to zero.
 
     >>> print(f"{Entropy(nn.Identity()).paper_score(torch.tensor([[3.0, 1.0, 0.0]])).item():.6f}")
     -0.524267
@@ -122,10 +122,12 @@ class Entropy(Detector):
         first = z.argmax(1, keepdim=True)
         u, top = z - z.gather(1, first), one_hot(first[:, 0], z.shape[1]).bool()
         others = u.masked_fill(top, -torch.inf).logsumexp(1)
-        spread = (u.softmax(1) * -u.masked_fill(top, 0)).sum(1)  # 0 for its gradient's sake
+        spread = (u.softmax(1) * -u.masked_fill(top, 0)).sum(
+            1
+        )  # masked by 0: its gradient stays finite
         entropy = torch.log1p(others.exp()) + spread
         near = entropy.clamp_min(torch.finfo(z.dtype).tiny).log()
-        # Below e^-40 what is left of H to double precision, sum e^u (1 - u), in log space.
+        # Below e^-40, H equals sum e^u (1 - u) to double precision; computed in log space.
         far = (u + torch.log1p(-u)).masked_fill(top, -torch.inf).logsumexp(1)
         return -torch.where(others < -40, far, near)
 
@@ -134,7 +136,10 @@ class Entropy(Detector):
         return (z.softmax(1) * z.log_softmax(1)).sum(1)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """Its gradient vanishes at uniform and at one class: the log-odds of each class join it."""
+        """The score; to raise it, also each class's log-odds, to lower it, closeness to uniform and the largest.
+
+        The gradient of the score alone vanishes at a uniform and at a one-hot softmax.
+        """
         z = self.logits(x)
         if direction == "raise":
             return torch.cat([self.of(z)[:, None], log_odds(z)], 1)
@@ -146,13 +151,13 @@ class ODIN(Detector):
 
     $\tilde x = x - \eta\,\mathrm{sgn} \nabla_x \mathrm{CE}(z(x)/T, \hat y)$ with $\mathrm{sgn}(0) = 1$,
     then $\max_k \mathrm{softmax}(z(\tilde x)/T)_k$. At T = 1000 all scores lie within a few
-    thousandths of 1/K; the deployed score is $T(\text{log-odds} + \log(K-1))$ in float64, near the lead
-    of the largest output over the mean of the others. Its gradient takes the step as constant
+    thousandths of 1/K; the deployed score is $T(\text{log-odds} + \log(K-1))$ in float64, close to the lead
+    of the largest output over the mean of the others. The step counts as a constant in its gradient
     (backward-pass differentiable approximation, Athalye et al. 2018).
 
     Args:
         temperature: T.
-        step: $\eta$ in pixels, not divided by a standard deviation; the result is not clipped.
+        step: $\eta$ in pixels, not in standard deviations; the result is not clipped.
 
     >>> model = nn.Linear(2, 3)
     >>> with torch.no_grad():
@@ -172,7 +177,7 @@ class ODIN(Detector):
         self.temperature, self.step = temperature, step
 
     def stepped(self, x: Inputs) -> Inputs:
-        """The pre-processed input; a constant away from x for autograd."""
+        """The pre-processed input; for autograd, x plus a constant."""
 
         def loss(probe: Tensor) -> Tensor:
             z = self.logits(probe) / self.temperature
@@ -192,7 +197,7 @@ class ODIN(Detector):
         return (self.logits(self.stepped(x)) / self.temperature).softmax(1).amax(1)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
-        """The score; to raise it, also the lead of each class at the stepped input."""
+        """The score; to raise it, also each class's lead at the stepped input, to lower it, closeness to uniform."""
         z = self.logits(self.stepped(x)).double()
         score = self.of(z)[:, None]
         if direction == "raise":
@@ -219,8 +224,8 @@ class RejectClass(Detector):
         super().__init__(model)
         if not declared(model)[1]:
             raise ValueError(
-                "model must have reject outputs (model.reject of at least 1), got a network for "
-                "classes alone; build it with reject=1, or wrap a network from elsewhere by "
+                "model must have reject outputs (model.reject of at least 1), got a network with "
+                "class outputs only; build it with reject=1, or wrap a network from elsewhere in "
                 "models.adapt(model, head=..., reject=1)"
             )
 

@@ -1,14 +1,14 @@
 r"""What survives an attack on the score: adaptive attacks, the papers' own, and the report.
 
 An attack on a detector searches the perturbation set for the input with the highest score (outliers
-that want to be let in) or the lowest (in-distribution inputs that are to be turned away):
+that are to be accepted) or the lowest (in-distribution inputs that are to be rejected):
 
 $$\max_{z \in Z} S(\mathrm{apply}(x, z)) \quad\text{or}\quad \min_{z \in Z} S(\mathrm{apply}(x, z)).$$
 
-*Adaptive* means: climb what the detector itself says should be climbed
-(:meth:`robustood.detectors.Detector.attack_objectives`), keep the best by the deployed score, and start more than
-once. The papers' attacks climb surrogates instead; :func:`paper_attack` repeats them, so that both can
-stand side by side. Any attack is a lower bound on the damage.
+*Adaptive* means: maximise the objectives that the detector itself provides
+(:meth:`robustood.detectors.Detector.attack_objectives`), keep the best by the deployed score, and restart. The
+papers' attacks maximise surrogates instead; :func:`paper_attack` reproduces them for comparison. Any attack
+gives a lower bound on the damage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attacks on a score: what the detector says should be climbed, and what the papers climb."""
+"""Attacks on a score: with the detector's own objectives, and with the papers' surrogates."""
 
 from __future__ import annotations
 
@@ -45,24 +45,23 @@ def attack_score(
     batch_size: int = 512,
     generator: torch.Generator | None = None,
 ) -> Inputs:
-    """Attack the deployed score adaptively: every objective of ``attack_objectives``, best-of by the score.
+    """Attack the deployed score adaptively: climb every one of ``attack_objectives``, keep the best by the score.
 
     Pre-processing, clipping and neighbours are those of the attacked point at each step, because they
-    are part of ``attack_objectives``. A start takes steps + 1 forwards of the detector for each objective.
+    are part of ``attack_objectives``. Each objective costs steps + 1 forward passes of the detector per restart.
 
     Args:
-        detector: fitted where it needs to be; its mode and its network's are restored.
+        detector: fitted if it needs to be; its mode and that of its network are restored.
         x: clean inputs (batch, ...).
-        within: the perturbation set, such as ``Linf(8/255)`` or its radius alone; of a finite one all are judged.
-        direction: ``"raise"`` for outliers that want to be accepted, ``"lower"`` for in-distribution
+        within: the perturbation set, such as ``Linf(8/255)`` or a number; a finite set is searched exhaustively.
+        direction: ``"raise"`` for outliers that are to be accepted, ``"lower"`` for in-distribution
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
-            is kept.
-        targets: of the objectives that pull towards one class, climb the likeliest on the clean input
-            only; default all of them.
+            is returned.
+        targets: number of classes to pull towards, the likeliest on the clean input; default all.
         rule: default :class:`robustood.attacks.APGD`.
-        batch_size: inputs attacked at one time.
-        generator: source of the random starts; default: a fresh one with seed 0.
+        batch_size: inputs attacked at a time.
+        generator: source of the random initial points; default: a new one with seed 0.
 
     Returns:
         Perturbed inputs, shaped like x.
@@ -72,7 +71,7 @@ def attack_score(
         RuntimeError: for a detector that is not fitted.
 
     Warns:
-        UserWarning: where the gradient is exactly zero at every step for every input.
+        UserWarning: if the gradient is exactly zero at every step for every input.
     """
     check_detector(detector)
     within = as_set(within)
@@ -88,11 +87,11 @@ def attack_score(
         rule=rule or APGD(), generator=generator,
     )  # fmt: skip
     watch = Watch()
-    if not within.differentiable:  # nothing is climbed: one look at each member is enough
+    if not within.differentiable:  # judging each member once is enough
         climbed = watch.over(lambda v: signed(detector.score(v), direction))
         with torch.no_grad(), frozen(detector):
             found = [worst(climbed, v) for v in x.split(batch_size)]
-        watch.close(hidden=False)
+        watch.close(len(x), hidden=False)
         return torch.cat(found)
     found = []
     with torch.inference_mode(False), frozen(detector):
@@ -102,20 +101,19 @@ def attack_score(
             with torch.no_grad():  # a failed search leaves the clean input
                 gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
             found.append(torch.where(per_sample(gained, part), moved, part))
-            watch.next()
-    watch.close(hidden=within.radius > 0)
+    watch.close(len(x), hidden=within.radius > 0)
     return torch.cat(found)
 
 
 def check_detector(detector: Detector) -> None:
-    """Refuse what gives no scores."""
+    """Refuse anything but a detector."""
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
 
 
 def score_objectives(
     detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
 ) -> list[Objective]:
-    """What an adaptive attack climbs in turn, each judged by the deployed score."""
+    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
     with torch.no_grad():
         clean = detector.attack_objectives(x, direction)
     n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
@@ -141,17 +139,17 @@ def attack_in_turn(
     direction: Direction,
     **how: Any,
 ) -> Inputs:
-    """The compositional attack: each set is searched around the worst that the one before left.
+    """The compositional attack: each set is searched around the worst input found in the previous one.
 
     With a :class:`~robustood.perturbations.Corruption` and an ``Linf`` ball it is the fourth test condition of
-    ATOM (Chen et al. 2021, section 4). Greedy, so not always worse than each set alone, and a lower bound on
-    the worst of :class:`~robustood.perturbations.Compose`.
+    ATOM (Chen et al. 2021, section 4). It is greedy, so not always stronger than each set alone, and a lower bound
+    on the worst case over :class:`~robustood.perturbations.Compose`.
 
     Args:
-        within: the sets in turn.
+        within: the sets, in order.
         direction, how: as in :func:`attack_score`.
     """
-    check_several(within, "within", "perturbation sets, each searched after the one before")
+    check_several(within, "within", "perturbation sets, in the order of the search")
     check_keywords(attack_score, how, "attack_in_turn()")
     for each in within:
         x = attack_score(detector, x, each, direction=direction, **how)
@@ -163,7 +161,7 @@ def attack_in_turn(
 
 @dataclass(frozen=True)
 class Protocol:
-    """Budget of a paper's attack: steps of ``share`` of the radius, and where it starts."""
+    """Budget of a paper's attack: number of steps, step size as a share of the radius, and initial points."""
 
     steps: int
     share: float
@@ -172,7 +170,7 @@ class Protocol:
 
 
 PAPERS = {
-    # 10 steps of eps = 1/255. Its random start is truncated to the 8-bit grid, which leaves zero.
+    # 10 steps of eps = 1/255. The random start is truncated to the 8-bit grid, which makes it zero.
     "aloe": Protocol(steps=10, share=1.0, restarts=0, keep="last"),
     # 40 steps of 1/255 at eps = 8/255, from one random start, the best by the surrogate.
     "atom": Protocol(steps=40, share=1 / 8, restarts=1, keep="best"),
@@ -191,12 +189,12 @@ def paper_attack(
 ) -> Inputs:
     """Attack as the code of ALOE (Chen et al. 2020) or ATOM (Chen et al. 2021) does.
 
-    Step sizes scale with the radius from the papers' own, 1/255 and 8/255; the rounding to 8 bits is left
-    out. ATOM attacks outliers only; its surrogate for the other side is the negative one.
+    Step sizes scale with the radius from those of the papers at 1/255 and 8/255; the rounding to 8 bits is
+    omitted. ATOM attacks outliers only; the surrogate for the other side is its negative.
 
     Args:
         detector, x, within, direction, batch_size, generator: as in :func:`attack_score`.
-        paper: whose surrogate, steps, starts and choice of iterate.
+        paper: whose surrogate, steps, initial points and choice of iterate to use.
     """
     check_detector(detector)
     check_choice(paper, "paper", tuple(PAPERS))
@@ -214,25 +212,24 @@ def paper_attack(
                 watch.over(climbed), part, within, steps=plan.steps, step_size=plan.share * within.radius,
                 restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator,
             )  # fmt: skip
-            if plan.keep == "best":  # the clean image competes, and wins ties
+            if plan.keep == "best":  # the clean input competes, and wins ties
                 with torch.no_grad():
                     gained = climbed(moved) > climbed(part)
                 moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
-            watch.next()
-    flat = isinstance(detector, Mahalanobis)  # whose surrogate is flat by itself
-    watch.close(hidden=within.radius > 0 and not flat)
+    flat = isinstance(detector, Mahalanobis)  # whose surrogate has no gradient by design
+    watch.close(len(x), hidden=within.radius > 0 and not flat)
     return torch.cat(found)
 
 
 def surrogate(
     detector: Detector, direction: Direction, paper: Literal["aloe", "atom"]
 ) -> Callable[[Tensor], Tensor]:
-    r"""What the papers' code climbs in place of the score.
+    r"""What the papers' code maximises in place of the score.
 
-    For a reject class, $\log F_{K+1}$ down (or up). For Mahalanobis with a logistic regression, the
-    cross-entropy of $(1 - \pi, \pi)$ *taken as logits*, $\pi = \sigma(t)$, without the input step. For
-    all other detectors the softmax's: ALOE lowers the entropy of outliers, ATOM raises
+    For a reject class, $-\log F_{K+1}$ (to lower the score, its negative). For Mahalanobis with a logistic
+    regression, the cross-entropy of $(1 - \pi, \pi)$ *taken as logits*, $\pi = \sigma(t)$, without the input step. For
+    all other detectors, a function of the softmax: ALOE lowers the entropy of outliers, ATOM raises
     $\ell_{OE} = \mathrm{LSE}(z) - \bar z$ of them, and both lower $\ell_{OE}$ of in-distribution inputs.
     """
     check_detector(detector)
@@ -256,10 +253,10 @@ def surrogate(
 
 
 def mahalanobis_surrogate(t: Float[Tensor, " batch"], up: bool) -> Float[Tensor, " batch"]:
-    r"""Cross-entropy of $(1 - \pi, \pi)$ fed as logits, with $\pi = 1 / (1 + e^{-t})$ by hand, as released.
+    r"""Cross-entropy of $(1 - \pi, \pi)$ taken as logits, with $\pi = 1 / (1 + e^{-t})$ as in the released code.
 
-    In float32 its gradient in t is 0 below about -52 and NaN below about -89: an attack on a confident
-    in-distribution input does nothing.
+    In float32 its gradient in t is 0 for t below about -52 and NaN below about -89: an attack on a confident
+    in-distribution input has no effect.
     """
     pi = 1 / (1 + torch.exp(-t))
     label = torch.full_like(t, float(up)).long()

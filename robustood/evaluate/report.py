@@ -1,9 +1,9 @@
-"""From scores to a report: rates with intervals, at thresholds that say where they come from."""
+"""From scores to a report: rates with intervals, at thresholds calibrated on clean or on attacked inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,9 +37,10 @@ from robustood.metrics import Estimate
 from robustood.models import check_finite, frozen
 from robustood.perturbations import Ball, PerturbationSet, as_set
 
-Inputs = Float[Tensor, "_ *shape"]  # each set has a size of its own
+Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
+Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
 Side = Literal["none", "in", "out", "both"]
 SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
@@ -66,23 +67,25 @@ class Report:
 
     Attributes:
         settings: what was measured, and how.
-        rows: one dict a set of outliers: ``set``, ``n_in``, ``n_out``, ``auroc``, ``aupr_in``,
+        rows: one dict per set of outliers: ``set``, ``n_in``, ``n_out``, ``auroc``, ``aupr_in``,
             ``aupr_out``, ``fpr`` (share of outliers accepted at the threshold that accepts ``tpr`` of *clean*
-            in-distribution inputs), ``fpr_attacked`` (at the one that accepts ``tpr`` of them *as they came*, attacked
-            or not), ``rejected`` (share of in-distribution inputs turned away at the clean threshold),
+            in-distribution inputs), ``fpr_attacked`` (at the threshold that accepts ``tpr`` of them *as measured*,
+            attacked or not), ``rejected`` (share of in-distribution inputs rejected at the clean threshold),
             ``detection_error`` (balanced), ``tie_rate``. Rates are :class:`~robustood.metrics.Estimate`.
-        scores: the deployed scores behind it, by the names ``"in (clean)"``, ``"in"`` and the sets'.
+        scores: the deployed scores, under ``"in (clean)"``, ``"in"`` and the names of the sets.
     """
 
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
+    settings: Record
+    rows: list[Record]
     scores: dict[str, Scores] = field(default_factory=dict, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> dict[str, Any]:
+    def __getitem__(self, name: str) -> Record:
         for row in self.rows:
             if row["set"] == name:
                 return row
-        raise KeyError(f"no row {name!r}; there are: {', '.join(r['set'] for r in self.rows)}")
+        raise KeyError(
+            f"report has no row {name!r}; choose one of: {', '.join(r['set'] for r in self.rows)}"
+        )
 
     def mean(self, metric: str) -> float:
         """Unweighted mean of a metric over the sets."""
@@ -91,7 +94,7 @@ class Report:
         return float(np.mean([float(row[metric]) for row in self.rows]))
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, without the scores; written to ``path`` where one is given."""
+        """The report as JSON, without the scores; also written to ``path`` if given."""
         rows = [plain(row) for row in self.rows]
         text = as_json({"settings": self.settings, "rows": rows}, "report")
         if path is not None:
@@ -104,7 +107,7 @@ class Report:
         """The report that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: for another text.
+            ValueError: for any other text.
         """
         try:
             kept = from_json(text, ("settings", "rows"))
@@ -114,7 +117,7 @@ class Report:
             ]
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"text is no report ({error}); pass what Report.to_json wrote"
+                f"text is not a report ({error}); pass what Report.to_json wrote"
             ) from error
         return cls(kept["settings"], rows)
 
@@ -153,34 +156,31 @@ def ood_report(
     In-distribution inputs are attacked to lower their score, outliers to raise theirs.
 
     Args:
-        detector: fitted where it needs to be.
+        detector: fitted if it needs to be.
         x_in: in-distribution test inputs.
         x_out: test outliers by name.
-        within: the perturbation set; needed where a side is attacked.
+        within: the perturbation set; required if a side is attacked.
         side: ``"none"``, ``"in"``, ``"out"`` or ``"both"``.
         attack: ``attack(detector, x, within, direction=..., generator=..., **how)``, such as
             :func:`attack_score` or ``partial(paper_attack, paper="aloe")``.
         tpr: share of in-distribution inputs that the thresholds accept.
         confidence: of the intervals.
-        batch_size: inputs scored and attacked at one time; each batch has random starts of its own.
-        seed: of the random starts.
-        run_dir: where finished batches are kept; a run that finds its state there goes on from it, if detector,
+        batch_size: inputs scored and attacked at a time; each batch draws its own random initial points.
+        seed: of the random initial points.
+        run_dir: folder for finished batches; a run that finds its state there resumes from it, if detector,
             inputs, set and attack are the same down to their code (:mod:`robustood.identity`). Reports of all
             sides may share it.
-        name: stands for what cannot be identified in them, such as an open file; needed with a ``run_dir`` alone.
+        name: stands for parts of them that cannot be identified, such as an open file; used with ``run_dir`` only.
         how: passed to the attack, such as ``steps=100, restarts=5``.
 
     Raises:
-        ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or one without a
-            ``name`` where it is needed.
+        ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or a missing
+            ``name`` if one is needed.
     """
     check_choice(side, "side", SIDES)
     check_mapping(x_out, "x_out", "{name: images}")
-    bench = Bench(
-        detector, x_in, dict(x_out), within, attack, tpr, confidence, batch_size, seed, how, run_dir,
-        name,
-    )  # fmt: skip
-    return bench.report(side)
+    settings = (attack, tpr, confidence, batch_size, seed, run_dir, name)
+    return Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
 
 
 def four_sides(
@@ -193,32 +193,30 @@ def four_sides(
     """The reports of all four sides, each input attacked once.
 
     Args:
-        settings: of :func:`ood_report`, apart from the side.
+        settings: those of :func:`ood_report`, except ``side``.
     """
     check_mapping(x_out, "x_out", "{name: images}")
-    defaults = {"attack": attack_score, "tpr": 0.95, "confidence": 0.95, "batch_size": 512, "seed": 0,
-                "run_dir": None, "name": None}  # fmt: skip
-    own = {name: settings.pop(name, value) for name, value in defaults.items()}
+    own = {f.name: settings.pop(f.name) for f in fields(Bench) if f.name in settings}
     bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
     return {side: bench.report(side) for side in SIDES}
 
 
 @dataclass
 class Bench:
-    """The inputs, the attack and the scores measured so far; arguments as in :func:`ood_report`."""
+    """Inputs, attack, and the scores measured so far; arguments as in :func:`ood_report`."""
 
     detector: Detector
     x_in: Inputs
     x_out: dict[str, Inputs]
     within: PerturbationSet | float | None
-    attack: Attack
-    tpr: float
-    confidence: float
-    batch_size: int
-    seed: int
-    how: dict[str, Any]
-    run_dir: str | Path | None
+    attack: Attack = attack_score
+    tpr: float = 0.95
+    confidence: float = 0.95
+    batch_size: int = 512
+    seed: int = 0
+    run_dir: str | Path | None = None
     name: str | None = None
+    how: Record = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_detector(self.detector)
@@ -237,21 +235,18 @@ class Bench:
         box = (0, 1) if self.within is None else self.within.box
         self.x_in = taken(self.x_in, box, "x_in")
         self.x_out = {k: taken(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
-        self.settings = {
-            "detector": type(self.detector).__name__, "within": describe(self.within),
-            "attack": describe(self.attack), "how": describe(self.how), "seed": self.seed,
-            "batch_size": self.batch_size,
-        }  # fmt: skip
+        given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
+        run = {"seed": self.seed, "batch_size": self.batch_size}
+        self.settings = {"detector": type(self.detector).__name__, **given, **run}
         self.known = Known(self.run_dir, self.identity)
 
     def identity(self) -> dict[str, str]:
-        """What the scores depend on, down to code and tensors."""
+        """Everything that the scores depend on, down to code and tensors."""
         how = {f"how[{key!r}]": value for key, value in sorted(self.how.items())}
         sets = {f"x_out[{key!r}]": x for key, x in sorted(self.x_out.items())}
-        return identity(
-            self.name, seed=self.seed, batch_size=self.batch_size, detector=self.detector, within=self.within,
-            attack=self.attack, **how, x_in=self.x_in, **sets,
-        )  # fmt: skip
+        run = {"seed": self.seed, "batch_size": self.batch_size}
+        own = {"detector": self.detector, "within": self.within, "attack": self.attack}
+        return identity(self.name, **run, **own, **how, x_in=self.x_in, **sets)
 
     def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
         """Scores of a set, clean or after an attack; each batch is measured once."""
@@ -273,7 +268,9 @@ class Bench:
     def report(self, side: Side) -> Report:
         """Rows for one side."""
         if side != "none" and self.within is None:
-            raise ValueError(f'within is missing: side="{side}" needs a perturbation set')
+            raise ValueError(
+                f'within is None, but side="{side}" needs a perturbation set, such as Linf(8/255)'
+            )
         clean = self.of("in", self.x_in, None)
         came = self.of("in", self.x_in, "lower") if side in ("in", "both") else clean
         up = "raise" if side in ("out", "both") else None
@@ -299,8 +296,8 @@ def measure(
     scores_out: Scores,
     tpr: float = 0.95,
     confidence: float = 0.95,
-) -> dict[str, Any]:
-    """One row of a :class:`Report`: from clean scores, which set a threshold, and those that came."""
+) -> Record:
+    """One row of a :class:`Report`, from clean scores, which set a threshold, and the scores as measured."""
     scores_in, scores_out = numbers(scores_in, "scores_in"), numbers(scores_out, "scores_out")
     fixed = metrics.threshold_at_tpr(numbers(clean, "clean"), tpr)
     moved = metrics.threshold_at_tpr(scores_in, tpr)
@@ -322,7 +319,7 @@ def measure(
 
 
 class Known:
-    """Tensors that were computed before, kept in a folder; computes what is missing."""
+    """Tensors computed before and stored in a folder; computes what is missing."""
 
     def __init__(self, folder: str | Path | None, told: Callable[[], dict[str, str]]):
         self.checkpoint, self.parts = None, {}
@@ -348,38 +345,37 @@ def epsilon_curve(
     side: Side = "both",
     run_dir: str | Path | None = None,
     **how: Any,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Rows of a :class:`Report` for one set of outliers as the radius grows.
 
-    What was found at a smaller radius is allowed at a larger one, so the best so far is kept: AUROC
-    cannot rise along the curve.
+    What was found at a smaller radius is allowed at a larger one, so the worst scores so far are used: AUROC
+    cannot increase along the curve.
 
     Args:
         within: a norm ball, whose radius is replaced.
         radii: in increasing order; 0 is the clean report.
-        run_dir: where finished batches are kept, a folder for each radius.
+        run_dir: folder for finished batches, with a subfolder per radius.
         how: passed to :func:`ood_report`.
 
     Returns:
-        One dict a radius, with ``eps`` and the entries of a row.
+        One dict per radius, with ``eps`` and the entries of a row.
     """
     check_several(radii, "radii", "radii, in increasing order")
     radii = [float(eps) for eps in reals(radii, "radii")]
     if run_dir is not None:
         check_path(run_dir, "run_dir")
-    if list(radii) != sorted(radii) or not len(radii) or radii[0] < 0:
-        raise ValueError(f"radii must be at least 0 and increasing, got {list(radii)}")
+    if radii != sorted(radii) or radii[0] < 0:
+        raise ValueError(f"radii must be at least 0 and increasing, got {radii}")
     ball, rows = as_set(within), []
     if not isinstance(ball, Ball) or not ball.eps:
         raise ValueError(
-            f"within must be a ball of a radius above 0, such as Linf(0.1), got {within!r}"
+            f"within must be a ball with a radius above 0, such as Linf(0.1), got {within!r}"
         )
     low, high = None, None
     for eps in radii:
-        part = ood_report(
-            detector, x_in, {"out": x_out}, ball.scaled(eps / ball.eps), side=side if eps else "none",
-            run_dir=run_dir and Path(run_dir) / f"eps_{eps:.6f}", **how,
-        )  # fmt: skip
+        grown, attacked = ball.scaled(eps / ball.eps), side if eps else "none"
+        own = run_dir and Path(run_dir) / f"eps_{eps:.6f}"
+        part = ood_report(detector, x_in, {"out": x_out}, grown, side=attacked, run_dir=own, **how)
         low = part.scores["in"] if low is None else np.minimum(low, part.scores["in"])
         high = part.scores["out"] if high is None else np.maximum(high, part.scores["out"])
         confidence, tpr = part.settings["confidence"], part.settings["tpr"]

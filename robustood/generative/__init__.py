@@ -2,10 +2,10 @@ r"""Perturbation sets that are learned from pairs of images (Wong and Kolter 202
 
 $$S(x) = \{g(x, u) : \|u\|_2 \le \varepsilon\}, \qquad g(x, u) = \mathrm{decode}(x,\ \mu_p(x) + \sigma_p(x) \odot u).$$
 
-A conditional variational autoencoder (:class:`ConditionalVAE`) is trained by the book's one loop with
-:class:`Variational`; the ball of its latent variables is
-:class:`robustood.perturbations.Latent`, which attacks, training and certificates take as they take a norm
-ball. :func:`radii` takes the radius from data, :func:`set_metrics` says how good the set is,
+A conditional variational autoencoder (:class:`ConditionalVAE`) is trained by :func:`robustood.training.fit` with
+:class:`Variational`. The ball of its latent variables is
+:class:`robustood.perturbations.Latent`, which attacks, training and certificates use like a norm
+ball. :func:`radii` estimates the radius from data, :func:`set_metrics` measures how good the set is,
 :func:`guarantee` checks the theorem behind it on samples.
 """
 

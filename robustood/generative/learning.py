@@ -1,4 +1,4 @@
-"""How the autoencoder learns, and how a classifier learns from it."""
+"""How the autoencoder is trained, and how it augments the training of a classifier."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Distance = Literal["squared error", "cross-entropy"]
 
 
 def distances(made: Images, target: Images, distance: Distance = "squared error") -> Values:
-    """Squared error, or cross-entropy in nats, of each image: a sum over its pixels."""
+    """Squared error, or cross-entropy in nats, per image: a sum over its pixels."""
     if distance == "squared error":
         return (made - target).square().flatten(1).sum(1)
     return binary_cross_entropy(made, target, reduction="none").flatten(1).sum(1)
@@ -37,15 +37,15 @@ class Variational:
 
     An objective for :func:`robustood.training.fit`: ``batch.x`` is the condition, ``batch.y`` the perturbed image.
     $\ell$ is summed over the pixels of an image (Wong and Kolter 2021, section 3.2; their code also sums over
-    the batch, which changes nothing but the unit of the learning rate). For squared error $\beta$ is a
-    decoder's variance in disguise, $s^2 = \beta / 2$.
+    the batch, which only rescales the learning rate). For squared error $\beta$ plays the role of the
+    decoder's variance, $s^2 = \beta / 2$.
 
     Attributes:
         beta: $\beta$ at the end.
-        schedule: (share of the run, share of beta) pairs, joined by straight lines.
+        schedule: pairs (share of the run, share of beta), interpolated linearly.
         distance: $\ell$.
-        fresh: draw new partners for the inputs at each epoch, where the data can (:func:`robustood.data.redrawn`).
-            As an epoch meets each input once, no pair is met twice.
+        fresh: draw new partners for the inputs at each epoch, if the data can (:func:`robustood.data.redrawn`).
+            As an epoch uses each input once, no pair is used twice.
 
     Raises:
         ValueError: for a negative beta or an unknown distance.
@@ -62,13 +62,13 @@ class Variational:
         check_flag(self.fresh, "fresh")
         check_several(self.schedule, "schedule", "pairs (share of the run, share of beta)")
         for pair in self.schedule:
-            check_several(pair, "schedule: each", "a share of the run and a share of beta", 2)
+            check_several(pair, "each of schedule", "a share of the run and a share of beta", 2)
         for place, share in self.schedule:
-            check_number(place, "schedule", 0, 1, "give shares of the run")
-            check_number(share, "schedule", 0, 1, "give shares of beta")
+            check_number(place, "each of schedule", 0, 1, "give shares of the run")
+            check_number(share, "each of schedule", 0, 1, "give shares of beta")
 
     def beta_at(self, progress: float) -> float:
-        r"""$\beta(t)$ after a share of the run."""
+        r"""$\beta(t)$ at a share ``progress`` of the run."""
         places, shares = zip(*self.schedule, strict=True)
         return self.beta * float(np.interp(progress, places, shares))
 
@@ -84,7 +84,7 @@ class Variational:
 
 @dataclass(frozen=True)
 class Resampled:
-    r"""Augmentation by $g(x, u)$, $u \sim \mathcal N(0, I)$ not truncated (Wong and Kolter 2021, section 5).
+    r"""Augmentation by $g(x, u)$, with $u \sim \mathcal N(0, I)$ not truncated (Wong and Kolter 2021, section 5).
 
     Attributes:
         generator: such as a trained :class:`ConditionalVAE`, used frozen and in eval mode.

@@ -23,11 +23,11 @@ Values = Float[Tensor, " batch"]
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 LOG_VARIANCE = math.log(1e-3), math.log(10)
-EDGE = 0.005  # pixels nearer to 0 or 1 than this count as this, where their log-odds are taken
+EDGE = 0.005  # pixels are clamped to [EDGE, 1 - EDGE] before their log-odds are taken
 
 
 class Diagonal(NamedTuple):
-    r"""A normal law with independent coordinates, one a sample: $\mathcal N(\mu, \mathrm{diag}\,\sigma^2)$.
+    r"""A normal law with independent coordinates per sample: $\mathcal N(\mu, \mathrm{diag}\,\sigma^2)$.
 
     Attributes:
         mean: $\mu$ (batch, latent).
@@ -52,7 +52,7 @@ class Diagonal(NamedTuple):
 
 
 def divergence(q: Diagonal, p: Diagonal) -> Latents:
-    r"""$\mathrm{KL}(q_i \,\|\, p_i) = \frac12 (\rho_i^2 - 1 - \log \rho_i^2 + m_i^2)$ of each coordinate, in nats.
+    r"""$\mathrm{KL}(q_i \,\|\, p_i) = \frac12 (\rho_i^2 - 1 - \log \rho_i^2 + m_i^2)$ per coordinate, in nats.
 
     $\rho = \sigma_q / \sigma_p$ and $m = (\mu_q - \mu_p) / \sigma_p$.
     """
@@ -61,9 +61,9 @@ def divergence(q: Diagonal, p: Diagonal) -> Latents:
 
 
 class Encoder(nn.Module):
-    """Images, concatenated along their channels, to a normal law: the prior of x, or the recognition of (x, target).
+    """From images, concatenated along channels, to a normal law: the prior of x, or the recognition of (x, target).
 
-    The log-variance goes through a tanh that keeps it between those of the variances 0.001 and 10.
+    A tanh keeps the variance between 0.001 and 10.
 
     Args:
         body: maps images to features (batch, width).
@@ -85,16 +85,16 @@ class Encoder(nn.Module):
 class ConditionalVAE(nn.Module):
     r"""Perturbed images of x, learned from pairs (Wong and Kolter 2021, section 3).
 
-    The prior $p(z \mid x)$ says where perturbations of this x lie, the recognition $q(z \mid x, \tilde x)$
-    where this $\tilde x$ lies, the decoder makes images of z with x as the condition. Latent variables
-    are counted in whitened coordinates, $z = \mu_p(x) + \sigma_p(x) \odot u$, so that
+    The prior $p(z \mid x)$ locates the perturbations of this x, the recognition $q(z \mid x, \tilde x)$
+    locates this $\tilde x$, and the decoder maps z to an image with x as the condition. Latent variables
+    are given in whitened coordinates, $z = \mu_p(x) + \sigma_p(x) \odot u$, so that
     :class:`robustood.perturbations.Latent` can be a ball around 0.
 
     Args:
         prior: x to :class:`Diagonal`.
         recognition: x and the perturbed image to :class:`Diagonal`.
         decode: x and z to an image in [0, 1].
-        latent: number k of latent variables.
+        latent: number k of latent variables per sample.
     """
 
     def __init__(self, prior: nn.Module, recognition: nn.Module, decode: nn.Module, latent: int):
@@ -107,13 +107,13 @@ class ConditionalVAE(nn.Module):
         return self.decode(x, self.prior(x).at(u))
 
     def encode(self, x: Images, target: Images) -> Latents:
-        r"""The whitened place of a pair, $u = (\mu_q(x, \tilde x) - \mu_p(x)) / \sigma_p(x)$."""
+        r"""The whitened code of a pair, $u = (\mu_q(x, \tilde x) - \mu_p(x)) / \sigma_p(x)$."""
         return self.prior(x).whiten(self.recognition(x, target).mean)
 
     def forward(
         self, x: Images, target: Images, generator: torch.Generator | None = None
     ) -> tuple[Images, Diagonal, Diagonal]:
-        """A reconstruction of the target from one draw of z, and the laws q and p."""
+        """A reconstruction of the target from one draw of z, with the laws q and p."""
         q = self.recognition(x, target)
         noise = rng.normal(q.mean.detach(), generator)
         return self.decode(x, q.at(noise)), q, self.prior(x)
@@ -123,7 +123,7 @@ class ConditionalVAE(nn.Module):
 
 
 def log_odds(x: Images) -> Images:
-    """The log-odds of pixels, kept finite."""
+    """Log-odds of pixels, kept finite."""
     return x.clamp(EDGE, 1 - EDGE).logit()
 
 
@@ -138,8 +138,8 @@ class Plain(nn.Module):
 
     Args:
         shape: (channel, height, width).
-        latent, hidden: number of latent variables, and of hidden units in each of two layers.
-        residual: start from a copy of x and learn what to add to its log-odds.
+        latent, hidden: numbers of latent variables and of units in each of two hidden layers.
+        residual: start from x and learn what to add to its log-odds.
     """
 
     def __init__(self, shape: Sequence[int], latent: int, hidden: int, residual: bool):
@@ -155,16 +155,16 @@ class Plain(nn.Module):
 
 
 class Basis(nn.Module):
-    r"""Log-odds of x plus $\sum_j c_j(z)\, B_j(x)$: pictures made of x, mixed by numbers made of z.
+    r"""Log-odds of x plus $\sum_j c_j(z)\, B_j(x)$: pictures computed from x, with weights computed from z.
 
-    A matt object under any distant light lies near a linear space of nine images (Basri and Jacobs 2003), so
-    few pictures go far where the perturbation is a change of light. The pictures are grey; three more
-    numbers of z shift the channels.
+    The images of a matt object under all distant lights lie near a linear space of nine dimensions (Basri and
+    Jacobs 2003), so few pictures suffice for changes of light. The pictures are grey; one more output per
+    channel shifts the channels.
 
     Args:
         shape: (channel, height, width).
-        latent, hidden: number of latent variables, and of hidden units in each layer.
-        pictures: number of j.
+        latent, hidden: numbers of latent variables and of units in each hidden layer.
+        pictures: number of pictures.
     """
 
     def __init__(self, shape: Sequence[int], latent: int, hidden: int, pictures: int):
@@ -185,16 +185,16 @@ class Basis(nn.Module):
 
 
 class Warp(nn.Module):
-    """z to affine maps, by which x is looked up; then a small correction (spatial transformers).
+    """x resampled under affine maps computed from z, then a small correction (spatial transformers).
 
-    A map takes its numbers from z alone, and starts as the identity; outside the image is 0. The
-    log-odds of the first warped image are corrected by two convolutions over all of them.
+    The maps depend on z only and start as the identity; outside the image is 0. The log-odds of the
+    first warped image are corrected by two convolutions over all warped images.
 
     Args:
         channels: of x.
-        latent, hidden: number of latent variables, and of hidden units between z and the maps.
-        warps: number of maps; the paper has five, with the last layer of each alone.
-        filters: of the correction.
+        latent, hidden: numbers of latent variables and of hidden units between z and the maps.
+        warps: number of maps; the paper has five, each with its own last layer.
+        filters: number of filters of the correction.
     """
 
     def __init__(self, channels: int, latent: int, hidden: int, warps: int, filters: int):
@@ -220,16 +220,15 @@ class Warp(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """x plus three activated convolutions through a quarter of the channels (He et al. 2016)."""
+    """x plus three pre-activated convolutions through a quarter of the channels (He et al. 2016)."""
 
     def __init__(self, width: int):
         super().__init__()
         inner = width // 4
+        layers = [(width, inner, 1), (inner, inner, 3), (inner, width, 1)]
         self.residual = nn.Sequential(
-            *activation(width), convolution(width, inner, 1),
-            *activation(inner), convolution(inner, inner),
-            *activation(inner), convolution(inner, width, 1),
-        )  # fmt: skip
+            *(m for a, b, size in layers for m in (*activation(a), convolution(a, b, size)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.residual(x)
@@ -238,7 +237,7 @@ class Bottleneck(nn.Module):
 def trunk(
     channels: int, width: int, blocks: int, outputs: int, still: bool = False
 ) -> nn.Sequential:
-    """A residual network of constant resolution; a still one begins as the zero function."""
+    """A residual network of constant resolution; if ``still``, it starts as the zero function."""
     last = nn.Conv2d(width, outputs, 3, padding=1)
     return nn.Sequential(
         convolution(channels, width),
@@ -249,12 +248,12 @@ def trunk(
 
 
 class Painted(nn.Module):
-    """z as one more channel beside x, then a residual network of constant resolution.
+    """z as an additional channel of x, then a residual network of constant resolution.
 
     Args:
         shape: (channel, height, width).
         latent, width, blocks: numbers of latent variables, of filters and of bottlenecks.
-        residual: start from a copy of x and learn what to add to its log-odds; the paper draws anew.
+        residual: start from x and learn what to add to its log-odds; the paper does not.
     """
 
     def __init__(self, shape: Sequence[int], latent: int, width: int, blocks: int, residual: bool):
@@ -272,7 +271,7 @@ class Painted(nn.Module):
 
 
 def nothing(layer: Layer) -> Layer:
-    """A layer that begins as the zero function."""
+    """The layer, initialised as the zero function."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -296,14 +295,14 @@ def plain_cvae(
     residual: bool = False,
     seed: int = 0,
 ) -> ConditionalVAE:
-    """Fully connected throughout.
+    """Fully connected encoders and decoder.
 
     Args:
         shape: (channel, height, width) of the images.
         latent: number of latent variables.
-        hidden, decoder: hidden units in each of two layers of the encoders and of the decoder.
+        hidden, decoder: units in each of two hidden layers of the encoders and of the decoder.
         residual: see :class:`Plain`.
-        seed: of the initial weights; the global random state is left alone.
+        seed: of the initial weights; the global random state is unchanged.
     """
     shape = check_shape(shape)
     check_counts(latent=latent, hidden=hidden, decoder=decoder)
@@ -326,9 +325,9 @@ def basis_cvae(
     Args:
         shape: (channel, height, width) of the images.
         latent: number of latent variables.
-        hidden, decoder: hidden units in each of two layers of the encoders and of the decoder.
+        hidden, decoder: units in each of two hidden layers of the encoders and of the decoder.
         pictures: see :class:`Basis`.
-        seed: of the initial weights; the global random state is left alone.
+        seed: of the initial weights; the global random state is unchanged.
     """
     shape = check_shape(shape)
     check_counts(latent=latent, hidden=hidden, decoder=decoder, pictures=pictures)
@@ -351,9 +350,9 @@ def warp_cvae(
     Args:
         shape: (channel, height, width) of the images.
         latent: number of latent variables.
-        hidden: hidden units in each of two layers of the encoders.
+        hidden: units in each of two hidden layers of the encoders.
         maps, warps, filters: of the decoder (:class:`Warp`).
-        seed: of the initial weights; the global random state is left alone.
+        seed: of the initial weights; the global random state is unchanged.
     """
     shape = check_shape(shape)
     check_counts(latent=latent, hidden=hidden, maps=maps, warps=warps, filters=filters)
@@ -376,14 +375,14 @@ def residual_cvae(
     Args:
         shape: (channel, height, width) of the images.
         latent: number of latent variables.
-        width, blocks: filters, a multiple of 4, and bottlenecks of each trunk.
+        width, blocks: numbers of filters, a multiple of 4, and of bottlenecks of each trunk.
         pool: side of the squares that are averaged before the heads of the encoders; the paper's 1 costs
-            16 x height x width x latent weights a head.
+            16 x height x width x latent weights per head.
         residual: see :class:`Painted`.
-        seed: of the initial weights; the global random state is left alone.
+        seed: of the initial weights; the global random state is unchanged.
 
     Raises:
-        ValueError: if width is no multiple of 4, or pool does not divide the sides.
+        ValueError: if width is not a multiple of 4, or pool does not divide height and width.
     """
     shape = check_shape(shape)
     check_counts(latent=latent, width=width, blocks=blocks, pool=pool)
@@ -391,8 +390,8 @@ def residual_cvae(
     channels, height, sides = shape
     if width % 4 or height % pool or sides % pool:
         raise ValueError(
-            f"width must be a multiple of 4 and pool divide {height} and {sides}, got width = {width}, "
-            f"pool = {pool}"
+            f"width must be a multiple of 4, and pool must divide {height} and {sides}, got width = {width} "
+            f"and pool = {pool}"
         )
     features = 16 * (height // pool) * (sides // pool)
 

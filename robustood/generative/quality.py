@@ -1,4 +1,4 @@
-r"""How good a learned set is, how large it should be, and the theorem behind it, checked on samples."""
+r"""The quality of a learned set, the radius it should have, and its theorem, checked on samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +41,8 @@ class Radii:
 
     Attributes:
         lower, median, upper: the quartiles.
-        maximum: the largest; it is one pair's, and grows with the number of pairs.
-        pairs: their number.
+        maximum: the largest; it depends on a single pair and grows with the number of pairs.
+        pairs: number of pairs.
     """
 
     lower: float
@@ -54,15 +53,15 @@ class Radii:
 
 
 def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 512) -> Radii:
-    r"""How long the latent ball must be: $\|(\mu_q(x, \tilde x) - \mu_p(x)) / \sigma_p(x)\|_2$ over pairs.
+    r"""How large the latent ball must be: $\|(\mu_q(x, \tilde x) - \mu_p(x)) / \sigma_p(x)\|_2$ over pairs.
 
-    Take validation pairs. A set is judged at the maximum, a classifier also at quartiles (Wong and Kolter
+    Use validation pairs. A set is judged at the maximum, a classifier also at the quartiles (Wong and Kolter
     2021, section 5).
 
     Args:
         model: trained; used frozen and in eval mode.
         x, target: pairs of images.
-        batch_size: pairs encoded at one time; the result does not depend on it.
+        batch_size: pairs encoded at a time; the result does not depend on it.
     """
     check_pairs(model, x, target)
     batch_size = check_count(batch_size, "batch_size", low=1)
@@ -74,12 +73,12 @@ def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 51
 
 
 def check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
-    """Refuse what is no autoencoder, and what are no pairs of images for it."""
+    """Refuse anything but an autoencoder and pairs of images for it."""
     check_instance(model, "model", ConditionalVAE, "a ConditionalVAE, such as plain_cvae(shape)")
     check_images(x)
     check_images(target, "target")
     if x.shape[:1] != target.shape[:1]:
-        raise ValueError(f"x and target must be of one length, got {len(x)} and {len(target)}")
+        raise ValueError(f"x and target must have the same length, got {len(x)} and {len(target)}")
     dtype = next(model.parameters(), x).dtype
     for name, images in (("x", x), ("target", target)):
         if images.dtype != dtype:
@@ -88,10 +87,10 @@ def check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Entered(Latent):
-    """A latent ball that is searched from given points; those outside are projected first.
+    """A latent ball that is searched from given points, projected to the ball first.
 
     Attributes:
-        start: (batch, latent).
+        start: the points (batch, latent).
     """
 
     start: Tensor
@@ -104,14 +103,14 @@ class Entered(Latent):
 
 @dataclass(frozen=True)
 class SetMetrics:
-    """Six measures of a learned set, each one number a pair (Wong and Kolter 2021, section 5).
+    """Six measures of a learned set, each with one value per pair (Wong and Kolter 2021, section 5).
 
     Attributes:
-        encoder_error_per_pixel: distance from the target of the image at its own encoding, projected to the ball.
-        pgd_error_per_pixel: the least distance that descent from there finds: the *approximation error*.
+        encoder_error_per_pixel: distance from the target to the image at its code, projected to the ball.
+        pgd_error_per_pixel: the least distance that descent from that code finds: the *approximation error*.
         expected_error_per_pixel: mean distance of images drawn from the truncated prior.
         over_error_per_pixel: the largest distance that ascent finds: how far the set reaches.
-        reconstruction_per_pixel: distance of the image at a draw from the recognition.
+        reconstruction_per_pixel: distance from the target to the image at a draw from the recognition.
         kl_nats_per_sample: divergence of the recognition from the prior.
     """
 
@@ -131,13 +130,10 @@ class SetMetrics:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def ordered(self) -> bool:
-        """What must hold: PGD <= encoder error for every pair, and PGD <= expected <= over error on average."""
-        mean = self.means()
+        """Whether PGD <= encoder error for every pair, and PGD <= expected <= over error on average, as must hold."""
         each = bool((self.pgd_error_per_pixel <= self.encoder_error_per_pixel).all())
-        expected = mean["expected_error_per_pixel"]
-        return (
-            each and mean["pgd_error_per_pixel"] <= expected <= mean["over_error_per_pixel"] + 1e-12
-        )
+        _, least, expected, most, *_ = self.means().values()
+        return each and least <= expected <= most + 1e-12
 
 
 def set_metrics(
@@ -152,24 +148,24 @@ def set_metrics(
     batch_size: int = 512,
     seed: int = 0,
 ) -> SetMetrics:
-    """Measure a learned set on pairs, by the same attack loop as everything else.
+    """Measure a learned set on pairs, with the common attack loop.
 
     Args:
         model: trained; used frozen and in eval mode.
         x, target: test pairs.
         radius: of the latent ball (:func:`radii`).
-        distance: per image; all means are over its pixels.
-        steps: of radius / 20 each, of the descent and of the ascent; the best iterate is kept.
-        samples: draws of the prior for the expected error.
-        batch_size: pairs measured at one time; all random numbers are drawn first, so the result does
+        distance: per image, averaged over its pixels.
+        steps: number of steps of radius / 20, of the descent and of the ascent; the best iterate is kept.
+        samples: draws from the prior for the expected error.
+        batch_size: pairs measured at a time; all random numbers are drawn beforehand, so the result does
             not depend on it.
         seed: of the draws.
 
     Returns:
-        One number a pair and measure, on the CPU.
+        One value per pair and measure, on the CPU.
 
     Raises:
-        ValueError: for images that are no pairs, or bad settings.
+        ValueError: for images that are not pairs, or bad settings.
     """
     check_pairs(model, x, target)
     check_number(radius, "radius", 0)
@@ -206,23 +202,21 @@ def measure(
     """The six measures of a batch, in the order of :class:`SetMetrics`."""
     model: ConditionalVAE = within.generator  # ty: ignore[invalid-assignment]
     off = partial(away, target=target, distance=distance)
-    search: dict[str, Any] = {"steps": steps, "step_size": within.radius / 20}
+    search = partial(maximise, steps=steps, step_size=within.radius / 20)
+    entered = partial(Entered, model, within.radius)
     with torch.no_grad():
         p, q = model.prior(x), model.recognition(x, target)
         code = within.project(x, p.whiten(q.mean))
-        ball: dict[str, Any] = {"generator": model, "radius": within.radius}
-        down = maximise(lambda v: -off(v), x, Entered(**ball, start=code), **search)
-        up = maximise(off, x, Entered(**ball, start=start), **search)
+        down = search(lambda v: -off(v), x, entered(start=code))
+        up = search(off, x, entered(start=start))
         expected = torch.stack([off(within.apply(x, u)) for u in drawn]).mean(0)
-        reconstructed = model.decode(x, q.at(noise))
-        return [
-            off(within.apply(x, code)), off(down), expected, off(up), off(reconstructed),
-            divergence(q, p).sum(1),
-        ]  # fmt: skip
+        made = (within.apply(x, code), down, up, model.decode(x, q.at(noise)))
+        encoder, pgd, over, reconstruction = map(off, made)
+        return [encoder, pgd, expected, over, reconstruction, divergence(q, p).sum(1)]
 
 
 def away(made: Images, target: Images, distance: Distance) -> Values:
-    """Distance from the target as a mean over pixels."""
+    """Distance from the target, averaged over pixels."""
     return distances(made, target, distance) / target[0].numel()
 
 
@@ -231,30 +225,30 @@ def away(made: Images, target: Images, distance: Distance) -> Values:
 
 @dataclass(frozen=True)
 class Guarantee:
-    r"""What training well enough implies for each pair, with what was observed (Wong and Kolter 2021, section 4).
+    r"""What a well-trained autoencoder guarantees per pair, and what was observed (Wong and Kolter 2021, section 4).
 
-    Let $\delta_0 = \mathbb E_q \|g - \tilde x\|^2$, $r$ the radius that holds the mass $1 - \alpha$ of a standard
+    Let $\delta_0 = \mathbb E_q \|g - \tilde x\|^2$, $r$ the radius that contains the mass $1 - \alpha$ of a standard
     normal in k dimensions, $\rho = \sigma_q / \sigma_p$, $m = (\mu_q - \mu_p) / \sigma_p$ and $K_i$ the divergence of
     coordinate i. Then:
 
     1. some $\|(z - \mu_q) / \sigma_q\| \le r$ has $\|g - \tilde x\|^2 \le \delta_0 / (1 - \alpha)$ (Markov);
     2. all those z have $\|(z - \mu_p) / \sigma_p\| \le B r + \|m\|$ with $B = \max_i \rho_i$;
-    3. $m_i^2 \le 2 K_i$ and $\rho_i^2 \le -W_{-1}(-e^{-(2 K_i + 1)})$, as both parts of a divergence are at least 0;
-    4. so a ball of radius $\varepsilon = B r + \sqrt{2 \sum_i K_i}$ holds an image that near, with B bounded by the
+    3. $m_i^2 \le 2 K_i$ and $\rho_i^2 \le -W_{-1}(-e^{-(2 K_i + 1)})$, as both parts of a divergence are non-negative;
+    4. so a ball of radius $\varepsilon = B r + \sqrt{2 \sum_i K_i}$ contains an image that close, with B bounded by the
        $K_i$ alone (**necessary subset**);
     5. $\mathbb E_{p_r} \|g - \tilde x\|^2 \le \delta_0 \sup_{\|u\| \le r} (p / q) / p(\|u\| \le r)$ for the prior
        truncated to the ball of radius r (**sufficient likelihood**).
 
-    It is a statement of soundness. The bounds are loose; the radius of a set is measured (:func:`radii`).
+    This is a statement of soundness. The bounds are loose; choose the radius of a set by measurement (:func:`radii`).
 
     Attributes:
         bound: $\varepsilon$ of item 4 (batch,), from the $K_i$ alone.
         reach: largest $\|(z - \mu_p) / \sigma_p\|$ among the draws in the ball of item 1.
         allowed: $\delta_0 / (1 - \alpha)$, squared error summed over pixels.
-        nearest: least squared error among those draws.
-        log_likelihood_bound: natural logarithm of the right side of item 5, which can be astronomical.
-        expected: its left side, by draws.
-        holds: for each item, which pairs keep it.
+        nearest: smallest squared error among those draws.
+        log_likelihood_bound: natural logarithm of the right side of item 5, which can be very large.
+        expected: its left side, estimated from draws.
+        holds: for each item, the pairs for which it holds.
     """
 
     bound: Values
@@ -266,7 +260,7 @@ class Guarantee:
     holds: dict[str, Bool[Tensor, " batch"]]
 
     def violations(self) -> dict[str, int]:
-        """The number of pairs that break each item; 0 for a theorem."""
+        """The number of pairs that violate each item; 0 by the theorem."""
         return {name: int((~kept).sum()) for name, kept in self.holds.items()}
 
 
@@ -284,13 +278,13 @@ def guarantee(
     Args:
         model: any autoencoder, trained or not; used frozen and in eval mode.
         x, target: pairs of images.
-        alpha: mass of the recognition that is left out.
-        draws: from each law, a pair. Expectations are means over them, and Markov's inequality holds for
+        alpha: mass of the recognition outside the ball.
+        draws: from each law, per pair. Expectations are means over them, and Markov's inequality holds for
             the draws themselves.
         seed: of the draws.
 
     Raises:
-        ValueError: for images that are no pairs, or bad settings.
+        ValueError: for images that are not pairs, or bad settings.
     """
     check_pairs(model, x, target)
     check_number(alpha, "alpha", 0.001, 0.999)
@@ -319,7 +313,7 @@ def guarantee(
     bound = widest.amax(1).sqrt() * r + (2 * kl.sum(1)).sqrt()
     beyond = log_ratio_bound(q, p, r) - chi.logcdf(r, model.latent) + delta.log()
     average = torch.stack(expected).mean(0)
-    tight = 1 + 1e-4  # float32
+    tight = 1 + 1e-4  # tolerance for float32
     holds = {
         "1 near": ~ok.any(0) | (nearest <= tight * delta / share.clamp_max(1 - alpha).to(delta)),
         "2 reach": reach <= tight * (ratio.amax(1) * r + shift.norm(dim=1)),
@@ -334,8 +328,8 @@ def guarantee(
 def largest_ratio(kl: Latents) -> Latents:
     r"""The largest $w = \rho^2$ with $\frac12(w - 1 - \log w) \le K$: $-W_{-1}(-e^{-(2K + 1)})$.
 
-    By Newton's steps from above, which on a convex function never go too far: $1 + t + t^2 / 2 \le e^t$ with
-    $t = 2 \sqrt K$ shows that the start is above.
+    By Newton's method from above, which does not overshoot on a convex function; $1 + t + t^2 / 2 \le e^t$ with
+    $t = 2 \sqrt K$ shows that the initial point is above.
     """
     t = 2 * kl.double().clamp_min(0).sqrt()
     w = 1 + t + t.square() / 2
@@ -346,12 +340,12 @@ def largest_ratio(kl: Latents) -> Latents:
 
 
 def log_ratio_bound(q: Diagonal, p: Diagonal, radius: float, grid: int = 400) -> Values:
-    r"""An upper bound of $\sup_{\|u\| \le \varepsilon} \log p / q$, tight up to the grid of multipliers.
+    r"""An upper bound on $\sup_{\|u\| \le \varepsilon} \log p / q$, tight up to the grid of multipliers.
 
     In whitened coordinates $\log p / q = \sum_i a_i u_i^2 - b_i u_i + c_i$ with $a = \frac12(\rho^{-2} - 1)$, $b =
     m / \rho^2$ and $c = \frac12 m^2 / \rho^2 + \log \rho$. For every $\lambda > \max(0, a_i)$ the quadratic is at
-    most $\lambda \varepsilon^2 + \sum_i b_i^2 / (4 (\lambda - a_i)) + c_i$; the least of these is its maximum over
-    the ball.
+    most $\lambda \varepsilon^2 + \sum_i b_i^2 / (4 (\lambda - a_i)) + c_i$; the smallest of these bounds is its maximum
+    over the ball.
     """
     log_rho = 0.5 * (q.log_variance - p.log_variance).double()
     m = p.whiten(q.mean).double()

@@ -1,9 +1,9 @@
-"""Networks with their normalisation inside, so that an attack always works on pixels.
+"""Networks with their normalisation inside, so that attacks always work on pixels.
 
-Every model maps inputs in [0, 1] to logits and shows its parts: ``model.stages(x)`` the feature
-map after each stage, ``model.features(x)`` the penultimate features, ``model.head`` the last
-linear layer, ``model.classes`` and ``model.reject`` how many of its outputs are classes and how
-many reject outliers; :func:`declared` finds these two through wrappers.
+Every model maps inputs in [0, 1] to logits and exposes its parts: ``model.stages(x)``, the feature
+map after each stage; ``model.features(x)``, the penultimate features; ``model.head``, the last
+linear layer; ``model.classes`` and ``model.reject``, the numbers of outputs that are classes and
+that reject outliers, which :func:`declared` finds through wrappers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from robustood.models.base import (
 )
 from robustood.models.dense import densenet_bc
 from robustood.models.reading import (
-    Reader,
     Watch,
     check_finite,
     declared,
@@ -45,7 +44,6 @@ __all__ = [
     "Classifier",
     "Mixture",
     "Normalise",
-    "Reader",
     "Watch",
     "adapt",
     "batch_statistics",

@@ -1,4 +1,4 @@
-"""The common frame of all networks, small networks for small images, and how a network is frozen."""
+"""The common structure of all networks, small networks for small images, and freezing a network."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from robustood.inputs import (
     reals,
 )
 
-Output = str | int | Callable[[Any], Tensor] | None
+Output = str | int | Callable[[Any], Tensor] | None  # of what a foreign network returns
 
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
-    """Draw initial weights from a seed; the CPU's global random state is put back, a GPU's not met."""
+    """Draw initial weights from a seed; the CPU's global random state is restored, a GPU's not touched."""
     seed = check_seed(seed)
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
@@ -43,7 +43,7 @@ def seeded(seed: int) -> Generator[None]:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Generator[None]:
-    """In train mode, normalise by the batch's own statistics and leave the running ones alone."""
+    """In train mode, normalise by the batch's own statistics without updating the running ones."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     try:
         for norm in norms:
@@ -55,7 +55,7 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
 
 
 def networks(model: object) -> list[nn.Module]:
-    """The networks that a call of the model may reach, those inside functions that a network holds too."""
+    """The networks that a call of the model may reach, including those inside functions that a network holds."""
     outer = modules(model)
     held = [
         value
@@ -76,11 +76,11 @@ def frozen(
 
     In eval mode batch statistics do not leak between the samples of an attacked batch and
     running statistics do not move. Frozen parameters let autograd drop what only weight
-    gradients would need. The networks inside a function, a bound method or another object are found
+    gradients would need. Networks inside a function, a bound method or another object are found
     (:func:`robustood.callables.modules`).
 
     Args:
-        model: the network under attack, or what calls it.
+        model: the network under attack, or a callable that contains it.
         mode: ``"eval"``, ``"train"`` (running statistics move), ``"batch"`` (train mode, running
             statistics stay) or ``"keep"``.
     """
@@ -111,11 +111,11 @@ class Normalise(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         mean, std = reals(mean, "mean").tolist(), reals(std, "std").tolist()
-        check_several(mean, "mean", "numbers, one a channel")
-        check_several(std, "std", "numbers, one a channel")
+        check_several(mean, "mean", "numbers, one per channel")
+        check_several(std, "std", "numbers, one per channel")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(
-                f"mean and std need one entry a channel, std above 0; got {mean}, {std}"
+                f"mean and std must have one entry per channel, std above 0; got {mean}, {std}"
             )
         scale = 1 / torch.tensor(std).view(-1, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
@@ -129,10 +129,10 @@ class Classifier(nn.Module):
     """A normalisation, a chain of stages, and a linear head.
 
     Args:
-        stages: modules applied in turn; the output of the last becomes the features.
+        stages: modules applied in turn; the output of the last one gives the features.
         width: number of features.
         classes: number of classes.
-        reject: number of further outputs that stand for "none of the classes".
+        reject: number of additional outputs that stand for "none of the classes".
         normalise: applied first; default the identity.
         pool: average the last map over its pixels instead of flattening it.
     """
@@ -190,8 +190,8 @@ def small_cnn(
     Args:
         classes, reject: numbers of class and of reject outputs.
         channels, size: of the square input images.
-        seed: of the initial weights; the global random state is left alone.
-        width: multiplies filters and features; robust training profits from 2.
+        seed: of the initial weights; the global random state is unchanged.
+        width: multiplies filters and features; 2 helps robust training.
         batch_norm: normalise after each convolution.
 
     Returns:
@@ -226,10 +226,10 @@ def mlp(
     """Fully connected ReLU network on flattened inputs; ``hidden=()`` is the linear softmax classifier.
 
     Args:
-        inputs: numbers in one input, such as 64 for an 8x8 image.
+        inputs: size of one input, such as 64 for an 8x8 image.
         hidden: widths of the hidden layers.
         classes, reject: numbers of class and of reject outputs.
-        seed: of the initial weights; the global random state is left alone.
+        seed: of the initial weights; the global random state is unchanged.
 
     Returns:
         Model from (batch, ...) to (batch, classes + reject).
@@ -247,7 +247,7 @@ def mlp(
 def readout(
     weight: Tensor | Sequence[Sequence[float]], bias: Tensor | None = None, reject: int = 0
 ) -> Classifier:
-    """A linear head whose features are the inputs themselves: for toys, tests and stored features.
+    """A linear head whose features are its inputs: for toy models, tests and stored features.
 
     Args:
         weight: (outputs, width); the last ``reject`` outputs stand for "none of the classes".
@@ -258,7 +258,7 @@ def readout(
     """
     reject = check_count(reject, "reject")
     if not isinstance(weight, Tensor):
-        check_several(weight, "weight", "rows, one an output")
+        check_several(weight, "weight", "rows, one per output")
         weight = torch.tensor(reals(weight, "weight").tolist())
     check_values(weight, None, "weight")
     if weight.ndim != 2:
@@ -268,7 +268,7 @@ def readout(
         check_values(bias, None, "bias")
         if bias.shape != (outputs,):
             raise ValueError(
-                f"bias must be ({outputs},), one an output, got shape {tuple(bias.shape)}"
+                f"bias must have shape ({outputs},), one per output, got {tuple(bias.shape)}"
             )
     with seeded(0):
         model = Classifier([nn.Flatten()], width, outputs - reject, reject).to(weight.dtype)
@@ -279,7 +279,7 @@ def readout(
 
 
 class Adapted(nn.Module):
-    """A network from elsewhere with the parts that detectors look for; made by :func:`adapt`."""
+    """A network from elsewhere with the parts that detectors use; made by :func:`adapt`."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class Adapted(nn.Module):
         return seen[0].flatten(1)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """The features, as the one stage that is known."""
+        """The features, as the only known stage."""
         return [self.features(x)]
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
@@ -321,7 +321,7 @@ class Adapted(nn.Module):
 
 
 def entry(returned: Any, output: Output) -> Tensor:
-    """The tensor among what a network returns."""
+    """The output tensor in what a network returns."""
     if output is None:
         return returned
     if isinstance(output, str) and not isinstance(returned, Mapping):
@@ -340,11 +340,11 @@ def adapt(
 
     Args:
         module: maps what ``normalise`` returns to outputs.
-        head: dotted name of its last linear layer, such as ``"fc"`` or ``"classifier.1"``.
-        reject: how many of the outputs, the last ones, reject outliers.
-        normalise: applied to pixels first, such as :class:`Normalise`.
-        output: where the outputs are, if the network returns more than a tensor: an attribute or a key such as
-            ``"logits"``, a place such as 0, or a function that takes them out.
+        head: dotted name of the last linear layer, such as ``"fc"`` or ``"classifier.1"``.
+        reject: number of outputs, the last ones, that reject outliers.
+        normalise: applied to the pixels first, such as :class:`Normalise`.
+        output: where the outputs are, if the network does not return a tensor: an attribute or key such as
+            ``"logits"``, an index such as 0, or a function that extracts them.
 
     Raises:
         ValueError: if ``head`` is not the name of a linear layer.
@@ -360,7 +360,7 @@ def adapt(
 
 
 class Mixture(nn.Module):
-    r"""Density of a mixture of isotropic Gaussians in given coordinates, all of it trainable.
+    r"""Density of a mixture of isotropic Gaussians in given coordinates; centres, scales and shares are trained.
 
     Args:
         axes: (inputs, width), coordinates $x^\top A$ of the metric.
@@ -386,7 +386,7 @@ class Mixture(nn.Module):
 
 
 class CCUModel(nn.Module):
-    r"""A classifier that returns to the uniform distribution where no training data lie.
+    r"""A classifier that returns to the uniform distribution far from the training data.
 
     $p(y \mid x) = \frac{F_y(x)\, p_{in}(x) + \lambda\, p_{out}(x) / K}{p_{in}(x) + \lambda\, p_{out}(x)}$ (Meinke and
     Hein 2020, eq. 5), in log space; the outputs are $\log p(y \mid x)$. Made by :func:`ccu_model`.
@@ -406,8 +406,8 @@ class CCUModel(nn.Module):
         flat = log_out - math.log(self.classes)
         return torch.logaddexp(self.base(x).log_softmax(1) + log_in, flat) - both
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The network at the run's learning rate, the densities at a hundredth of it."""
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """The network with the run's learning rate, the densities with a hundredth of it."""
         densities = [*self.inside.parameters(), *self.outside.parameters()]
         return [{"params": [*self.base.parameters()]}, {"params": densities, "scale": 0.01}]
 
@@ -415,12 +415,12 @@ class CCUModel(nn.Module):
 def ccu_model(
     base: Classifier, x: Tensor, outliers: Tensor, components: int = 20, seed: int = 0
 ) -> CCUModel:
-    """Guard a classifier by two mixtures, set up by k-means in the PCA coordinates of x.
+    """Guard a classifier by two mixtures, initialised by k-means in the PCA coordinates of x.
 
     Args:
         base: the network.
-        x, outliers: training images of both sides.
-        components: of each mixture; the paper takes 100.
+        x, outliers: in-distribution and outlier training images.
+        components: number per mixture; the paper uses 100.
         seed: of k-means.
     """
     check_instance(base, "base", nn.Module, "a network with classes, such as small_cnn()")
@@ -429,19 +429,19 @@ def ccu_model(
         check_values(images, name=name)
         if images.ndim < 2 or len(images) < components:
             raise ValueError(
-                f"{name} must be at least as many images as components, {components}, got shape "
+                f"{name} must hold at least as many images as components, {components}, got shape "
                 f"{tuple(images.shape)}"
             )
         if images.shape[1:] != x.shape[1:]:
             raise ValueError(
-                f"{name} must be shaped like x, {tuple(x.shape[1:])} an image, got "
+                f"{name} must have images shaped like those of x, {tuple(x.shape[1:])}, got "
                 f"{tuple(images.shape[1:])}"
             )
     x, outliers = x.detach().float(), outliers.detach().float()
     flat = x.flatten(1).double()
     _, values, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     spread = values / math.sqrt(len(x))
-    # Directions without variance would have no scale; they get the smallest that counts.
+    # Directions without variance would have no scale; they get the smallest one allowed.
     whitened = (axes / spread.clamp_min(0.05 * float(spread[0]))[:, None]).T.float()
 
     def mixture(images: Tensor) -> Mixture:

@@ -14,7 +14,7 @@ from robustood.models.residual import activation, convolution, initialise, norma
 
 
 class DenseLayer(nn.Sequential):
-    """Appends ``growth`` maps to its inputs: BN-relu-conv1x1 to four times as many, BN-relu-conv3x3."""
+    """Appends ``growth`` maps to its input: BN-relu-conv1x1 to four times as many, then BN-relu-conv3x3."""
 
     def __init__(self, inputs: int, growth: int):
         super().__init__(
@@ -42,26 +42,25 @@ def densenet_bc(
 
     Three blocks of n = (depth - 4) / 6 layers. The four stages are the first convolution, the two
     transitions, and the last activated map: 24 x 32 x 32, 108 x 16 x 16, 150 x 8 x 8 and 342 x 8 x 8 for
-    depth 100 and growth 12, the maps that Lee et al. (2018) and Chen et al. (2020) take for
-    Mahalanobis.
+    depth 100 and growth 12. Lee et al. (2018) and Chen et al. (2020) use these maps for Mahalanobis.
 
     Args:
-        depth: 6 n + 4 layers. Depth 100 and growth 12 make 769,162 parameters for ten classes, depth
-            40 makes 176,122.
-        growth: maps that each layer adds.
+        depth: 6 n + 4 layers. With growth 12 and ten classes, depth 100 has 769,162 parameters, depth
+            40 has 176,122.
+        growth: number of maps that each layer adds.
         classes, reject: numbers of class and of reject outputs.
         init: ``"he"`` as in He et al. (2015); ``"papers"`` as in the published code of Chen et al.
-            (2020, 2021), which reuses the name n: every convolution is drawn with
+            (2020, 2021), where the name n is reused: every convolution is drawn with
             $\sigma = \sqrt{2 / n}$, 0.354 at depth 100, whatever its size.
-        seed: of the initial weights; the global random state is left alone.
-        normalise: name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
+        seed: of the initial weights; the global random state is unchanged.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:
         Model from (batch, channels, height, width) in [0, 1] to (batch, classes + reject).
 
     Raises:
-        ValueError: for another depth or init, or a number below 1.
+        ValueError: for an invalid depth or init, or a number below 1.
     """
     n = repeats(depth, 4)
     growth, channels = check_count(growth, "growth", low=1), check_count(channels, "channels", 1)

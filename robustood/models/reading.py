@@ -1,7 +1,7 @@
-"""What a network says of its outputs, also through wrappers, and what it returns, read in one place.
+"""What a network declares about its outputs, also through wrappers, and one place that reads its outputs.
 
-Shapes and types are checked at every call. Values are looked at once, when a door is left (:class:`Reader`,
-:class:`Watch`): a look waits for the device, and a loop must not.
+Shapes and types are checked at every call. Values are checked once, at the end of a public function (:func:`reading`,
+:class:`Watch`): the check waits for the device, which a loop must not do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +19,25 @@ from torch import Tensor, nn
 from robustood.callables import modules
 
 Model = Callable[[Tensor], Tensor]
+Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # as of robustood.attacks
+T = TypeVar("T")
 
 
-def declared(model: Any) -> tuple[int | None, int]:
-    """How many outputs are classes (None: nobody says, so all that do not reject) and how many reject.
+def declared(model: object) -> tuple[int | None, int]:
+    """How many outputs are classes (None: not declared, so all that do not reject) and how many reject.
 
     A wrapper such as ``nn.Sequential(normalise, net)``, ``DataParallel(net)`` or ``lambda x: net(x)`` has what the
-    network inside it has. What the model itself says comes first. A network that says nothing, such as
-    torchvision's, has classes alone.
+    network inside it declares; the wrapper's own declaration takes precedence. A network that declares nothing,
+    such as torchvision's, has class outputs only.
 
     Raises:
         ValueError: if the networks inside disagree.
     """
-    return one(model, "classes"), one(model, "reject") or 0
+    return _declared(model, "classes"), _declared(model, "reject") or 0
 
 
-def one(model: Any, name: str) -> int | None:
-    """A number that the model says, or else the outermost of its parts that say one."""
-    found = set(said(model, name))
+def _declared(model: object, name: str) -> int | None:
+    found = set(_declarations(model, name))
     if len(found) > 1:
         raise ValueError(
             f"the networks inside the model disagree about {name} ({sorted(found)}); set model.classes and "
@@ -45,86 +46,90 @@ def one(model: Any, name: str) -> int | None:
     return found.pop() if found else None
 
 
-def said(model: Any, name: str) -> Iterator[int]:
-    """What the model says, or else what its parts say."""
+def _declarations(model: object, name: str) -> Iterator[int]:
+    """The model's own declaration, or else those of its parts."""
     own = getattr(model, name, None)
     if isinstance(own, Integral) and not isinstance(own, bool):
         yield int(own)
-    elif isinstance(model, nn.Module):
-        for part in model.children():
-            yield from said(part, name)
-    else:
-        for part in modules(model):
-            yield from said(part, name)
+        return
+    for part in model.children() if isinstance(model, nn.Module) else modules(model):
+        yield from _declarations(part, name)
 
 
-def split(model: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+def split(model: object, z: Tensor) -> tuple[Tensor, Tensor]:
     """The outputs (batch, outputs) that are classes, and those that reject.
 
     Raises:
-        ValueError: if there are other outputs than the model, or a network inside it, says.
+        ValueError: if their number is not what the model, or a network inside it, declares.
     """
     classes, reject = declared(model)
     width = z.shape[1]
     classes = width - reject if classes is None else classes
     if classes + reject != width or classes < 1:
         raise ValueError(
-            f"model returns {width} outputs, but it, or a network inside it, says classes = {classes} and "
-            f"reject = {reject}; set both on the {type(model).__name__}, or wrap it by "
+            f"model returns {width} outputs, but it, or a network inside it, declares classes = {classes} and "
+            f"reject = {reject}; set both on the {type(model).__name__}, or wrap it in "
             "models.adapt(model, head=..., reject=1), with the number of outputs that reject"
         )
     return z[:, :classes], z[:, classes:]
 
 
-# --- what it returns
+# --- its outputs
 
 
 def read(model: Model, x: Tensor) -> Tensor:
-    """The outputs for x: a float tensor (batch, outputs), of two outputs or more.
+    """The outputs for x: floats (batch, outputs), with at least two outputs.
 
-    The model gets a copy, which it may overwrite.
+    The model gets a copy of x, which it may overwrite.
 
     Raises:
-        TypeError: for anything but a tensor.
-        ValueError: for another shape or integers, and where x has not the weights' own type or device.
+        TypeError: if the model does not return a tensor.
+        ValueError: for another shape, integers, or an x whose type, device or shape does not fit the model.
     """
     if torch.compiler.is_compiling():
         return model(x)
     z = through(model, model, x)
     if not isinstance(z, Tensor):
         raise TypeError(
-            f"model must return a tensor (batch, outputs), got {type(z).__name__}; take one out of it by "
-            f"models.adapt(model, head=..., output={entry(z)})"
+            f"model must return a tensor (batch, outputs), got {type(z).__name__}; extract it with "
+            f"models.adapt(model, head=..., output={_place(z)})"
         )
     if z.ndim != 2 or len(z) != len(x) or not z.is_floating_point():
         raise ValueError(
             f"model must return floats of shape ({len(x)}, outputs) for {len(x)} inputs, got {z.dtype} of shape "
-            f"{tuple(z.shape)}; pool or flatten what it returns, and leave out argmax"
+            f"{tuple(z.shape)}; pool or flatten its outputs, and omit argmax"
         )
     if z.shape[1] < 2:
         raise ValueError(
-            "model returns one output, which a softmax makes certain whatever it is; of a single logit z make two, "
+            "model returns one output, whose softmax is always 1; turn a single logit z into two outputs, "
             "torch.cat([torch.zeros_like(z), z], 1)"
         )
     return z
 
 
-def through(call: Callable[[Tensor], Any], model: Any, x: Tensor) -> Any:
-    """What a model, or a part of it, makes of a copy of x.
+def through(call: Callable[[Tensor], T], model: object, x: Tensor) -> T:
+    """What a model, or a part of it, returns for a copy of x.
 
     Raises:
-        ValueError: where x has another type, device or shape than the weights take.
+        ValueError: if the type, device or shape of x does not fit the weights.
     """
     try:
         return call(x.clone())
     except RuntimeError as error:
         if torch.compiler.is_compiling():
             raise
-        raise unlike(model, x) or unfit(x, error) from error
+        raise _explained(error, model, x) from error
 
 
-def unfit(x: Tensor, error: RuntimeError) -> Exception:
-    """What to say where a forward failed because of the shape of its inputs; else the error itself."""
+def _explained(error: RuntimeError, model: object, x: Tensor) -> Exception:
+    """An error that says what is wrong with x after a failed forward pass; else the error itself."""
+    parameters = (p for part in modules(model) for p in part.parameters())
+    weights = next((p for p in parameters if p.is_floating_point()), None)
+    if weights is not None and (weights.dtype, weights.device) != (x.dtype, x.device):
+        return ValueError(
+            f"x is {x.dtype} on {x.device}, but the model's weights are {weights.dtype} on {weights.device}; pass "
+            f'x.to("{weights.device}", {weights.dtype})'
+        )
     if type(error) is RuntimeError and re.search(r"shapes|size|channels|Expected \dD", str(error)):
         return ValueError(
             f"x of shape {tuple(x.shape)} does not fit the model ({error}); pass a batch such as (batch, channel, "
@@ -133,20 +138,8 @@ def unfit(x: Tensor, error: RuntimeError) -> Exception:
     return error
 
 
-def unlike(model: Any, x: Tensor) -> ValueError | None:
-    """What to say where a forward failed because weights and inputs are of two types or devices."""
-    parts = [model] if isinstance(model, nn.Module) else modules(model)
-    weights = next((p for part in parts for p in part.parameters() if p.is_floating_point()), None)
-    if weights is None or (weights.dtype, weights.device) == (x.dtype, x.device):
-        return None
-    return ValueError(
-        f"x is {x.dtype} on {x.device}, but the model's weights are {weights.dtype} on {weights.device}; pass "
-        f'x.to("{weights.device}", {weights.dtype})'
-    )
-
-
-def entry(z: Any) -> str:
-    """How ``models.adapt`` would be told where the tensor is."""
+def _place(z: object) -> str:
+    """The ``output`` of :func:`robustood.models.adapt` that finds the tensor in z."""
     if isinstance(z, Mapping):
         return repr(next((key for key, value in z.items() if isinstance(value, Tensor)), "logits"))
     if isinstance(z, (tuple, list)):
@@ -159,35 +152,27 @@ def check_finite(bad: int | Tensor, total: int) -> None:
     if count := int(bad):
         raise ValueError(
             f"model returned NaN or infinity for {count} of {total} inputs, so nothing is measured; look for weights "
-            "that are not finite, for a log or a division by 0, and write -1e4 where -inf masks an output"
+            "that are not finite and for a log or a division by 0, and mask outputs with -1e4 instead of -inf"
         )
 
 
-class Reader:
-    """A model at a door. Whether all that it returned was finite is asked at the end, by ``close``."""
+@contextmanager
+def reading(model: Model) -> Generator[Model]:
+    """:func:`read` as a function of x alone; NaN and infinity in its results are refused on leaving."""
+    bad: list[Tensor] = []
+    total: list[int] = []
 
-    def __init__(self, model: Model):
-        self.model, self.total = model, 0
-        self.bad: int | Tensor = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        z = read(self.model, x)
-        self.bad, self.total = self.bad + (~z.detach().isfinite()).any(1).sum(), self.total + len(z)
+    def reader(x: Tensor) -> Tensor:
+        z = read(model, x)
+        bad.append((~z.detach().isfinite()).any(1).sum())
+        total.append(len(z))
         return z
 
-    def close(self) -> None:
-        check_finite(self.bad, self.total)
-
-
-@contextmanager
-def reading(model: Model) -> Generator[Reader]:
-    """The model as a :class:`Reader`; NaN and infinity are refused on leaving."""
-    reader = Reader(model)
     yield reader
-    reader.close()
+    check_finite(sum(bad), sum(total))
 
 
-# --- whether it can be followed uphill
+# --- its gradient
 
 
 def slope(value: Tensor, z: Tensor) -> Tensor:
@@ -199,57 +184,48 @@ def slope(value: Tensor, z: Tensor) -> Tensor:
     found = torch.autograd.grad(value, z, allow_unused=True)[0] if value.requires_grad else None
     if found is None:
         raise RuntimeError(
-            "there is no gradient from the model's outputs to its input: is its forward under torch.no_grad(), or "
-            "is what it returns detached or computed outside torch? An attack needs that gradient"
+            "there is no gradient from the model's outputs to its input, which an attack needs: is the forward pass "
+            "under torch.no_grad(), or is its result detached or computed outside torch?"
         )
     return found
 
 
 class Watch:
-    """Whether an attack met numbers, and a gradient for some input; asked once, by :meth:`close`.
+    """Whether an attack saw only finite values, and a gradient other than zero; checked once, by ``close``.
 
-    Zero at every step of every start, exactly, is no small gradient but a hidden one.
+    A gradient that is exactly zero at every step from every initial point is not small but hidden.
     """
 
     def __init__(self) -> None:
-        self.met: Tensor | None = None  # of the batch at hand
-        self.batches: list[Tensor] = []
         self.bad: int | Tensor = 0
         self.total = 0
+        self.rose: Tensor | None = None  # whether any gradient was not zero
 
-    def over(self, objective: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """The objective; what it returns and its gradients are looked at as they pass."""
+    def over(self, objective: Objective) -> Objective:
+        """The objective; its values and gradients are watched as they pass."""
 
-        def watched(x: Tensor) -> Any:
+        def watched(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             if x.requires_grad:
                 x.register_hook(self.meet)
             values = objective(x)
             climb = values[0] if isinstance(values, tuple) else values
-            self.bad, self.total = (
-                self.bad + (~climb.detach().isfinite()).sum(),
-                self.total + len(x),
-            )
+            self.bad = self.bad + (~climb.detach().isfinite()).sum()
+            self.total += len(x)
             return values
 
         return watched
 
     def meet(self, grad: Tensor) -> None:
-        some = (grad != 0).flatten(1).any(1)
-        self.met = some if self.met is None else self.met | some
+        rose = (grad != 0).any()
+        self.rose = rose if self.rose is None else self.rose | rose
 
-    def next(self) -> None:
-        """Go on to another batch."""
-        self.batches += [] if self.met is None else [self.met]
-        self.met = None
-
-    def close(self, hidden: bool = True) -> None:
-        """Refuse NaN, and warn of a gradient that was hidden from all inputs; waits for the device."""
+    def close(self, inputs: int, hidden: bool = True) -> None:
+        """Refuse NaN, and warn if the gradient was hidden for all inputs; waits for the device."""
         check_finite(self.bad, self.total)
-        self.next()
-        if hidden and self.batches and not (met := torch.cat(self.batches)).any():
+        if hidden and self.rose is not None and not self.rose:
             warnings.warn(
-                f"the gradient is exactly zero for 100 % of {len(met)} inputs at every step, so the attack moved "
-                "by chance alone, and what it leaves is no evidence of robustness. Rounding, argmax or saturation "
-                'hides it: attack without that layer, by a straight-through gradient, or with loss="margin"',
+                f"the gradient is exactly zero for 100 % of {inputs} inputs at every step, so the attack moved "
+                "at random, and what withstands it is no evidence of robustness. Rounding, argmax or saturation hides "
+                'the gradient: attack without that layer, with a straight-through gradient, or with loss="margin"',
                 stacklevel=3,
             )

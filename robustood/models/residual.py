@@ -1,7 +1,7 @@
-"""Residual networks for 32x32 images, and what all networks of published size share.
+"""Residual networks for 32x32 images, and functions that all networks of published size share.
 
 Every network here is fully convolutional and averages its last map, so other image sizes work too.
-Activations overwrite only the output of a batch normalisation or of a sum; autograd needs neither.
+In-place activations overwrite only the output of a batch normalisation or of a sum, which autograd does not need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import relu
 from robustood.inputs import check_choice, check_count
 from robustood.models.base import Classifier, Normalise, seeded
 
-# Mean and standard deviation per channel of red, green and blue, as the papers' networks take them.
+# Mean and standard deviation of red, green and blue, as the papers' networks use them.
 STATISTICS = {
     "cifar": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
     "gtsrb": ((0.3337, 0.3064, 0.3171), (0.2672, 0.2564, 0.2629)),
@@ -22,7 +22,7 @@ STATISTICS = {
 
 
 def normaliser(normalise: str | nn.Module | None, channels: int) -> nn.Module | None:
-    """The normalisation that is meant by a name of ``STATISTICS``; a module or None as it is."""
+    """The normalisation for a name in ``STATISTICS``; a module or None unchanged."""
     check_count(channels, "channels", low=1)
     if normalise is None or isinstance(normalise, nn.Module):
         return normalise
@@ -37,7 +37,7 @@ def normaliser(normalise: str | nn.Module | None, channels: int) -> nn.Module | 
 
 
 def repeats(depth: int, extra: int) -> int:
-    """$n$ of depth $= 6 n +$ extra: three groups of n blocks with two convolutions each."""
+    """$n$ in depth $= 6 n +$ extra: three groups of n blocks with two convolutions each."""
     depth = check_count(depth, "depth", low=6 + extra)
     n, rest = divmod(depth - extra, 6)
     if rest:
@@ -67,7 +67,7 @@ def initialise(model: Classifier, std: float | None = None) -> Classifier:
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """Without bias, as a batch normalisation follows; padded to keep the map's size at stride 1."""
+    """A convolution padded to keep the map's size at stride 1, without bias, for a batch normalisation follows."""
     return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
 
 
@@ -121,7 +121,7 @@ class PreBlock(nn.Module):
 def groups(
     block: Callable[[int, int, int], nn.Module], inputs: int, widths: Sequence[int], n: int
 ) -> list[nn.Sequential]:
-    """One group of n blocks for each width; each group but the first halves the map."""
+    """One group of n blocks per width; every group but the first halves the map."""
     found = []
     for i, width in enumerate(widths):
         first = block(inputs, width, 1 if i == 0 else 2)
@@ -142,26 +142,26 @@ def resnet(
     """ResNet for CIFAR (He et al. 2016, Deep Residual Learning, section 4.2).
 
     Where the shape changes, the shortcut is a 1x1 convolution with batch normalisation (the paper's
-    option B, and today's custom; its own CIFAR networks pad with zeros, option A). The four stages
+    option B, and current practice; its own CIFAR networks pad with zeros, option A). The four stages
     are the first activated convolution (32x32) and the three groups (32x32, 16x16, 8x8).
 
     Args:
         depth: 6 n + 2 layers; 20 has 272,474 parameters, 8 has 78,042.
         width: channels of the first group, at least 8; the others have two and four times as many.
         classes, reject: numbers of class and of reject outputs.
-        seed: of the initial weights; the global random state is left alone.
-        normalise: name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
+        seed: of the initial weights; the global random state is unchanged.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:
         Model from (batch, channels, height, width) in [0, 1] to (batch, classes + reject).
 
     Raises:
-        ValueError: for another depth, or a width below 8.
+        ValueError: for an invalid depth, or a width below 8.
     """
     n = repeats(depth, 2)
     # With fewer inputs, torch 2.15's weight gradient of the shortcut (1x1, stride 2, channels_last,
-    # float32, on a CPU) writes beyond its memory and may end the process.
+    # float32, on a CPU) writes out of bounds and may crash the process.
     width, channels = check_count(width, "width", low=8), check_count(channels, "channels", 1)
     shift = normaliser(normalise, channels)
     with seeded(seed):
@@ -180,7 +180,7 @@ def preactivated(
     normalise: str | nn.Module | None,
     channels: int,
 ) -> Classifier:
-    """A convolution, groups of n pre-activated blocks, and the activation that these leave to do."""
+    """A convolution, groups of n pre-activated blocks, and a final activation."""
     shift = normaliser(normalise, channels)
     channels = int(channels)
     with seeded(seed):
@@ -206,18 +206,18 @@ def wide_resnet(
 
     Args:
         depth: 6 n + 4 layers.
-        width: factor of the groups' 16, 32 and 64 channels. WRN-16-2 has 691,674 parameters,
+        width: multiplies the groups' 16, 32 and 64 channels. WRN-16-2 has 691,674 parameters,
             WRN-40-4 8,949,210.
         classes, reject: numbers of class and of reject outputs.
-        seed: of the initial weights; the global random state is left alone.
-        normalise: name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
+        seed: of the initial weights; the global random state is unchanged.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:
         Model from (batch, channels, height, width) in [0, 1] to (batch, classes + reject).
 
     Raises:
-        ValueError: for another depth, or a number below 1.
+        ValueError: for an invalid depth, or a number below 1.
     """
     n = repeats(depth, 4)
     width = check_count(width, "width", low=1)
@@ -241,8 +241,8 @@ def preact_resnet18(
 
     Args:
         classes, reject: numbers of class and of reject outputs.
-        seed: of the initial weights; the global random state is left alone.
-        normalise: name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
+        seed: of the initial weights; the global random state is unchanged.
+        normalise: a name in ``STATISTICS``, a module such as :class:`Normalise`, or None.
         channels: of the input images.
 
     Returns:

@@ -1,9 +1,8 @@
 r"""What the adversary may change: a perturbation set $S(x) = \{\mathrm{apply}(x, z) : z \in Z\}$.
 
 A set is described by parameters ``z`` (batch first) and answers five questions: where to start,
-what image a parameter makes, which way is up, whether a parameter is allowed, and which
-parameter changes nothing. Every attack in this package is written against these answers and
-knows nothing else about the set.
+which image a parameter yields, how to step uphill, whether a parameter is allowed, and which
+parameter changes nothing. Attacks use these answers only and know nothing else about the set.
 
 For the norm balls $z = \delta$ is the perturbation itself, in pixels, and the box $[0, 1]$ of
 valid images is part of the set (Madry et al. 2018, eq. 2.1 and section 2.2).

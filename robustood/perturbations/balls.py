@@ -1,4 +1,4 @@
-"""Norm balls of pixels."""
+"""Norm balls in pixel space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from robustood.perturbations.base import (
 
 @dataclass(frozen=True)
 class Ball(PerturbationSet):
-    """Common part of the norm balls: $z = \\delta$, $\\mathrm{apply}(x, \\delta) = x + \\delta$.
+    """What the norm balls share: $z = \\delta$, $\\mathrm{apply}(x, \\delta) = x + \\delta$.
 
     Attributes:
         eps: radius in pixels (write ``8/255``), at least 0.
@@ -61,7 +61,7 @@ class Ball(PerturbationSet):
         return x + z
 
     def project(self, x: Inputs, z: Inputs) -> Inputs:
-        """Ball first, then box, whose clip moves towards x: the norm cannot grow. Overwrites z."""
+        """Ball first, then box, whose clipping moves towards x, so the norm cannot grow. Works in place."""
         z = self.shrink(z)
         return z if self.box is None else z.add_(x).clamp_(*self.box).sub_(x)
 
@@ -75,7 +75,7 @@ class Ball(PerturbationSet):
 
     @abstractmethod
     def ascend(self, x: Inputs, z: Inputs, grad: Inputs, step_size: float | Tensor) -> Inputs:
-        """One steepest ascent step in the ball's norm, then projection."""
+        """One step of steepest ascent in the ball's norm, then projection."""
 
     @abstractmethod
     def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
@@ -83,26 +83,26 @@ class Ball(PerturbationSet):
 
     @abstractmethod
     def shrink(self, z: Inputs) -> Inputs:
-        """The nearest point of the ball; overwrites z."""
+        """The nearest point of the ball; works in place."""
 
     @abstractmethod
     def norm(self, z: Inputs) -> Float[Tensor, " batch"]:
-        """Size of each perturbation."""
+        """Norm of each perturbation."""
 
 
 class Linf(Ball):
     r"""$\{\delta : \max_i |\delta_i| \le \varepsilon\}$; steepest ascent is the sign.
 
     Raises:
-        ValueError: also if eps is wider than the box, as where 8 was written for 8/255.
+        ValueError: also if eps is wider than the box, as when 8 is written for 8/255.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.box is not None and self.eps > self.box[1] - self.box[0]:
             raise ValueError(
-                f"eps is {self.eps:g}, wider than the box {self.box}; of 255 grey levels write "
-                f"{self.eps:g}/255, and box=None for vectors that are no pixels"
+                f"eps is {self.eps:g}, wider than the box {self.box}; for a radius in grey levels write "
+                f"{self.eps:g}/255, for vectors that are not pixels box=None"
             )
 
     def uniform(self, x: Inputs, generator: torch.Generator | None) -> Inputs:
@@ -152,7 +152,7 @@ class L2(Ball):
 
     def ascend(self, x: Inputs, z: Inputs, grad: Inputs, step_size: float | Tensor) -> Inputs:
         grad = grad.nan_to_num(0.0, 0.0, 0.0)  # one dead pixel must not move all the others
-        # Divide by the largest entry first: the squares of tiny gradients underflow to zero.
+        # Divide by the largest entry first, or the squares of tiny gradients underflow to zero.
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
         grad = grad.div_(per_sample(largest, grad))
         length = step_size / norms(grad).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""The questions that a perturbation set answers, and what its kinds share."""
+"""The interface of a perturbation set, and functions that its kinds share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Inputs = Float[Tensor, "batch *shape"]
 class PerturbationSet(ABC):
     """What an attack needs to know about $S(x)$.
 
-    A set of your own derives from this class and has ``identity``, ``draw``, ``apply``, ``ascend`` and ``contains``.
+    Your own set derives from this class and defines ``identity``, ``draw``, ``apply``, ``ascend`` and ``contains``.
 
     Attributes:
         radius: size of the set in the unit of ``step_size``; the default step is 2.5 radius / steps.
         box: range of valid inputs, None for vectors without one.
-        differentiable: whether ``apply`` can be followed uphill in ``z``. A finite set cannot: it is
+        differentiable: whether ``apply`` has a gradient in ``z``. A finite set has none: it is
             searched by enumeration.
     """
 
@@ -38,19 +38,19 @@ class PerturbationSet(ABC):
 
     @abstractmethod
     def identity(self, x: Inputs) -> Tensor:
-        """The parameter that leaves x as it is."""
+        """The parameter that leaves x unchanged."""
 
     @abstractmethod
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Tensor:
-        """A parameter of the set drawn at random, one per sample."""
+        """One parameter per sample, drawn at random from the set."""
 
     def initial_points(
         self, x: Inputs, restarts: int, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Yield parameters to start from, as many as restarts; more restarts only add to fewer.
+        """Yield parameters to start from, one per restart; a larger number extends a smaller one.
 
-        The first is random, the second the identity, where a search often ends elsewhere, the others are random;
-        for 0, the identity alone. A finite set yields all its members, the identity first.
+        The first is random, the second the identity, the others random; for 0 restarts, the identity only. A
+        finite set yields all its members, the identity first.
         """
         for place in range(max(restarts, 1)):
             random = place != 1 and restarts
@@ -77,18 +77,18 @@ SUCH_AS = "a perturbation set, such as Linf(8/255)"
 
 
 def check_set(value: object, name: str, kind: type = PerturbationSet) -> None:
-    """Refuse what is no perturbation set."""
+    """Refuse anything but a perturbation set."""
     check_instance(value, name, kind, SUCH_AS)
 
 
 def check_box(box: object) -> None:
-    """Refuse what is no range of valid inputs."""
+    """Refuse anything but a range (low, high) or None."""
     if box is None:
         return
     if not isinstance(box, tuple) or len(box) != 2:
-        raise ValueError(f"box must be a pair (low, high), or None for no range, got {box!r:.80}")
+        raise ValueError(f"box must be a tuple (low, high), or None for no range, got {box!r:.80}")
     for end in box:
-        check_number(end, "box, end", fix="(0, 1) is that of images")
+        check_number(end, "each end of box", fix="write (0, 1) for images")
     if not box[0] < box[1]:
         raise ValueError(f"box must be (low, high) with low < high, got {box!r}")
 
@@ -104,7 +104,7 @@ def per_sample(values: Shaped[Tensor, " batch"], like: Inputs) -> Tensor:
 
 
 def sized(step_size: float | Tensor, like: Inputs) -> float | Tensor:
-    """A step that broadcasts over ``like``: one number, or one a sample."""
+    """A step size that broadcasts over ``like``: one number, or one per sample."""
     return per_sample(step_size, like) if isinstance(step_size, Tensor) else step_size
 
 

@@ -1,4 +1,4 @@
-"""Sets that are searched by enumeration, and sets that follow one another."""
+"""Sets that are searched by enumeration, and the composition of two sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from robustood.perturbations.base import Inputs, PerturbationSet, check_set
 
 
 class FiniteSet(PerturbationSet):
-    """A set that is searched through all its members; nothing is climbed."""
+    """A set of finitely many members, which are all judged; it has no gradient."""
 
     radius = 0.0
     differentiable = False
@@ -28,10 +28,10 @@ class FiniteSet(PerturbationSet):
 
 @dataclass(frozen=True)
 class FiniteSubset(FiniteSet):
-    """A finite part of another set: the identity and some more of its members.
+    """A finite part of another set: the identity and some other members.
 
     Attributes:
-        parent: the set that makes images of parameters.
+        parent: the set that the parameters belong to.
         points: the parameters (members, ...), shared by all samples.
     """
 
@@ -73,17 +73,17 @@ class FiniteSubset(FiniteSet):
 
 @dataclass(frozen=True)
 class Corruption(FiniteSet):
-    """The clean image and its common corruptions (Hendrycks and Dietterich 2019), a finite set.
+    """The clean image and its common corruptions (Hendrycks and Dietterich 2019): a finite set.
 
-    A parameter is $z = (c, s, r)$: 0 for the clean image or the corruption's place in ``names``
-    from 1, the severity, and the seed of the sample's own noise.
+    A parameter is $z = (c, s, r)$: the corruption's place in ``names`` counted from 1, or 0 for the
+    clean image; the severity; and the seed of the sample's noise.
 
     Attributes:
         names: which of the 19 corruptions of :mod:`robustood.corruptions`.
         severities: which of 1 to 5.
 
     Raises:
-        ValueError: for an unknown name or severity, or none at all.
+        ValueError: for an unknown name or severity, or an empty list.
     """
 
     names: Sequence[str] = NAMES
@@ -93,10 +93,10 @@ class Corruption(FiniteSet):
         check_several(self.names, "names", "corruptions")
         check_several(self.severities, "severities", "whole numbers from 1 to 5")
         for name in self.names:
-            check_choice(name, "names: name", NAMES)
+            check_choice(name, "each of names", NAMES)
         for severity in self.severities:
-            check_count(severity, "severities: severity", low=1)
-            check_number(severity, "severity", 1, 5, "severities are 1, 2, 3, 4 and 5")
+            check_count(severity, "each of severities", low=1)
+            check_number(severity, "each of severities", 1, 5, "severities are 1, 2, 3, 4 and 5")
 
     def identity(self, x: Inputs) -> Float[Tensor, "batch 3"]:
         return torch.zeros(len(x), 3, device=x.device)  # float32 also for half-precision images
@@ -140,12 +140,12 @@ class Corruption(FiniteSet):
 
 @dataclass(frozen=True)
 class Compose(PerturbationSet):
-    r"""First one set, then another around its result: $\{b(a(x, z_a), z_b)\}$.
+    r"""One set, then another around its result: $\{b(a(x, z_a), z_b)\}$.
 
-    The parameters stand side by side, flattened, in one tensor. A finite first set is searched
-    through all its members, each with every start of the second; two sets with random starts
-    draw both anew each time. Gradients reach the first set through the second, so the pair is
-    differentiable if the second is.
+    The parameters of both are flattened and concatenated in one tensor. A finite first set is searched
+    exhaustively, each member with every initial point of the second; two sets with random initial points
+    are both drawn anew each time. Gradients reach the first set through the second, so the composition
+    is differentiable if the second set is.
 
     Attributes:
         first, second: any two sets.
@@ -164,7 +164,7 @@ class Compose(PerturbationSet):
 
     @property
     def finite(self) -> bool:
-        """One of the two has members that must all be judged."""
+        """Whether one of the two has members that must all be judged."""
         return self.first.finite or self.second.finite
 
     @property
@@ -183,13 +183,13 @@ class Compose(PerturbationSet):
                 yield torch.cat([z.flatten(1), further.flatten(1)], 1)
 
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of the first set, then one of the second around its result."""
+        """A draw from the first set, then one from the second around its result."""
         a = self.first.draw(x, generator)
         b = self.second.draw(self.first.apply(x, a), generator)
         return torch.cat([a.flatten(1), b.flatten(1)], 1)
 
     def split(self, x: Inputs, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The two sets' own parameters."""
+        """The parameters of each set."""
         a, b = self.first.identity(x), self.second.identity(x)
         width = a[0].numel()
         return z[:, :width].reshape(a.shape), z[:, width:].reshape(b.shape)

@@ -1,4 +1,4 @@
-"""A learned set: a ball of latent variables, seen through a generator."""
+"""A learned set: the image of a latent ball under a generator."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Latents = Float[Tensor, "batch latent"]
 
 @runtime_checkable
 class ImageGenerator(Protocol):
-    """What makes an image of a condition and a latent variable.
+    """What turns a condition and latent variables into an image.
 
     Attributes:
-        latent: the number k of latent variables of one sample.
+        latent: number k of latent variables per sample.
     """
 
     @property
@@ -36,8 +36,8 @@ class ImageGenerator(Protocol):
 
 
 def check_maker(generator: object) -> None:
-    """Refuse what makes no images of latent variables."""
-    such_as = "a network that must have generate(x, u) and latent, such as a ConditionalVAE"
+    """Refuse anything but an image generator."""
+    such_as = "a network with generate(x, u) and latent, such as a ConditionalVAE"
     check_instance(generator, "generator", ImageGenerator, such_as)
 
 
@@ -46,18 +46,18 @@ class Latent(PerturbationSet):
     r"""$\{g(x, u) : \|u\|_2 \le \varepsilon\}$ with a learned generator $g$ (Wong and Kolter 2021, section 2).
 
     For a conditional variational autoencoder $g(x, u)$ decodes $z = \mu(x) + \sigma(x) \odot u$, so
-    $\|u\|_2$ is the Mahalanobis distance of z from the prior. The generator is used as it is: frozen, in
-    eval mode, and the gradient reaches u alone. The centre $u = 0$ is the identity parameter; it gives
+    $\|u\|_2$ is the Mahalanobis distance of z from the mean of the prior. The generator is used frozen and in
+    eval mode, and the gradient is taken in u only. The centre $u = 0$ is the identity parameter; it yields
     the generator's best copy of x, not x itself.
 
     Attributes:
         generator: such as :class:`robustood.generative.ConditionalVAE`.
-        radius: $\varepsilon$, in standard deviations of the prior; take it from data
+        radius: $\varepsilon$, in standard deviations of the prior; estimate it from data
             (:func:`robustood.generative.radii`).
         box: range of valid inputs, None for vectors without one.
 
     Raises:
-        ValueError: for a negative radius, or what is no generator.
+        ValueError: for a negative radius, or anything but a generator.
     """
 
     generator: ImageGenerator = field(repr=False)
@@ -71,7 +71,7 @@ class Latent(PerturbationSet):
 
     @property
     def ball(self) -> L2:
-        """The latent ball: rows of u, of length at most the radius."""
+        """The latent ball: rows of u with norm at most the radius."""
         return L2(self.radius, box=None)
 
     def scaled(self, factor: float) -> Latent:
@@ -91,22 +91,22 @@ class Latent(PerturbationSet):
         return self.ball.ascend(z, z, grad, step_size)
 
     def project(self, x: Inputs, z: Latents) -> Latents:
-        """The nearest row in the ball; overwrites z."""
+        """The nearest point of the ball for each row; works in place."""
         return self.ball.shrink(z)
 
     def contains(self, x: Inputs, z: Latents) -> Bool[Tensor, " batch"]:
         return norms(z) <= self.radius * (1 + TOLERANCE) + TOLERANCE
 
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Latents:
-        """A uniform direction, a length uniform in [0, radius]."""
+        """A uniform direction and a length uniform in [0, radius]."""
         return self.directed(x, self.radius * self.shares(x, generator), generator)
 
     def truncated(self, x: Inputs, generator: torch.Generator | None = None) -> Latents:
-        r"""A standard normal truncated to the ball, the density of the probabilistic set.
+        r"""A draw from the standard normal truncated to the ball, the law of the probabilistic set.
 
-        The direction is uniform and $\|u\|^2$ is chi-square below $\varepsilon^2$, by its inverse
-        distribution function. Where that underflows, $\varepsilon^2 \ll k$ and nearly all mass lies at the
-        surface: there $\|u\| = \varepsilon\, U^{1 / (k - \varepsilon^2)}$ to first order in the depth.
+        The direction is uniform, and $\|u\|^2$ is chi-square truncated at $\varepsilon^2$, by its inverse
+        distribution function. Where that underflows, $\varepsilon^2 \ll k$ and nearly all mass lies near the
+        surface: then $\|u\| = \varepsilon\, U^{1 / (k - \varepsilon^2)}$ to first order in the depth.
         """
         k, share = self.generator.latent, self.shares(x, generator)
         below = gammainc(k / 2, self.radius**2 / 2)
@@ -118,13 +118,12 @@ class Latent(PerturbationSet):
         return self.directed(x, length.clamp_max(self.radius), generator)
 
     def shares(self, x: Inputs, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
-        """Numbers uniform in [0, 1], one a sample."""
-        first = x.flatten(1)[:, 0]
-        return rng.uniform(first, generator)
+        """One uniform number in [0, 1) per sample."""
+        return rng.uniform(x.flatten(1)[:, 0], generator)
 
     def directed(
         self, x: Inputs, length: Float[Tensor, " batch"], generator: torch.Generator | None
     ) -> Latents:
-        """Rows of these lengths in uniform directions."""
+        """Vectors of given lengths in uniform directions."""
         way = rng.normal(self.identity(x), generator)
         return way * (length / norms(way).clamp_min(1e-12))[:, None]

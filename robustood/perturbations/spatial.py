@@ -1,11 +1,10 @@
-"""Rotation, shift and change of size."""
+"""Rotation, translation and scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,18 +19,18 @@ from robustood.perturbations.finite import FiniteSubset
 
 @dataclass(frozen=True)
 class Spatial(PerturbationSet):
-    r"""Rotation, shift and change of size, by resampling the image (Engstrom et al. 2019).
+    r"""Rotation, translation and scaling, by resampling the image (Engstrom et al. 2019).
 
-    $z = (z_1, .., z_4) \in [-1, 1]^4$ counts in units of the ranges: the angle is $z_1$
-    ``rotation``, the shift $(z_2, z_3)$ ``translation`` to the right and down, the size $1 +
-    z_4$ ``scale``. Content moves by the forward map; each output pixel looks up its source by
-    the inverse, with bilinear interpolation, so the image is differentiable in z.
+    $z = (z_1, .., z_4) \in [-1, 1]^4$ is in units of the ranges: the angle is $z_1$
+    ``rotation``, the shift $(z_2, z_3)$ ``translation`` to the right and down, the scale $1 +
+    z_4$ ``scale``. Content moves by the forward map; each output pixel is sampled at its source under
+    the inverse map, with bilinear interpolation, so the image is differentiable in z.
 
     Attributes:
         rotation: largest angle in degrees, counter-clockwise where positive.
         translation: largest shift in pixels along each axis.
         scale: largest relative change of size, below 1.
-        fill: what lies outside the image: ``"zeros"``, ``"border"`` or ``"reflection"``.
+        fill: what fills the outside of the image: ``"zeros"``, ``"border"`` or ``"reflection"``.
 
     Raises:
         ValueError: for a negative range, a scale of 1 or more, or an unknown fill.
@@ -59,8 +58,7 @@ class Spatial(PerturbationSet):
 
     def draw(self, x: Inputs, generator: torch.Generator | None = None) -> Float[Tensor, "batch 4"]:
         """A parameter drawn uniformly from the ranges."""
-        z = rng.uniform(self.identity(x), generator, -1, 1)
-        return self.project(x, z)
+        return self.project(x, rng.uniform(self.identity(x), generator, -1, 1))
 
     def apply(self, x: Inputs, z: Float[Tensor, "batch 4"]) -> Inputs:
         height, width = x.shape[-2:]
@@ -68,7 +66,7 @@ class Spatial(PerturbationSet):
         size = 1 + z[:, 3] * self.scale
         cos, sin = angle.cos() / size, angle.sin() / size
         right, down = z[:, 1] * self.translation, z[:, 2] * self.translation
-        # Inverse map in pixels: turn back, then subtract the shift; axes rescaled to [-1, 1].
+        # Inverse map in pixels: rotate back, then subtract the shift; axes rescaled to [-1, 1].
         across = torch.stack(
             [cos, -sin * height / width, -(cos * right - sin * down) * 2 / width], 1
         )
@@ -79,11 +77,11 @@ class Spatial(PerturbationSet):
         return grid_sample(x, where, padding_mode=self.fill, align_corners=False)
 
     def ascend(self, x: Inputs, z: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
-        """Coordinates count in units of their ranges, so the step is the sign of the gradient."""
+        """Coordinates are in units of their ranges, so the step is the sign of the gradient."""
         return self.project(x, grad.sign().mul_(sized(step_size, z)).add_(z))
 
     def project(self, x: Inputs, z: Tensor) -> Tensor:
-        """Clip to the ranges; overwrites z."""
+        """Clip to the ranges; works in place."""
         z = z.clamp_(-1, 1)
         for coordinate, moves in enumerate(self.moving):
             if not moves:
@@ -97,15 +95,14 @@ class Spatial(PerturbationSet):
         """The finite set of a regular grid over the ranges.
 
         Args:
-            points: how many along each coordinate (odd, so that the middle is there), one
-                number or four; a coordinate without a range has one.
+            points: number of points along each coordinate, one number or four; an odd number
+                includes the middle, and a coordinate without a range has one point.
         """
-        counts: Any = [points] * 4 if isinstance(points, Integral) else points
+        counts = [points] * 4 if isinstance(points, (int, Integral)) else points
         check_several(counts, "points", "four whole numbers, or one number", 0)
         if len(counts) != 4:
             raise ValueError(f"points must be one number or four, got {len(counts)}: {counts}")
-        for count in counts:
-            check_count(count, "points", low=1)
+        counts = [check_count(count, "each of points", low=1) for count in counts]
         axes = [
             torch.linspace(-1, 1, n) if n > 1 and moves else torch.zeros(1)
             for n, moves in zip(counts, self.moving, strict=True)

@@ -1,15 +1,15 @@
 r"""Randomised smoothing of a vote or of a score, over any set with Euclidean parameters.
 
-A perturbation set makes inputs from parameters, $\mathrm{apply}(x, z)$. Smoothing answers at $z$ with what
-the network says of $\mathrm{apply}(x, z + \nu)$, $\nu \sim \mathcal N(0, \sigma^2 I)$. Whatever the network and
-the set are, the probability $p$ of an answer, and the mean of a score in [0, 1], obey
+A perturbation set makes inputs from parameters, $\mathrm{apply}(x, z)$. The smoothed network at $z$ aggregates
+the outputs for $\mathrm{apply}(x, z + \nu)$, $\nu \sim \mathcal N(0, \sigma^2 I)$. Whatever the network and
+the set are, the probability $p$ of a class, or the mean $p$ of a score in [0, 1], satisfies
 
 $$\Phi(\Phi^{-1}(p) - r / \sigma) \;\le\; p' \;\le\; \Phi(\Phi^{-1}(p) + r / \sigma)$$
 
-where the parameters have moved by at most r in the Euclidean norm (Cohen et al. 2019, theorem 1 and its
-proof; Salman et al. 2019). For :class:`~robustood.perturbations.L2` the parameters are the pixels' changes.
+if the parameters have moved by at most r in the Euclidean norm (Cohen et al. 2019, theorem 1 and its
+proof; Salman et al. 2019). For :class:`~robustood.perturbations.L2` the parameters are the changes of pixels.
 For a learned set they are a latent code: then the certificate is about x *as the condition*, not about an
-image that comes without its x, nor about images that the set cannot make.
+image whose x is unknown, nor about images that the set cannot generate.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ ABSTAIN = -1
 class Noise:
     r"""$x \mapsto \mathrm{apply}(x, z + \nu)$ with $\nu \sim \mathcal N(0, \sigma^2 I)$.
 
-    Smoothing's own noise; as the ``augment`` of :func:`robustood.training.fit` it trains a network for it.
-    Noisy images may leave [0, 1]: the noise is the smoothed network's, not the adversary's.
+    The noise of smoothing; as the ``augment`` of :func:`robustood.training.fit` it trains a network for smoothing.
+    Noisy images may leave [0, 1]: the noise belongs to the smoothed network, not to the adversary.
 
     Attributes:
         within: a set with Euclidean parameters, such as ``L2(eps)``.
@@ -62,13 +62,13 @@ class Noise:
         if isinstance(self.within, Linf) or self.within.finite:
             raise ValueError(
                 f"within must have Euclidean parameters, such as L2(0.5), got {self.within!r}; "
-                "Gaussian noise says nothing about other norms"
+                "Gaussian noise certifies no other norm"
             )
 
     def __call__(
         self, x: Inputs, generator: torch.Generator | None = None, z: Tensor | None = None
     ) -> Tensor:
-        """One noisy copy of each input, around the parameters z (default: of x itself)."""
+        """One noisy copy of each input, around the parameters z (default: those of x itself)."""
         z = self.within.identity(x) if z is None else z
         nu = rng.normal(z, generator)
         return self.within.apply(x, z + self.sigma * nu)
@@ -82,7 +82,7 @@ class Noise:
         batch_size: int,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Sum of f over n noisy copies of each input, some of them at one time: (batch, ...)."""
+        """Sum of f over n noisy copies of each input, ``batch_size`` copies at a time: (batch, ...)."""
         x = taken(x, self.within.box)
         n, batch_size = check_count(n, "n", low=1), check_count(batch_size, "batch_size", low=1)
         inputs.check_generator(generator)
@@ -91,7 +91,7 @@ class Noise:
             identity = self.within.identity(x)
             if z.shape != identity.shape or z.dtype != identity.dtype:
                 raise ValueError(
-                    f"at must hold one parameter an input, {identity.dtype} of shape {tuple(identity.shape)}, got "
+                    f"at must hold one parameter per input, {identity.dtype} of shape {tuple(identity.shape)}, got "
                     f"{z.dtype} of shape {tuple(z.shape)}"
                 )
             z = z.detach()
@@ -131,9 +131,9 @@ def votes(
         within: whose parameters the noise is added to.
         sigma: standard deviation of the noise.
         n: number of copies.
-        at: parameters of the smoothed point (batch, ...); default: of x itself.
-        batch_size: copies that the network sees at one time.
-        generator: source of the noise; default: a fresh one with seed 0.
+        at: parameters of the smoothed point (batch, ...); default: those of x itself.
+        batch_size: copies per forward pass.
+        generator: source of the noise; default: a new one with seed 0.
     """
 
     def ballots(v: Tensor) -> Tensor:
@@ -147,12 +147,12 @@ def votes(
 
 @dataclass(frozen=True)
 class CertifiedVote:
-    """What the smoothed classifier answers, and how far that is proved.
+    """The prediction of the smoothed classifier, and the radius for which it is certified.
 
     Attributes:
         label: (batch,) the class, or ``ABSTAIN``.
-        radius: (batch,) the vote is the same for all parameters nearer than this; 0 on abstention.
-        p: (batch,) lower confidence bound of the class's probability under noise.
+        radius: (batch,) the vote is the same for all parameters closer than this; 0 if it abstains.
+        p: (batch,) lower confidence bound on the probability of the class under noise.
     """
 
     label: Labels
@@ -175,13 +175,13 @@ def certify(
 ) -> CertifiedVote:
     r"""Class and radius $R = \sigma\,\Phi^{-1}(\underline{p_A})$ of each input (Cohen et al. 2019, section 3.2.2).
 
-    ``n0`` draws choose the class, ``n`` fresh ones count it: on the same draws the choice would favour the
-    lucky class. Where the bound does not exceed one half, the answer is to abstain.
+    ``n0`` draws select the class, ``n`` new ones estimate its probability, since the selecting draws would
+    be biased in favour of the class. If the bound does not exceed one half, the classifier abstains.
 
     Args:
         alpha: probability, for each input, that its certificate is wrong.
-        model, x, within, sigma, at, batch_size, generator: as in :func:`votes`. The set's own
-            radius plays no part.
+        model, x, within, sigma, at, batch_size, generator: as in :func:`votes`. The radius of the set is
+            not used.
 
     Raises:
         ValueError: for inputs outside the set's box, or bad settings, before any work.
@@ -216,9 +216,9 @@ def predict(
 ) -> Labels:
     """The vote where it is significant, else ``ABSTAIN`` (Cohen et al. 2019, section 3.2.1).
 
-    Significant: were the two leading classes equally likely, a lead like this would have a probability of at
-    most alpha (two-sided binomial test). So the answer is not the smoothed classifier's with a
-    probability of at most alpha. Arguments as in :func:`certify`.
+    Significant: if the two leading classes were equally likely, such a lead would have a probability of at
+    most alpha (two-sided binomial test). So the returned class differs from that of the smoothed classifier
+    with a probability of at most alpha. Arguments as in :func:`certify`.
     """
     check_alpha(alpha)
     counts = votes(
@@ -236,8 +236,8 @@ def certified_accuracy(
 ) -> list[Estimate]:
     """Share of inputs whose certified class is right and whose radius exceeds r, for each r.
 
-    A lower bound on the accuracy of the smoothed classifier under any attack of length r. The intervals are
-    about the sample of inputs.
+    A lower bound on the accuracy of the smoothed classifier under any attack of norm r. The intervals cover
+    the sampling of the inputs.
     """
     inputs.check_instance(found, "found", CertifiedVote, "what certify(..) returns")
     check_radii(radii)
@@ -250,9 +250,9 @@ def certified_accuracy(
 
 
 def sigma_for(radius: float, n: int = 10_000, alpha: float = 0.001) -> float:
-    r"""The noise with which n draws can just certify a radius: $r / \Phi^{-1}(\alpha^{1/n})$.
+    r"""The smallest noise with which n draws can certify a radius: $r / \Phi^{-1}(\alpha^{1/n})$.
 
-    $\alpha^{1/n}$ is the confidence bound where all n draws agree: no more can be shown with n draws.
+    $\alpha^{1/n}$ is the confidence bound if all n draws agree, the largest possible with n draws.
 
     >>> print(f"{sigma_for(2.69):.2f} {sigma_for(17.0, n=1000):.1f}")
     0.84 6.9
@@ -266,8 +266,8 @@ def sigma_for(radius: float, n: int = 10_000, alpha: float = 0.001) -> float:
 def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
     r"""One-sided Clopper-Pearson bound $\mathrm{BetaInv}(\alpha;\, k,\, n - k + 1)$, in float64.
 
-    The least probability under which k hits or more of n would still come with probability alpha; the
-    lower end of a two-sided interval at $2 \alpha$ (Clopper and Pearson 1934).
+    The probability under which k or more hits among n occur with probability alpha: the lower end of a
+    two-sided interval at level $1 - 2 \alpha$ (Clopper and Pearson 1934).
 
     >>> print(f"{lower_bound(torch.tensor([10_000]), 10_000, 0.001).item():.8f}")
     0.99930946
@@ -280,7 +280,7 @@ def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
             f"hits must be a tensor of whole numbers from 0 to n = {n}, got {hits!r:.80}"
         )
     k = hits.cpu().numpy()
-    # No hit, no bound: the law of the formula would need a positive first parameter.
+    # Without hits the bound is 0; the formula needs a positive first parameter.
     ends = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, alpha), 0.0)
     return torch.from_numpy(ends).to(hits.device)
 
@@ -290,12 +290,12 @@ def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
 
 @dataclass(frozen=True)
 class CertifiedScore:
-    r"""Bounds of the smoothed score $\bar s = \mathbb E\, s(\mathrm{apply}(x, z + \nu))$ of each input.
+    r"""Bounds on the smoothed score $\bar s = \mathbb E\, s(\mathrm{apply}(x, z + \nu))$ of each input.
 
     Attributes:
-        mean: (batch,) of the draws.
-        low, high: (batch,) confidence bounds of $\bar s$ where nothing was moved.
-        sigma: of the noise.
+        mean: (batch,) over the draws.
+        low, high: (batch,) confidence bounds on $\bar s$ at the unperturbed parameters.
+        sigma: standard deviation of the noise.
     """
 
     mean: Values
@@ -304,12 +304,12 @@ class CertifiedScore:
     sigma: float
 
     def lower(self, radius: float) -> Values:
-        r"""$\Phi(\Phi^{-1}(\mathrm{low}) - r / \sigma)$: no attack of length r brings $\bar s$ below it."""
+        r"""$\Phi(\Phi^{-1}(\mathrm{low}) - r / \sigma)$: no attack of norm r brings $\bar s$ below it."""
         check_number(radius, "radius", 0)
         return self.moved(self.low, -radius)
 
     def upper(self, radius: float) -> Values:
-        r"""$\Phi(\Phi^{-1}(\mathrm{high}) + r / \sigma)$: none brings $\bar s$ above it."""
+        r"""$\Phi(\Phi^{-1}(\mathrm{high}) + r / \sigma)$: no attack of norm r brings $\bar s$ above it."""
         check_number(radius, "radius", 0)
         return self.moved(self.high, radius)
 
@@ -334,13 +334,13 @@ def certified_score(
 
     Args:
         score: inputs to values in [0, 1], higher for more in-distribution, such as ``lambda v: 1 +
-            RejectClass(model).paper_score(v)``; a module is put in eval mode for the time being.
+            RejectClass(model).paper_score(v)``; a module is put in eval mode for the call.
         alpha: probability, for each input and each of its two bounds, that the bound is wrong. For one
-            statement about many inputs at once, divide by their number.
+            statement about many inputs together, divide by their number.
         x, within, sigma, n, at, batch_size, generator: as in :func:`votes`.
 
     Raises:
-        ValueError: for a score that leaves [0, 1], and as :func:`certify`.
+        ValueError: for a score outside [0, 1], and as :func:`certify`.
     """
     check_alpha(alpha)
     check_number(sigma, "sigma", 1e-9, 1e6)
@@ -359,13 +359,13 @@ def certified_score(
 
 
 def mean_bound(mean: Values, n: int, alpha: float) -> Values:
-    r"""Lower confidence bound of the mean of a variable in [0, 1], of which n draws have this mean.
+    r"""Lower confidence bound on the mean of a variable in [0, 1], from the mean of n draws.
 
-    The least q with $n\,\mathrm{kl}(\hat s, q) \le \log \frac1\alpha$, where $\mathrm{kl}(p, q) = p \log\frac pq +
+    The smallest q with $n\,\mathrm{kl}(\hat s, q) \le \log \frac1\alpha$, where $\mathrm{kl}(p, q) = p \log\frac pq +
     (1 - p)\log\frac{1 - p}{1 - q}$. Valid for every n and every law on [0, 1], because $\Pr[\hat s \ge t] \le
-    e^{-n\,\mathrm{kl}(t, q)}$ for a mean q < t (Hoeffding 1963, theorem 1). Where all draws are 1 it is
-    $\alpha^{1/n}$, the Clopper-Pearson bound; in between it is slightly wider. The scores of a good detector lie
-    at the ends, where bounds of width $1 / \sqrt n$ are of no use.
+    e^{-n\,\mathrm{kl}(t, q)}$ for a mean q < t (Hoeffding 1963, theorem 1). If all draws are 1 it is
+    $\alpha^{1/n}$, the Clopper-Pearson bound; otherwise it is slightly looser. The scores of a good detector lie
+    at the ends, where bounds of width $1 / \sqrt n$ are useless.
 
     >>> print(f"{mean_bound(torch.ones(1).double(), 1000, 0.001).item():.6f} {0.001 ** (1 / 1000):.6f}")
     0.993116 0.993116
@@ -389,14 +389,14 @@ def guaranteed_auroc(
     radii: Sequence[float],
     confidence: float = 0.95,
 ) -> list[Estimate]:
-    """AUROC of lower bounds in-distribution against upper bounds of outliers, for each radius.
+    """AUROC of lower bounds on in-distribution scores against upper bounds on outlier scores, for each radius.
 
-    No attack of that radius on both sides brings the AUROC on these inputs below it. The intervals are
-    about the sample of inputs.
+    No attack of that radius on both sides brings the AUROC on these inputs below it. The intervals cover
+    the sampling of the inputs.
 
     Args:
-        lower: radius to lower bounds of the in-distribution scores, such as :meth:`CertifiedScore.lower`.
-        upper: radius to upper bounds of the outliers' scores.
+        lower: maps a radius to lower bounds on the in-distribution scores, such as :meth:`CertifiedScore.lower`.
+        upper: maps a radius to upper bounds on the outlier scores.
     """
     inputs.check_callable(lower, "lower", "lower(radius)")
     inputs.check_callable(upper, "upper", "upper(radius)")
@@ -408,15 +408,15 @@ def guaranteed_auroc(
 
 
 class Smoothed(nn.Module):
-    r"""The smoothed network in a form that attacks and detectors take.
+    r"""The smoothed network as a module that attacks and detectors accept.
 
     Its outputs are $\log \frac1m \sum_j \mathrm{softmax}(f(\mathrm{apply}(x, z + \nu_j)))$. The draws $\nu_j$ are the
-    same at each call, so it is an ordinary function with an ordinary gradient. To climb this mean instead
-    of the network at x is what makes an attack adaptive (Salman et al. 2019). It stands for the
-    smoothed answer, it is not the answer: judge what was found by fresh draws.
+    same at each call, so it is a deterministic function with a gradient. An adaptive attack maximises this
+    mean instead of the network's loss at x (Salman et al. 2019). It only approximates the smoothed
+    network: judge the inputs that were found with new draws.
 
     Args:
-        model: inputs to outputs.
+        model: the network to smooth.
         within, sigma: as in :func:`votes`.
         draws: number m of copies.
         seed: of the draws.
@@ -437,7 +437,7 @@ class Smoothed(nn.Module):
         self.classes, self.reject = declared(model)
 
     def forward(self, x: Inputs, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
-        """Log-probabilities at the parameters z (default: of x itself)."""
+        """Log-probabilities at the parameters z (default: those of x itself)."""
         within, m = self.noise.within, self.draws
         z = within.identity(x) if z is None else z
         generator = torch.Generator(x.device).manual_seed(self.seed)
@@ -448,7 +448,7 @@ class Smoothed(nn.Module):
 
 
 def check_draws(n: int, alpha: float) -> None:
-    """Refuse so few draws that no answer could be certified, were they all alike."""
+    """Refuse so few draws that nothing could be certified even if all agreed."""
     check_count(n, "n", low=1)
     if alpha ** (1 / n) <= 0.5:
         fewest = math.floor(math.log2(1 / alpha)) + 1
@@ -458,7 +458,7 @@ def check_draws(n: int, alpha: float) -> None:
 
 
 def check_radii(radii: Sequence[float]) -> None:
-    """Refuse radii that no certificate is about."""
+    """Refuse radii below 0."""
     inputs.check_several(radii, "radii", "radii of at least 0")
     if (inputs.reals(radii, "radii") < 0).any():
         raise ValueError(f"radii must be at least 0, got {list(radii)}")

@@ -1,13 +1,13 @@
-r"""Interval bounds: a box of inputs, followed through a network layer by layer.
+r"""Interval bounds: a box of inputs, propagated through a network layer by layer.
 
-A layer that is monotone in each input maps the ends of the box to the ends of its outputs. An affine layer
-maps centre and radius,
+A layer that is increasing in each input maps the ends of the box to the ends of its outputs. An affine layer
+maps its centre and radius,
 
 $$W x + b \in W c + b \pm |W|\, r \quad\text{for } |x - c| \le r$$
 
-(Gowal et al. 2018, section 3). Each layer forgets how its inputs depend on one another, so the box grows
-from layer to layer. The bounds hold for every network, up to rounding; they are of use for one that was
-trained by them, such as the outlier detectors of Bitterwolf et al. (2020) and Meinke et al. (2022).
+(Gowal et al. 2018, section 3). Each layer ignores how its inputs depend on one another, so the box grows
+from layer to layer. The bounds hold for every network, up to rounding, but are tight only for networks
+trained with them, such as the outlier detectors of Bitterwolf et al. (2020) and Meinke et al. (2022).
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from robustood.models import Adapted, Classifier, Normalise, declared, read
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
 Values = Float[Tensor, " batch"]
-MONOTONE = (
-    nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.MaxPool2d, nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, Normalise,
-)  # fmt: skip
-SKIPPED = (nn.Dropout, nn.Dropout2d)  # the bounds are those of the network in eval mode
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
+POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+MONOTONE = (*ACTIVATIONS, *POOLING, nn.Flatten, nn.Identity, Normalise)
+SKIPPED = (nn.Dropout, nn.Dropout2d)  # the bounds are for eval mode
 
 
 def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Outputs, Outputs]:
-    """Bounds of each output over all inputs between ``lower`` and ``upper``, pixel by pixel.
+    """Bounds on each output over all inputs between ``lower`` and ``upper``, pixel by pixel.
 
     Differentiable in the network's parameters. Batch normalisation must be in eval mode.
 
@@ -51,19 +50,19 @@ def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Out
         lower, upper: ends of the boxes (batch, ...).
 
     Raises:
-        ValueError: for a layer that the bounds do not know, by its name, or a box with lower > upper.
+        ValueError: for an unsupported layer, which the message names, or a box with lower > upper.
     """
     lower, upper = check_bounds(model, lower, upper)
     return through(layers(model), lower, upper)
 
 
 def check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
-    """Refuse what is no network, and boxes that are none."""
+    """Refuse anything but a network and a valid box."""
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     lower, upper = finite(lower, "lower"), finite(upper, "upper")
     if lower.shape != upper.shape or bool((lower > upper).any()):
         raise ValueError(
-            f"lower and upper must be of one shape with lower <= upper, got {tuple(lower.shape)} and "
+            f"lower and upper must have the same shape with lower <= upper, got {tuple(lower.shape)} and "
             f"{tuple(upper.shape)}; write x - eps and x + eps"
         )
     weight = next(model.parameters(), lower)
@@ -78,12 +77,12 @@ def check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs
 def margin_bounds(
     model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
 ) -> tuple[Outputs, Outputs]:
-    r"""Bounds of $z_k - z_y$ for every output k, with the last layer taken as that of the difference.
+    r"""Bounds on $z_k - z_y$ for every output k, with the difference taken in the weights of the last layer.
 
     Tighter than the difference of two bounds (Gowal et al. 2018, section 3).
 
     Args:
-        y: (batch,) the output to compare with; the last one, say, to reject.
+        y: (batch,) the output to compare with, such as the reject output.
     """
     lower, upper = check_bounds(model, lower, upper)
     check_labels(y, lower, getattr(layers(model)[-1], "out_features", None))
@@ -93,7 +92,7 @@ def margin_bounds(
 def margins(
     model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
 ) -> tuple[Outputs, Outputs]:
-    """The bounds of :func:`margin_bounds` of inputs that passed a door, without waiting for the device."""
+    """:func:`margin_bounds` for inputs that have been checked; it never waits for the device."""
     *body, head = layers(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"model must end in a linear layer, got {head!r}")
@@ -108,17 +107,17 @@ def margins(
 def worst_cross_entropy(
     model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
 ) -> Values:
-    r"""Upper bound of the cross-entropy to y over the box: $\log \sum_k e^{\max(z_k - z_y)}$."""
+    r"""Upper bound on the cross-entropy to y over the box: $\log \sum_k e^{\max(z_k - z_y)}$."""
     return margin_bounds(model, lower, upper, y)[1].logsumexp(1)
 
 
 def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Values]:
-    r"""Bounds of a reject class's score $\mathrm{LSE}_k(z_k - z_{K+1})$ over the $\ell_\infty$ ball within [0, 1].
+    r"""Bounds on the score of a reject class, $\mathrm{LSE}_k(z_k - z_{K+1})$, over $\ell_\infty$ balls in [0, 1].
 
     The score is that of :class:`~robustood.detectors.RejectClass`.
 
     Raises:
-        ValueError: for a network that has not one reject output, and as :func:`interval_bounds`.
+        ValueError: unless the network has one reject output, and as :func:`interval_bounds`.
     """
     x = taken(x)
     check_images(x)
@@ -142,7 +141,7 @@ class IntervalOutliers:
 
     Attributes:
         eps: radius, in pixels.
-        weight: $\lambda$ on the mean over a step's outliers.
+        weight: $\lambda$ of the mean over a step's outliers.
         share: s at the end.
         ramp: share of the training over which radius and s grow linearly from 0.
     """
@@ -160,7 +159,9 @@ class IntervalOutliers:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         if batch.outliers is None:
-            raise ValueError("data.outliers is empty; this objective learns from outliers")
+            raise ValueError(
+                "data.outliers is empty, but this objective learns from outliers; add some"
+            )
         grown = min(1.0, batch.progress / self.ramp) if self.ramp else 1.0
         v = torch.cat([batch.x, batch.outliers])
         y = torch.cat([batch.y, reject(model, batch.outliers)])
@@ -175,9 +176,9 @@ class IntervalOutliers:
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a network in the order of their use.
+    """The layers of a network in the order in which they are applied.
 
-    Types are compared exactly, here and below: a subclass may compute something else.
+    Types are compared exactly, here and below, since a subclass may compute something else.
     """
     if type(model) is Classifier:
         pool = [nn.AdaptiveAvgPool2d(1)] if model.pool else []
@@ -192,7 +193,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 def through(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The box after each layer in turn."""
+    """The box after all layers of a chain."""
     for layer in chain:
         if type(layer) in MONOTONE:
             low, high = layer(low), layer(high)
@@ -212,7 +213,7 @@ def magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
     if type(layer) is nn.BatchNorm2d:
         if layer.training or layer.running_var is None:
             raise ValueError(
-                "interval bounds need running statistics, but a BatchNorm2d layer is in train mode; "
+                "interval bounds need running statistics, but a BatchNorm2d layer is in train mode or has none; "
                 "call model.eval() or build the network without batch normalisation"
             )
         scale = (layer.running_var + layer.eps).rsqrt()
@@ -220,13 +221,13 @@ def magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
             scale = scale * layer.weight.abs()
         return radius * scale[:, None, None]
     raise ValueError(
-        f"interval bounds do not know the layer {type(layer).__name__}; they know chains of Linear, "
+        f"interval bounds do not support the layer {type(layer).__name__}; they support chains of Linear, "
         f"Conv2d, BatchNorm2d, {', '.join(kind.__name__ for kind in MONOTONE)}"
     )
 
 
 def box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Ends of the ball within the valid images."""
+    """Ends of the ball, clipped to valid images."""
     return (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
 
 
@@ -236,6 +237,6 @@ def reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     if classes is None or rejects != 1:
         raise ValueError(
             f"model must have one reject output, got {rejects}; build it with reject=1, or wrap a network from "
-            "elsewhere by models.adapt(model, head=..., reject=1)"
+            "elsewhere in models.adapt(model, head=..., reject=1)"
         )
     return torch.full((len(x),), classes, device=x.device)

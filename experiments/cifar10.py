@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.harness import Row, experiment, grid
-from robustood import metrics, results
+from robustood import artefacts, metrics
 from robustood.attacks import maximise
 from robustood.data import compress, load, pixels
 from robustood.detectors import MSP, Detector, RejectClass
@@ -24,8 +24,8 @@ from robustood.metrics import Estimate, proportion, threshold_at_tpr
 from robustood.objectives import OutlierTraining
 from robustood.perturbations import Linf
 from robustood.recipes import Recipe, read
-from robustood.recipes.running import trained
-from robustood.recipes.testing import fitted, pick
+from robustood.recipes.reports import fitted, pick
+from robustood.recipes.runs import trained
 from robustood.training import Objective
 
 RUNS = [f"{name}_cifar10_cpu" for name in ("standard", "oe", "aloe", "ntom", "atom", "acet")]
@@ -58,7 +58,7 @@ def pair() -> tuple[Tensor, Tensor]:
 def restored(run: str) -> tuple[nn.Module, Recipe]:
     """The network of a kept run, and the recipe that made it."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = results.restore(run, scratch)
+        folder = artefacts.restore(run, scratch)
         recipe = read(folder / "recipe.json")
         model, *_ = trained(recipe, folder, "cpu")
     return model, recipe

@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from robustood import data
-from robustood.checkpoints import read_json, write_whole
+from robustood.checkpoints import read_json, write_json
 from robustood.training import Objective, fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,8 +122,7 @@ class Experiment:
             row = self.row(seed, settings)
             table["rows"] = sorted([*table["rows"], row], key=lambda r: r["seed"])
             FOLDER.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(table, indent=1) + "\n"
-            write_whole(FOLDER / f"{self.name}.json", text.encode())
+            write_json(FOLDER / f"{self.name}.json", table)
             print(f"{self.name}  seed {seed}  {settings}  {row['seconds']} s", flush=True)
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "read_json",
     "read_state",
     "save_weights",
+    "write_json",
     "write_state",
     "write_table",
     "write_whole",
@@ -152,6 +153,11 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by a value as JSON, or leave it as it was."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

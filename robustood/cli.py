@@ -15,8 +15,10 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from robustood import __version__, data, distributed, recipes, results
+from robustood import __version__, artefacts, data, distributed, recipes, results
 
+Raw = argparse.RawDescriptionHelpFormatter
+Command = Callable[[argparse.Namespace], int]
 UNFINISHED, FAILED, INTERRUPTED = 3, 2, 130
 HELP = """\
 examples:
@@ -111,7 +113,8 @@ def train(given: argparse.Namespace) -> int:
     """Train by a recipe."""
     recipe = recipes.read(given.recipe, given.set)
     folder = given.run or Path("runs") / recipe.name
-    run = recipe.train(folder, given.minutes, chosen(given.device), root=given.data, tell=say)
+    device = chosen(given.device)
+    run = recipes.train(recipe, folder, given.minutes, device, root=given.data, tell=say)
     return 0 if run["finished"] else UNFINISHED
 
 
@@ -123,20 +126,23 @@ def evaluate(given: argparse.Namespace) -> int:
                 f"--set {change}: weights are measured as they were trained; only evaluation.* may "
                 "change here"
             )
-    kept = {run["folder"] for run in results.load()}
-    if not given.run.exists() and str(given.run) in kept:
-        name, given.run = str(given.run), Path("runs") / "kept" / given.run
+    shipped = {run["folder"] for run in results.load()}
+    if not given.run.exists() and str(given.run) in shipped:
+        name, given.run = str(given.run), Path("runs") / "shipped" / given.run
         if not given.run.exists():
-            say(f"the weights that ship with the project go to {results.restore(name, given.run)}")
+            say(
+                f"the weights that ship with the project go to {artefacts.restore(name, given.run)}"
+            )
     file = given.run / "recipe.json"
     if not file.is_file():
         raise ValueError(
             f"no run in {given.run}: it holds no recipe.json; robustood train makes one, and the runs "
-            f"that ship with the project are {', '.join(sorted(kept))}"
+            f"that ship with the project are {', '.join(sorted(shipped))}"
         )
     recipe = recipes.read(file, given.set, given.plan)
     if distributed.rank() == 0:  # several processes would measure the same
-        report = recipe.evaluate(given.run, chosen(given.device), root=given.data, tell=say)
+        device = chosen(given.device)
+        report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=say)
         if not given.plan:
             say(results.table(results.load(given.run)))
         ending = f"_{given.plan}" if given.plan else ""
@@ -146,19 +152,27 @@ def evaluate(given: argparse.Namespace) -> int:
 
 
 def table(given: argparse.Namespace) -> int:
-    """One line a run."""
+    """One line per run."""
     folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
     runs = [run for folder in folders for run in results.load(folder)]
-    if not given.runs:  # a run's own folder knows more than what was kept of it
+    if not given.runs:  # a run's own folder knows more than what was saved of it
         own = {run["folder"]: run["run"] for run in runs}
-        for kept in results.load():
-            if kept["folder"] not in own:
-                runs.append(kept)
-            elif kept["run"] != own[kept["folder"]]:  # another run by the same name
-                runs.append({**kept, "folder": f"{kept['folder']} (kept)"})
+        for shipped in results.load():
+            name = shipped["folder"]
+            if name not in own:
+                runs.append(shipped)
+            elif shipped["run"] != own[name]:  # another run by the same name
+                runs.append({**shipped, "folder": f"{name} (shipped)"})
     if not runs:
         raise ValueError("no runs here; make one by robustood train RECIPE")
     say(results.table(runs, markdown=given.markdown))
+    return 0
+
+
+def save(given: argparse.Namespace) -> int:
+    """Save finished runs among the results that ship with the project."""
+    for run in given.runs:
+        say(str(artefacts.save(run)))
     return 0
 
 
@@ -166,7 +180,7 @@ def list_recipes(given: argparse.Namespace) -> int:
     """The recipes with what they are about."""
     width = max(map(len, recipes.names()))
     for name in recipes.names():
-        say(f"{name.ljust(width)}  {recipes.read(name).about}")
+        say(f"{name:{width}}  {recipes.read(name).about}")
     return 0
 
 
@@ -225,78 +239,67 @@ def chosen(device: str | None) -> torch.device | None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(
-        prog="robustood", description="Train and measure robust out-of-distribution detection.",
-        epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    about = "Train and measure robust out-of-distribution detection."
+    top = argparse.ArgumentParser("robustood", None, about, HELP, formatter_class=Raw)
     top.add_argument("--version", action="version", version=f"robustood {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    images = commands.add_parser("data", help="fetch, check and pack images")
+    actions = images.add_subparsers(required=True, metavar="ACTION")
 
-    def command(name: str, work: Callable[[argparse.Namespace], int], text: str, into=commands):
-        added = into.add_parser(
-            name, help=text, description=text, epilog=HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+    def command(work: Command, name: str, text: str, among=commands) -> argparse.ArgumentParser:
+        added = among.add_parser(
+            name, help=text, description=text, epilog=HELP, formatter_class=Raw
+        )
         added.set_defaults(command=work)
         return added
 
-    each_run = command("train", train, "train by a recipe, or go on with a run that was stopped")
-    each_run.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
-    each_run.add_argument(
-        "--minutes", type=minutes, default=math.inf,
-        help="stop in time to keep this budget (exit code 3); the same command goes on",
-    )  # fmt: skip
-    each_run.add_argument(
-        "--folder",
-        "--run",
-        dest="run",
-        type=place,
-        metavar="DIR",
-        help="of the run (default: runs/RECIPE); torchrun takes --run for an option of its own",
-    )
-    measure = command("evaluate", evaluate, "measure a finished run, clean and under attack")
-    measure.add_argument(
-        "run", type=place, metavar="RUN_DIR", help="folder of the run, or the name of a kept one"
-    )
-    measure.add_argument(
-        "--plan", default="", metavar="PLAN",
-        help=f"a further evaluation beside the recipe's own: {', '.join(recipes.plans())}",
-    )  # fmt: skip
-    for added in (each_run, measure):
-        added.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE",
-            help="change one key of the recipe, such as training.epochs=3; may be repeated; "
-            "evaluate changes evaluation.* alone",
-        )  # fmt: skip
-        added.add_argument(
-            "--device", help='such as "cpu" or "cuda:1" (default: CUDA where there is one)'
-        )
-    tabled = command("table", table, "one line a run: accuracy, AUROC clean and attacked, price")
-    tabled.add_argument(
+    trains = command(train, "train", "train by a recipe, or go on with a run that was stopped")
+    measures = command(evaluate, "evaluate", "measure a finished run, clean and under attack")
+    add_run_options(trains, measures)
+    tables = command(table, "table", "one line per run: accuracy, AUROC clean and attacked, price")
+    tables.add_argument(
         "runs", nargs="*", type=place, metavar="RUN_DIR",
         help="folders of runs (default: runs/* and the results that ship with the project)",
     )  # fmt: skip
-    tabled.add_argument("--markdown", action="store_true", help="with bars, for a text file")
-    command("recipes", list_recipes, "list the recipes")
-
-    images = commands.add_parser("data", help="fetch, check and pack images")
-    actions = images.add_subparsers(required=True, metavar="ACTION")
-    loads = command("fetch", fetch, "download sets and keep them as packs", actions)
+    tables.add_argument("--markdown", action="store_true", help="with bars, for a text file")
+    command(list_recipes, "recipes", "list the recipes")
+    saves = command(save, "save", "save finished runs in the data/ of a checkout, to ship with it")
+    saves.add_argument("runs", nargs="+", type=place, metavar="RUN_DIR", help="folders of runs")
+    loads = command(fetch, "fetch", "download sets and keep them as packs", actions)
     loads.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10 or svhn:train")
-    checks = command("check", check, "read packs in full and say what they hold", actions)
+    checks = command(check, "check", "read packs in full and say what they hold", actions)
     checks.add_argument("names", nargs="*", metavar="NAME", help="default: all in the folder")
-    packs = command("pack", pack, "make a pack of a folder of images of your own", actions)
-    packs.add_argument("folder", type=place, metavar="FOLDER", help="one folder a class inside it")
+    packs = command(pack, "pack", "make a pack of a folder of images of your own", actions)
+    packs.add_argument(
+        "folder", type=place, metavar="FOLDER", help="one folder per class inside it"
+    )
     packs.add_argument("--name", required=True, help="what recipes call it, such as mine:test")
     packs.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
-    for added in (each_run, measure, loads, checks, packs):
-        added.add_argument(
-            "--data",
-            type=place,
-            metavar="DIR",
-            help="folder of the packs (default: ROBUSTOOD_DATA)",
-        )
+    where = "folder of the packs (default: ROBUSTOOD_DATA)"
+    for added in (trains, measures, loads, checks, packs):
+        added.add_argument("--data", type=place, metavar="DIR", help=where)
     return top
+
+
+def add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
+    """The options of the two commands that compute."""
+    trains.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
+    budget = "stop in time to keep this budget (exit code 3); the same command goes on"
+    trains.add_argument("--minutes", type=minutes, default=math.inf, help=budget)
+    folder = "of the run (default: runs/RECIPE); torchrun takes --run for an option of its own"
+    trains.add_argument("--folder", "--run", dest="run", type=place, metavar="DIR", help=folder)
+    run = "folder of the run, or the name of one that ships with the project"
+    measures.add_argument("run", type=place, metavar="RUN_DIR", help=run)
+    plan = f"a further evaluation beside the recipe's own: {', '.join(recipes.plans())}"
+    measures.add_argument("--plan", default="", metavar="PLAN", help=plan)
+    change = (
+        "change one key of the recipe, such as training.epochs=3; may be repeated; evaluate changes "
+        "evaluation.* alone"
+    )
+    device = 'such as "cpu" or "cuda:1" (default: CUDA where there is one)'
+    for added in (trains, measures):
+        added.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
+        added.add_argument("--device", help=device)
 
 
 def place(text: str) -> Path:

@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -281,3 +281,11 @@ def check_keywords(function: Callable[..., object], given: Mapping[str, object],
             near = get_close_matches(name, known, 1)
             meant = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
             raise TypeError(f"{own} got an unexpected keyword argument {name!r}{meant}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What was meant, perhaps, and what there is."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}there are: {', '.join(known) or 'none'}"

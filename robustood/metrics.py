@@ -61,8 +61,13 @@ class Estimate:
     def __float__(self) -> float:
         return self.value
 
+    def __format__(self, spec: str) -> str:
+        """Such as ``f"{estimate:.2f}"``; per cent by ``".1%"``, without the sign."""
+        parts = (format(x, spec or ".3f").rstrip("%") for x in (self.value, self.low, self.high))
+        return "{} [{}, {}]".format(*parts)
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:

@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from photographs import need
 
-from robustood import checkpoints, cli, data, recipes, results, training
+from robustood import artefacts, checkpoints, cli, data, recipes, results, training
 from robustood.evaluate import attack_score
-from robustood.recipes import running, testing
-from robustood.recipes.schema import ATTACKS
+from robustood.recipes import reports, runs
+from robustood.recipes.recipe import Attack
 
 RECIPE = """
 about = "coloured stripes"
@@ -110,7 +111,7 @@ def tiny(packs, tmp_path, monkeypatch):
 def finished(packs, tmp_path_factory):
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run = recipes.read(packs / "tiny.toml").train(folder, root=packs, device="cpu")
+    run = recipes.train(recipes.read(packs / "tiny.toml"), folder, root=packs, device="cpu")
     assert run["finished"]
     return folder
 
@@ -166,7 +167,7 @@ def test_from_packs_to_a_table(tiny, finished, capsys):
 
 
 def check_scores(file, rows):
-    """The kept scores are small, plain, and give the report's numbers again."""
+    """The saved scores are small, plain, and give the report's numbers again."""
     from robustood.metrics import auroc
 
     with np.load(file, allow_pickle=False) as kept:
@@ -184,9 +185,9 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
     finished, packs, monkeypatch
 ):
     recipe = recipes.read(finished / "recipe.json", ["evaluation.detectors=['MSP']"])
-    first = recipe.evaluate(finished, root=packs)
+    first = recipes.evaluate(recipe, finished, root=packs)
     monkeypatch.setattr("robustood.evaluate.report.attack_score", None)
-    again = recipe.evaluate(finished, root=packs)  # nothing is attacked twice
+    again = recipes.evaluate(recipe, finished, root=packs)  # nothing is attacked twice
     assert [again[k] for k in ("rows", "means", "accuracy")] == [
         first[k] for k in ("rows", "means", "accuracy")
     ]
@@ -196,18 +197,18 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
     longer = recipes.read(
         finished / "recipe.json", ["evaluation.detectors=['MSP']", "evaluation.steps=3"]
     )
-    longer.evaluate(finished, root=packs)  # a longer attack, and the others as they were
+    recipes.evaluate(longer, finished, root=packs)  # a longer attack, and the others as they were
     (new,) = notes() - before
     assert new.name.startswith("MSP_adaptive_")
-    other = recipes.read(
-        finished / "recipe.json", ["evaluation.detectors=['MSP','KNN']", "evaluation.n_in=50",
-                                   "evaluation.attacks=['none']", "evaluation.n_fit=100"],
-    ).evaluate(finished, root=packs)  # fmt: skip
+    changes = ["evaluation.detectors=['MSP','KNN']", "evaluation.n_in=50",
+               "evaluation.attacks=['none']", "evaluation.n_fit=100"]  # fmt: skip
+    other = recipes.read(finished / "recipe.json", changes)
+    other = recipes.evaluate(other, finished, root=packs)
     assert {(r["detector"], r["n_in"]) for r in other["rows"]} == {("MSP", 50), ("KNN", 50)}
 
 
 def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypatch, capsys):
-    """Strong and curve, on a kept run that was put back into a folder."""
+    """Strong and curve, on a shipped run that was put back into a folder."""
     kept = Path("data/results")
     kept.mkdir(parents=True)
     measured = {
@@ -221,15 +222,15 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
         (Path("data/weights/tiny").with_suffix(ending)).write_bytes(
             (finished / f"weights{ending}").read_bytes()
         )
-    monkeypatch.setattr(results, "KEPT", (Path("data"),))
-    monkeypatch.setattr(testing, "STRONG", {"steps": 4, "restarts": 2, "targets": None})
+    monkeypatch.setattr(artefacts, "FOLDERS", (Path("data"),))
+    monkeypatch.setattr(reports, "STRONG", {"steps": 4, "restarts": 2, "targets": None})
     budgets = set()
 
     def spy(*given, **how):
         budgets.add(tuple(how[k] for k in ("steps", "restarts", "targets")))
         return attack_score(*given, **how)
 
-    monkeypatch.setattr(testing, "attack_score", spy)
+    monkeypatch.setattr(reports, "attack_score", spy)
     few = tmp_path / "packs"  # of the outliers only the set that is asked for
     few.mkdir()
     for pack in ("stripes_train", "stripes_test", "checks"):
@@ -239,16 +240,16 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
              "--set", "evaluation.n_out=20"]  # fmt: skip
     for plan in ("strong", "curve"):
         assert cli.main(["evaluate", "tiny", "--plan", plan, *flags]) == 0
-    folder = Path("runs/kept/tiny")  # runs/tiny is for the reader's own
+    folder = Path("runs/shipped/tiny")  # runs/tiny is for the reader's own
     assert weights(folder) == weights(finished)
     assert checkpoints.read_json(folder / "report.json") == record["report"]
     said = capsys.readouterr().out
-    assert said.count("weights that ship with the project go to runs/kept/tiny") == 1
-    own = recipes.read(finished / "recipe.json").settings["evaluation"]
-    assert budgets == {(4, 2, None), tuple(own[k] for k in ("steps", "restarts", "targets"))}
-    assert testing.STRONG.keys() == {"steps", "restarts", "targets"}  # and stays what it is
+    assert said.count("weights that ship with the project go to runs/shipped/tiny") == 1
+    own = recipes.read(finished / "recipe.json").settings.evaluation
+    assert budgets == {(4, 2, None), (own.steps, own.restarts, own.targets)}
+    assert reports.STRONG.keys() == {"steps", "restarts", "targets"}  # and stays what it is
 
-    (run,) = results.load("runs/kept")
+    (run,) = results.load("runs/shipped")
     strong, curve = run["plans"]["strong"], run["plans"]["curve"]
     means = {(m["attack"], m["side"]): m["auroc"] for m in strong["means"]}
     assert {r["set"] for r in strong["rows"]} == {"checks"} and strong["curve"] == []
@@ -267,22 +268,23 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
         recipes.read(finished / "recipe.json", plan="weak")
 
 
-def test_a_kept_run_without_weights_says_where_they_are(tmp_path, monkeypatch):
+def test_a_shipped_run_without_weights_says_where_they_are(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "far.json").write_text('{"run": {}, "report": null}')
-    monkeypatch.setattr(results, "KEPT", (tmp_path,))
-    for name, said in (("far", "weights/far.safetensors; they come"), ("near", "robustood table")):
+    monkeypatch.setattr(artefacts, "FOLDERS", (tmp_path,))
+    for name, said in (("far", "weights/far.safetensors; .*come with a checkout"),
+                       ("near", "nothing ships as results/near.json; did you mean .far.. there are: far")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
-            results.restore(name, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"scores/far\.npz; robustood evaluate"):
-        results.scores("far")
+            artefacts.restore(name, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"nothing ships as scores/far\.npz; there are: none"):
+        artefacts.scores("far")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     packs, tmp_path, capsys
 ):
-    attacks = [name for name in ATTACKS if name != "strong"]
+    attacks = [name for name in get_args(Attack) if name != "strong"]
     changes = ["objective.name=NTOM", "objective.q=0.125", "training.epochs=1",
                "evaluation.side=out", "evaluation.paper=atom", "evaluation.eps=2/255",
                f"evaluation.attacks={attacks}", "evaluation.n_out=12"]  # fmt: skip
@@ -291,11 +293,13 @@ def test_a_network_that_rejects_is_mined_for_and_measured_by_its_reject_class(
     with pytest.raises(
         ValueError, match=r"pool of 400,000 outliers, and spots:train has 400; .*=0"
     ):
-        recipes.read(own, [*changes, "data.pool_minimum=400000"]).train(tmp_path / "no", root=packs)
+        recipes.train(
+            recipes.read(own, [*changes, "data.pool_minimum=400000"]), tmp_path / "no", root=packs
+        )
     recipe = recipes.read(own, changes)
-    run = recipe.train(tmp_path / "run", root=packs, device="cpu")
+    run = recipes.train(recipe, tmp_path / "run", root=packs, device="cpu")
     assert run["history"][0]["mined"] == 100 and run["history"][0]["pool"] == 400
-    report = recipe.evaluate(tmp_path / "run", root=packs, device="cpu")
+    report = recipes.evaluate(recipe, tmp_path / "run", root=packs, device="cpu")
     found = {(m["detector"], m["attack"], m["side"]) for m in report["means"]}
     assert found == {("RejectClass", a, "out" if a != "none" else "none") for a in attacks}
     mean = {m["attack"]: m["auroc"] for m in report["means"]}
@@ -339,10 +343,10 @@ def test_real_images(tmp_path, monkeypatch, capsys):
     assert "aloe_cifar10_cpu" in capsys.readouterr().out
 
 
-KEPT = {run["folder"]: run for run in results.load() if run["report"]}
-MEASURED = {name: run for name, run in KEPT.items() if run["report"]["rows"]}
-LEARNED = {name: run for name, run in KEPT.items() if "sets" in run["report"]}
-# Without a kept report there would be nothing to measure again, and pytest would pass over it in silence.
+SHIPPED = {run["folder"]: run for run in results.load() if run["report"]}
+MEASURED = {name: run for name, run in SHIPPED.items() if run["report"]["rows"]}
+LEARNED = {name: run for name, run in SHIPPED.items() if "sets" in run["report"]}
+# Without a shipped report there would be nothing to measure again, and pytest would pass over it in silence.
 assert MEASURED, "data/results holds no report of a classifier"
 assert LEARNED, "data/results holds no report of a learned set"
 each_measured = pytest.mark.parametrize("name", MEASURED)
@@ -350,12 +354,12 @@ each_learned = pytest.mark.parametrize("name", LEARNED)
 
 
 def again(name, folder, *changes):
-    """Measure a kept run anew on the real images; returns the kept report and the new one."""
-    report = KEPT[name]["report"]
-    cards = [*KEPT[name]["run"]["data"].values(), *report["data"].values()]
+    """Measure a shipped run anew on the real images; returns its report and the new one."""
+    report = SHIPPED[name]["report"]
+    cards = [*SHIPPED[name]["run"]["data"].values(), *report["data"].values()]
     need(*(card["name"] for card in cards))
-    results.restore(name, folder)
-    return report, recipes.read(folder / "recipe.json", changes).evaluate(folder, "cpu")
+    artefacts.restore(name, folder)
+    return report, recipes.evaluate(recipes.read(folder / "recipe.json", changes), folder, "cpu")
 
 
 def same_aurocs(report, new):
@@ -369,7 +373,7 @@ def same_aurocs(report, new):
 @each_measured
 def test_kept_weights_give_the_kept_scores(name, tmp_path):
     report, new = again(name, tmp_path / name, "evaluation.attacks=['none']")
-    scores = results.scores(name)
+    scores = artefacts.scores(name)
     with np.load(tmp_path / name / "scores.npz", allow_pickle=False) as measured:
         for key, values in measured.items():
             assert np.abs(values - scores[key]).max() <= 1e-3, key
@@ -451,7 +455,7 @@ def test_a_folder_that_cannot_be_written_is_met_before_training(tiny, monkeypatc
     def refuse(path, content):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(running, "write_whole", refuse)  # root may write anywhere
+    monkeypatch.setattr(runs, "write_whole", refuse)  # root may write anywhere
     monkeypatch.setattr(training, "fit", None)
     assert tiny("train") == 2
     said = capsys.readouterr().err
@@ -474,7 +478,7 @@ def test_a_run_that_was_kept_too_stands_in_the_table_once(tmp_path, monkeypatch,
     assert cli.main(["table"]) == 0
     again = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
     assert len(again) == len(rows) + 1, "another run by the same name stands beside the kept one"
-    assert sum(row.startswith(f"{name} (kept) ") for row in again) == 1
+    assert sum(row.startswith(f"{name} (shipped) ") for row in again) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -515,7 +519,9 @@ def test_ctrl_c_in_a_process_of_its_own(packs, finished, tmp_path, monkeypatch):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "interrupted; the same command goes on" in out and "Traceback" not in err
-    assert recipes.read(packs / "tiny.toml").train(tmp_path, root=packs, device="cpu")["finished"]
+    assert recipes.train(recipes.read(packs / "tiny.toml"), tmp_path, root=packs, device="cpu")[
+        "finished"
+    ]
     assert weights(tmp_path) == weights(finished)
 
 
@@ -529,10 +535,10 @@ def test_another_recipe_does_not_take_over_a_folder_or_its_weights(finished, pac
     assert "with training.epochs = 2, not 3; choose another folder" in said
     recipe = recipes.read(packs / "tiny.toml", ["objective.steps=2"])
     with pytest.raises(ValueError, match=r"holds weights with objective\.steps = 1, not 2"):
-        recipe.evaluate(finished, root=packs)
+        recipes.evaluate(recipe, finished, root=packs)
     other = recipes.Recipe("other", "", recipe.settings)
     with pytest.raises(ValueError, match=r"holds weights with recipe = 'tiny', not 'other'"):
-        other.evaluate(finished, root=packs)
+        recipes.evaluate(other, finished, root=packs)
 
 
 @pytest.fixture
@@ -575,7 +581,7 @@ def test_classes_have_names_from_the_folder_to_the_report(named, capsys):
     report = json.loads(Path("runs/tiny/report.json").read_text())
     test = data.load("stripes:test")
     recipe = recipes.read("runs/tiny/recipe.json")
-    model, *_ = running.trained(recipe, Path("runs/tiny"), "cpu")
+    model, *_ = runs.trained(recipe, Path("runs/tiny"), "cpu")
     right = (model(data.pixels(test.x))[:, :3].argmax(1) == test.y + 1).double().mean()
     assert report["accuracy"]["value"] == pytest.approx(float(right)) and right > 0.6
     data.write_pack(folder / "stripes_test.npz", test.x, test.y, ("down", "left"))

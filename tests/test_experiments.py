@@ -12,7 +12,7 @@ from photographs import need
 from experiments import __main__ as command
 from experiments import harness, mnist
 from experiments.harness import experiment, grid, plain
-from robustood import data
+from robustood import artefacts
 from robustood.checkpoints import load_weights
 from robustood.metrics import Estimate
 
@@ -48,7 +48,7 @@ def test_every_table_has_its_experiment_and_every_experiment_its_table():
 
 @each_table
 def test_the_kept_tables_are_whole(name):
-    kept, each = data.kept(name), TABLES[name]
+    kept, each = artefacts.result(name), TABLES[name]
     again = each.table()  # what would be written now
     assert kept == again | {"versions": kept["versions"]}, f"run python -m experiments {name}"
     assert {"python", "torch", "numpy"} <= kept["versions"].keys()
@@ -235,7 +235,7 @@ def test_a_kept_row_comes_back(name, row):
         sets = ("tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
         need("cifar10:test", *sets)
     settings = TABLES[name].wanted(0)[row]
-    kept = next(r for r in data.kept(name)["rows"] if r["settings"] == settings)
+    kept = next(r for r in artefacts.result(name)["rows"] if r["settings"] == settings)
     measured = TABLES[name].row(0, settings)
     for new, old in zip(estimates(measured), estimates(kept), strict=True):
         assert abs(new["value"] - old["value"]) <= 0.01
@@ -244,14 +244,16 @@ def test_a_kept_row_comes_back(name, row):
 @pytest.mark.parametrize("name", [name for name in TABLES if name.startswith("cifar10")])
 def test_the_kept_cifar10_tables_have_the_images_that_they_say(name):
     usual = 400 if name.endswith(("transfer", "budgets")) else 500  # both sides of 200, or one set
-    for row in data.kept(name)["rows"]:
+    for row in artefacts.result(name)["rows"]:
         sizes = {key: e["n"] for key, e in row["metrics"].items() if isinstance(e, dict)}
         assert sizes == {key: 2000 if key == "new" else usual for key in sizes}  # four new sets
 
 
 def test_the_kept_mnist_accuracies_fall_with_the_test_radius():
-    rows = [row["metrics"] for row in data.kept("mnist_tradeoff")["rows"]]
-    rows += [{"pgd": row["metrics"]["exact"]} for row in data.kept("mnist_fiveseven")["rows"]]
+    rows = [row["metrics"] for row in artefacts.result("mnist_tradeoff")["rows"]]
+    rows += [
+        {"pgd": row["metrics"]["exact"]} for row in artefacts.result("mnist_fiveseven")["rows"]
+    ]
     for row in rows:
         for curve in (row["pgd"], list(row.get("targets", {}).values())):
             values = [e["value"] for e in curve]
@@ -261,7 +263,7 @@ def test_the_kept_mnist_accuracies_fall_with_the_test_radius():
 def test_the_kept_mnist_networks_load():
     torch.manual_seed(0)
     x = torch.rand(4, 1, 28, 28)
-    for row in data.kept("mnist_tradeoff")["rows"]:
+    for row in artefacts.result("mnist_tradeoff")["rows"]:
         eps, clean = row["settings"]["train_eps"], row["metrics"]["clean"]
         path, model = mnist.file_of(eps), mnist.network(seed=1)
         before = model(x)

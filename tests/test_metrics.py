@@ -113,6 +113,13 @@ def test_more_data_narrow_the_interval():
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.06
 
 
+def test_an_estimate_writes_itself_with_its_interval():
+    estimate = Estimate(0.93125, 0.9, 1.0, 160)
+    assert str(estimate) == f"{estimate}" == "0.931 [0.900, 1.000]"
+    assert f"{estimate:.1f}" == "0.9 [0.9, 1.0]"
+    assert f"{estimate:.1%}" == "93.1 [90.0, 100.0]"
+
+
 def test_an_estimate_prints_and_converts_and_cannot_change():
     estimate = proportion(95, 100)
     assert str(estimate) == f"{estimate}" == "0.950 [0.887, 0.984]"

@@ -1,17 +1,22 @@
 """Recipes: what they say, what they refuse, and which images they name."""
 
+import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
-from robustood import data, objectives, recipes
+from robustood import artefacts, data, detectors, evaluate, objectives, recipes, results
+from robustood.checkpoints import read_json
 from robustood.data import Split
 from robustood.losses import to_reject, to_uniform
 from robustood.objectives import OutlierTraining
-from robustood.recipes import pairs, read, running, schema, testing
+from robustood.recipes import composing, images, read, reports, runs
+from robustood.recipes.recipe import METHODS, SECTIONS, Detector, Evaluation, needs_reject, settings
 
 LEARNED_SETS = ["cvae_cifar10c", "cvae_mnist_rts"]
 ALL = recipes.names()
@@ -36,13 +41,13 @@ def test_each_recipe_resolves_and_builds(name):
     recipe = read(name)
     classes = 100 if "cifar100" in name else 10
     assert recipe.about and "\n" not in recipe.about
-    assert set(recipe.settings) == set(schema.SECTIONS)
+    assert set(recipe.settings.to_dict()) == set(SECTIONS)
     objective = recipe.objective()
     mines = name.split("_")[0] in ("ntom", "atom", "minedaloe")
-    assert schema.needs_reject(objective) == mines
-    assert recipe.settings["model"]["classes"] == classes
-    assert recipe.settings["data"]["known"] == f"cifar{classes}"
-    assert f"cifar{classes}:test" not in recipe.settings["data"]["ood"]
+    assert needs_reject(objective) == mines
+    assert recipe.settings.model["classes"] == classes
+    assert recipe.settings.data.known == f"cifar{classes}"
+    assert f"cifar{classes}:test" not in recipe.settings.data.ood
 
 
 @pytest.mark.parametrize("name", ["aloe_cifar10_cpu", "atom_cifar100_fast"])
@@ -64,19 +69,19 @@ def test_the_papers_networks_have_the_papers_parameters():
 @pytest.mark.parametrize("name", [n for n in ALL if n.endswith("_paper")])
 def test_the_papers_optimisation(name):
     recipe = read(name)
-    training, model = recipe.settings["training"], recipe.settings["model"]
+    training, model = recipe.settings.training, recipe.settings.model
     assert (model["name"], model["depth"], model["growth"]) == ("densenet_bc", 100, 12)
     assert model["init"] == "papers"
-    assert (training["epochs"], training["lr"], training["weight_decay"]) == (100, 0.1, 1e-4)
-    assert (training["optimiser"], training["momentum"], training["nesterov"]) == ("sgd", 0.9, True)
-    assert training["seed"] == 1 and training["warmup"] == 0
-    assert recipe.settings["data"]["validation"] == 0
+    assert (training.epochs, training.lr, training.weight_decay) == (100, 0.1, 1e-4)
+    assert (training.optimiser, training.momentum, training.nesterov) == ("sgd", 0.9, True)
+    assert training.seed == 1 and training.warmup == 0
+    assert recipe.settings.data.validation == 0
     by_atom = name.split("_")[0] in ("acet", "ntom", "atom")
-    assert training["milestones"] == ([0.5, 0.75, 0.9] if by_atom else [])
+    assert training.milestones == ([0.5, 0.75, 0.9] if by_atom else [])
     sizes = (128, 128) if name.startswith("acet") else (64, 128)
-    assert (training["batch_size"], training["outlier_batch_size"]) == sizes
-    told = running.to_fit(recipe)
-    assert told["milestones"] == (training["milestones"] or None)
+    assert (training.batch_size, training.outlier_batch_size) == sizes
+    told = runs.to_fit(recipe)
+    assert told["milestones"] == (training.milestones or None)
     assert told["optimiser"].keywords == {"momentum": 0.9, "nesterov": True}
     assert told["augment"] == data.Augment(crop=4, flip=True)
 
@@ -107,12 +112,47 @@ def test_the_papers_objectives():
 
 
 def test_the_papers_tests():
-    aloe, atom = (read(f"{m}_cifar10_paper").settings["evaluation"] for m in ("aloe", "atom"))
-    assert (aloe["eps"], aloe["side"], aloe["paper"]) == (1 / 255, "both", "aloe")
-    assert (atom["eps"], atom["side"], atom["paper"]) == (8 / 255, "out", "atom")
-    assert (aloe["odin_temperature"], aloe["odin_step"]) == (1000, 0.0014)
-    assert (atom["odin_temperature"], atom["odin_step"]) == (1000, 0.0016)
-    assert read("acet_cifar100_paper").settings["evaluation"]["odin_step"] == 0.0012
+    aloe, atom = (read(f"{m}_cifar10_paper").settings.evaluation for m in ("aloe", "atom"))
+    assert (aloe.eps, aloe.side, aloe.paper) == (1 / 255, "both", "aloe")
+    assert (atom.eps, atom.side, atom.paper) == (8 / 255, "out", "atom")
+    assert (aloe.odin_temperature, aloe.odin_step) == (1000, 0.0014)
+    assert (atom.odin_temperature, atom.odin_step) == (1000, 0.0016)
+    assert read("acet_cifar100_paper").settings.evaluation.odin_step == 0.0012
+
+
+def test_no_recipe_changes_unnoticed():
+    """All settings of all recipes as one digest; where one is changed on purpose, put the new digest here."""
+    texts = []
+    for name in ALL:
+        sections = read(name).settings.to_dict()
+        del sections["objective"]["name"]
+        texts.append(json.dumps(sections, sort_keys=True))
+    found = hashlib.sha256("".join(sorted(texts)).encode()).hexdigest()
+    assert found == "53c4804b66890a91110eec1640cd08e90616220ef587de06b0b34355f3e4b1e6"
+
+
+def test_parts_hold_sections_and_what_holds_beside_other_parts():
+    known = {f"{kind}/{name}" for kind in composing.KINDS for name in composing.parts(kind)}
+
+    def check(table, where):
+        for key, value in table.items():
+            if key in composing.KINDS:
+                for name, inner in value.items():
+                    assert f"{key}/{name}" in known, f"{where}: no part {key}/{name}"
+                    check(inner, f"{where}, {key}.{name}")
+            else:
+                assert key in SECTIONS or (
+                    where.count("/") == 1 and key in ("about", "plan", "without")
+                )
+
+    for name in known:
+        check(composing.load(name), name)
+
+
+def test_the_words_of_a_recipe_are_those_of_the_library():
+    assert set(get_args(get_type_hints(Evaluation)["paper"])) == set(evaluate.PAPERS)
+    assert all(hasattr(detectors, name) for name in get_args(Detector))
+    assert all(hasattr(objectives, name) or name == "Variational" for name in METHODS)
 
 
 # --- what may be written
@@ -133,16 +173,29 @@ def test_later_bases_win_and_the_file_itself_last(tmp_path):
     write(tmp_path, "b", "[training]\nlr = 2.0\nepochs = 2\n")
     own = write(
         tmp_path, "own",
-        'extends = ["_cifar10", "_cpu", "a.toml", "b.toml"]\nabout = "mine"\n[training]\nlr = "3/2"\n',
+        'extends = ["sets/cifar10", "scales/cpu", "a.toml", "b.toml"]\nabout = "mine"\n[training]\nlr = "3/2"\n',
     )  # fmt: skip
     recipe = read(own)
-    training = recipe.settings["training"]
-    assert (training["lr"], training["epochs"], training["seed"]) == (1.5, 2, 1)
-    assert training["batch_size"] == 128
+    training = recipe.settings.training
+    assert (training.lr, training.epochs, training.seed) == (1.5, 2, 1)
+    assert training.batch_size == 128
     assert (recipe.name, recipe.about) == ("own", "mine")
     changed = read(own, ["training.lr=0.25", "training.lr=0.5", "data.ood=['textures']"])
-    assert changed.settings["training"]["lr"] == 0.5
-    assert changed.settings["data"]["ood"] == ["textures"]
+    assert changed.settings.training.lr == 0.5
+    assert changed.settings.data.ood == ["textures"]
+
+
+def test_a_file_may_extend_parts_and_what_holds_among_them(tmp_path):
+    """The example of the page on recipes; and ATOM's rate, which falls in steps at the scale of the papers."""
+    page = Path(__file__).parents[1] / "book" / "recipes.md"
+    example = page.read_text("utf-8").split("```toml\n")[1].split("```")[0]
+    wider = read(write(tmp_path, "wider", example)).settings
+    assert wider == read("aloe_cifar10_fast", ["objective.within=2/255"]).settings
+    bases = ["sets/cifar100", "plans/atom", "scales/paper", "methods/atom"]
+    atom = read(write(tmp_path, "own", f"extends = {bases}")).settings
+    assert atom == read("atom_cifar100_paper").settings and atom.training.milestones
+    alone = read(write(tmp_path, "alone", f"extends = {[bases[0], *bases[2:]]}")).settings
+    assert alone.training.milestones == [] and alone.objective.q == 0.5
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
@@ -170,25 +223,26 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("training.epochs=0", r"training\.epochs must be a whole number of at least 1, got 0"),
         ("training.epochs=many", r"training\.epochs must be a whole number.* got 'many'"),
         ("training.epochs=true", r"training\.epochs must be a whole number.* got True"),
-        ("training.lr=nan", r"training\.lr must be a number.* got nan"),
-        ("training.precision=fp8", r"training\.precision must be one of auto, float32, bf16"),
-        ("training.channels_last=maybe", r'channels_last must be "auto" or true or false'),
-        ("objective.within=8/0", r"objective\.within must be a number in \[0, 1\].* got '8/0'"),
+        ("training.lr=nan", r"training\.lr must be a finite number.* got nan"),
+        ("training.precision=fp8", r"training\.precision must be one of 'auto', 'float32', 'bf16'"),
+        ("training.channels_last=maybe", r'channels_last must be True or False, got \'maybe\'; or write "auto"'),
+        ("objective.within=8/0", r"objective\.within must be a number in \[0, 1\], got '8/0'; a fraction is"),
         ("objective.within=2", r"objective\.within must be a number in \[0, 1\].* got 2"),
         ("model.depth=8.5", r"model\.depth must be a whole number.* got 8\.5"),
-        ("data.jpeg=high", r'data\.jpeg must be "auto" or a whole number'),
+        ("data.jpeg=high", r'data\.jpeg must be a whole number.* got \'high\'; or write "auto"'),
         ("data.jpeg=200", r"data\.jpeg must be .*a whole number of at least 0, at most 100, got 200"),
-        ("training.lr='1e400'", r"training\.lr must be a number"),
-        ("data.ood=svhn", r"data\.ood must be a list, each entry a text, got 'svhn'"),
+        ("training.lr='1e400'", r"training\.lr must be a finite number"),
+        ("data.ood=svhn", r"data\.ood must be a list of values, got 'svhn'; use \[\.\.\] for one"),
         ("data.ood=['svhn','svhn']", r"name each set once"),
         ("data.outliers=''", r"ALOE learns from outliers; name a set"),
-        ("evaluation.detectors=['MPS']", r"evaluation\.detectors must be a list, each entry one of"),
+        ("evaluation.detectors=['MPS']", r"evaluation\.detectors: each must be one of 'MSP', .*got 'MPS'; or write"),
         ("evaluation.detectors=['RejectClass']", r"needs a reject output"),
         ("evaluation.sets=['svn:train']", r"no set 'svn:train'.* did you mean 'svhn:train'"),
         ("evaluation.curve=[0.1, 0.05]", r"evaluation\.curve must increase, got \[0\.1, 0\.05\]"),
         ("training.momentum=0", r"nesterov needs a momentum above 0"),
         ("epochs=3", r"write training\.epochs="),
         ("training.epochs", r"--set needs section\.key=value"),
+        ("data=3", r"--set needs section\.key=value, got 'data=3'; write training\.epochs=3"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_before_any_data_are_read(change, said, monkeypatch):
@@ -203,7 +257,9 @@ def test_files_of_windows_editors_and_paths_of_all_kinds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "my räcipes"
     folder.mkdir()
-    text = 'extends = ["_cifar10", "_cpu"]\nabout = "mine"\n[objective]\nname = "Standard"\n'
+    text = (
+        'extends = ["sets/cifar10", "scales/cpu"]\nabout = "mine"\n[objective]\nname = "Standard"\n'
+    )
     plain = read(write(folder, "own", text))
     (folder / "own.toml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert read("~/my räcipes/own.toml") == read(folder / "own.toml") == plain
@@ -216,17 +272,17 @@ def test_files_of_windows_editors_and_paths_of_all_kinds(tmp_path, monkeypatch):
 
 
 def test_numbers_of_numpy_are_settings_and_truth_values_are_none():
-    given = read("aloe_cifar10_cpu").settings
+    given = read("aloe_cifar10_cpu").settings.to_dict()
     training = given["training"] | {"epochs": np.int64(3), "lr": np.float32(0.5)}
     mine = {**given, "training": training, "evaluation": {"curve": (0, np.float64(0.5))}}
-    found = schema.resolve("mine", mine)
-    kinds = [(v, type(v)) for v in (found["training"]["epochs"], found["training"]["lr"])]
-    assert kinds == [(3, int), (0.5, float)] and found["evaluation"]["curve"] == [0, 0.5]
-    json.dumps(found)
+    found = settings(mine)
+    kinds = [(v, type(v)) for v in (found.training.epochs, found.training.lr)]
+    assert kinds == [(3, int), (0.5, float)] and found.evaluation.curve == [0, 0.5]
+    json.dumps(found.to_dict())
     for key in ("epochs", "lr"):
         for wrong in (np.bool_(True), True):
             with pytest.raises(ValueError, match=rf"training\.{key} must be a .*number"):
-                schema.resolve("mine", {**given, "training": training | {key: wrong}})
+                settings({**given, "training": training | {key: wrong}})
 
 
 def test_unknown_recipes_and_missing_keys(tmp_path):
@@ -241,8 +297,26 @@ def test_unknown_recipes_and_missing_keys(tmp_path):
         read(tmp_path / "latin.toml")
     with pytest.raises(ValueError, match="cvae_cifar10c learns a perturbation set; plans are for"):
         read("cvae_cifar10c", plan="atom")
+    for section, said in [
+        ('[objective]\nname = "ADV"', r"objective\.within is missing: the radius of ADV's attack"),
+        (
+            '[objective]\nname = "Standard"',
+            r"training\.epochs is missing; set it in the file, or by",
+        ),
+        ("[objective]\nname = 3", r"no objective '3' \(objective\.name\); there are: ACET, ADV"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            read(
+                write(
+                    tmp_path,
+                    "short",
+                    f'extends = ["sets/cifar10"]\n[model]\nname = "resnet"\n{section}',
+                )
+            )
+    with pytest.raises(ValueError, match=r"no recipe 'scales/cp'; did you mean 'scales/cpu'"):
+        read(write(tmp_path, "wrong", 'extends = ["scales/cp"]'))
     with pytest.raises(ValueError, match=r"objective\.name is missing"):
-        read(write(tmp_path, "empty", 'extends = ["_cifar10", "_cpu"]'))
+        read(write(tmp_path, "empty", 'extends = ["sets/cifar10", "scales/cpu"]'))
     with pytest.raises(ValueError, match=r"needs model\.reject of at least 1"):
         read("ntom_cifar10_cpu", ["model.reject=0"])
     with pytest.raises(ValueError, match=r"set data\.validation"):
@@ -301,7 +375,7 @@ def sets(monkeypatch):
 
 def test_the_images_of_a_recipe(sets):
     held, _ = sets
-    found = read("aloe_cifar10_cpu", ["data.validation=10", "data.hold_out=last"]).data()
+    found = recipes.data(read("aloe_cifar10_cpu", ["data.validation=10", "data.hold_out=last"]))
     train = held["cifar10:train"]
     assert torch.equal(found.train.x, train.x[:50]) and torch.equal(found.val.y, train.y[50:])
     assert torch.equal(found.test.x, held["cifar10:test"].x)
@@ -329,37 +403,38 @@ def test_each_class_is_held_out_by_its_share(sets):
     held, _ = sets
     y = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
     held["cifar10:train"] = by_class("cifar10", held["cifar10:train"].x, y)
-    found, cards = running.for_training(read("standard_cifar10_cpu", ["data.validation=12"]), None)
+    found, cards = images.to_train(read("standard_cifar10_cpu", ["data.validation=12"]), None)
     assert found.train.y.bincount().tolist() == [24, 16, 8] and cards["train"]["held out"] == 12
     assert found.val.y.bincount().tolist() == [6, 4, 2]
     assert cards["train"]["classes"] == ["cat", "dog", "eel"]
-    images = [image.numpy().tobytes() for image in held["cifar10:train"].x]
-    places = [[images.index(i.numpy().tobytes()) for i in x] for x in (found.train.x, found.val.x)]
+    stored = [image.numpy().tobytes() for image in held["cifar10:train"].x]
+    places = [[stored.index(i.numpy().tobytes()) for i in x] for x in (found.train.x, found.val.x)]
     assert all(each == sorted(each) for each in places) and sorted([*places[0], *places[1]]) == [
         *range(60)
     ]
-    again = read("standard_cifar10_cpu", ["data.validation=12", "training.seed=7"]).data()
+    again = recipes.data(read("standard_cifar10_cpu", ["data.validation=12", "training.seed=7"]))
     assert torch.equal(again.val.x, found.val.x)  # seeds of training compare on the same images
     learned = ["data.images=12", "data.validation=6", "model.width=4"]
-    inside, last, _ = pairs.parts(read("cvae_cifar10c", learned), None)
+    inside, last, _ = images.paired_images(read("cvae_cifar10c", learned), None)
     assert inside.y.bincount().tolist() == [6, 4, 2] and last.y.bincount().tolist() == [3, 2, 1]
 
 
-def test_a_run_of_before_the_rule_keeps_its_own(tmp_path):
-    old = read("standard_cifar10_cpu").settings
-    file = tmp_path / "recipe.json"
-    file.write_text(
-        json.dumps(old | {"data": {k: v for k, v in old["data"].items() if k != "hold_out"}})
-    )
-    assert read(file).settings["data"]["hold_out"] == "last"
-    assert read(file, ["data.hold_out=by class"]).settings == old
-    theirs = json.loads(file.read_text())
-    with pytest.raises(
-        ValueError, match=r"it has with data\.hold_out = 'last'; add --set 'data\.hold_out=last'"
-    ):
-        running.check_recipe(read("standard_cifar10_cpu"), "standard_cifar10_cpu", theirs, "it has")
+def test_a_run_goes_on_with_its_own_rule_of_holding_out():
     last = read("standard_cifar10_cpu", ["data.hold_out=last"])
-    running.check_recipe(last, "standard_cifar10_cpu", theirs, "it has")
+    theirs = last.settings.to_dict()
+    runs.check_recipe(last, "standard_cifar10_cpu", theirs, "it has")
+    with pytest.raises(ValueError, match=r"it has with data\.hold_out = 'last', not 'by class'"):
+        runs.check_recipe(read("standard_cifar10_cpu"), "standard_cifar10_cpu", theirs, "it has")
+
+
+@pytest.mark.parametrize("run", results.load(), ids=lambda run: run["folder"])
+def test_the_settings_of_every_shipped_run_are_read_as_they_were_recorded(run):
+    recorded, report = run["run"], run["report"]
+    whole = {**recorded["settings"], "evaluation": report["settings"]}
+    assert settings(whole).to_dict() == whole
+    assert recorded["recipe"] in ALL
+    card = artefacts.find("weights", run["folder"]).with_suffix(".json")
+    assert read_json(card)["settings"] == recorded["settings"]
 
 
 def test_classes_are_found_by_name(sets):
@@ -371,23 +446,23 @@ def test_classes_are_found_by_name(sets):
         x, torch.arange(30) % 2, name="cifar10", names=("dog", "eel")
     )
     recipe = read("standard_cifar10_cpu", ["data.validation=0"])
-    assert recipe.data().test.y.tolist() == [1, 2] * 15
-    unnamed, *_ = running.for_testing(recipe, None)  # of a run that kept no names
+    assert recipes.data(recipe).test.y.tolist() == [1, 2] * 15
+    unnamed, *_ = images.to_test(recipe, None)  # of a run that kept no names
     assert unnamed.y.tolist() == [0, 1] * 15
     held["cifar10:test"] = replace(held["cifar10:test"], names=("dog", "Eel"))
     with pytest.raises(
         ValueError, match=r"cifar10:train does not have: 'Eel'; known are: 'cat', 'dog', 'eel'"
     ):
-        recipe.data()
+        recipes.data(recipe)
     held["cifar10:test"] = replace(held["cifar10:test"], names=())
-    assert recipe.data().test.y.tolist() == [0, 1] * 15
+    assert recipes.data(recipe).test.y.tolist() == [0, 1] * 15
 
 
 @pytest.mark.parametrize(
     ("jpeg", "quality"), [("auto", 75), ("0", None), ("40", 40)], ids=["auto", "off", "given"]
 )
 def test_the_twins_of_the_training_images(sets, jpeg, quality):
-    found = read("oe_cifar10_cpu", ["data.validation=0", f"data.jpeg={jpeg}"]).data()
+    found = recipes.data(read("oe_cifar10_cpu", ["data.validation=0", f"data.jpeg={jpeg}"]))
     if quality is None:
         assert found.compressed is None
     else:
@@ -403,14 +478,14 @@ def test_every_image_passes_through_jpeg_once_where_the_recipe_says_so(sets):
         "data.hold_out=last",
     ]
     recipe = read("oe_cifar10_cpu", wanted)
-    found, cards = running.for_training(recipe, None)
+    found, cards = images.to_train(recipe, None)
     train = data.compress(held["cifar10:train"].x, 75)
     assert torch.equal(torch.cat([found.train.x, found.val.x]), train)
     assert found.compressed is None and cards["train"]["jpeg_copies"] == 0
     assert torch.equal(
         found.outliers, held["tinyimagenet:train"].x[1::2]
     )  # JPEG before, so left alone
-    test, outside, cards = running.for_testing(recipe, None)
+    test, outside, cards = images.to_test(recipe, None)
     assert torch.equal(test.x, data.compress(held["cifar10:test"].x, 75))
     for name, x in outside.items():
         before = held[name].x
@@ -430,57 +505,57 @@ def test_jpeg_everywhere_needs_a_quality():
 def test_without_outliers_none_are_read_and_the_augmentation_is_that_of_the_other_rows(sets):
     _, loaded = sets
     for name in ("standard_cifar10_cpu", "adv_cifar10_cpu"):
-        found, cards = running.for_training(read(name, ["data.validation=5"]), None)
+        found, cards = images.to_train(read(name, ["data.validation=5"]), None)
         assert len(found.outliers) == 0 and set(cards) == {"train"}
         assert torch.equal(found.compressed, data.compress(found.train.x, 75))
         few = ["data.validation=5", "data.jpeg=auto"]
-        assert running.for_training(read(name, few), None)[0].compressed is None
+        assert images.to_train(read(name, few), None)[0].compressed is None
     assert set(loaded) == {"cifar10:train"}
 
 
 def test_atoms_recipe_demands_the_papers_pool(sets):
     with pytest.raises(ValueError, match=r"pool of 400,000 outliers.* has 20; take the recipe "
                                          r"atom_cifar10_fast, or .*data\.pool_minimum=0"):  # fmt: skip
-        read("atom_cifar10_paper").data()
-    assert len(read("atom_cifar10_paper", ["data.pool_minimum=0"]).data().outliers) == 20
-    assert len(read("acet_cifar10_paper").data().outliers) == 20  # does not mine
+        recipes.data(read("atom_cifar10_paper"))
+    assert len(recipes.data(read("atom_cifar10_paper", ["data.pool_minimum=0"])).outliers) == 20
+    assert len(recipes.data(read("acet_cifar10_paper")).outliers) == 20  # does not mine
 
 
 def test_images_that_do_not_fit_are_refused(sets):
     held, loaded = sets
     with pytest.raises(ValueError, match=r"data\.validation = 60 leaves nothing of cifar10:train"):
-        read("standard_cifar10_cpu", ["data.validation=60"]).data()
+        recipes.data(read("standard_cifar10_cpu", ["data.validation=60"]))
     del held["scenes"]
     loaded.clear()
     with pytest.raises(ValueError, match="no set 'scenes'"):
-        running.for_testing(read("oe_cifar10_cpu"), None)
+        images.to_test(read("oe_cifar10_cpu"), None)
     assert loaded == ["scenes"]  # nothing else was read first
 
 
 def test_the_record_says_where_it_was_made():
-    found = running.commit()
+    found = runs.commit()
     assert found is None or len(found.removesuffix("+changes")) == 40
-    assert set(running.versions()) == {"python", "torch", "robustood"}
+    assert set(runs.versions()) == {"python", "torch", "robustood"}
 
 
 def test_the_same_images_are_picked_each_time_and_all_where_there_are_few():
     split = data.Split(torch.arange(100.0)[:, None], torch.arange(100))
-    some = testing.pick(split, 10)
-    assert torch.equal(some.y, testing.pick(split, 10).y) and len(set(some.y.tolist())) == 10
+    some = reports.pick(split, 10)
+    assert torch.equal(some.y, reports.pick(split, 10).y) and len(set(some.y.tolist())) == 10
     assert torch.equal(some.x[:, 0].long(), some.y) and some.y.diff().min() > 0
-    assert len(testing.pick(split, 500)) == 100
+    assert len(reports.pick(split, 500)) == 100
 
 
 def test_images_are_tested_with_the_compression_they_were_trained_with():
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     test, card = Split(x, torch.arange(4)), {"jpeg": None}
-    same = running.passed(test, None, card)
+    same = images.passed(test, None, card)
     assert same is test and "passed through JPEG" not in card
-    assert running.passed(test, 90, {"jpeg": 90}) is test
-    passed = running.passed(test, 90, card)
+    assert images.passed(test, 90, {"jpeg": 90}) is test
+    passed = images.passed(test, 90, card)
     assert torch.equal(passed.x, data.compress(x, 90)) and torch.equal(passed.y, test.y)
     assert card["passed through JPEG"] == 90
-    assert running.passed(passed, 90, card) is passed  # once is enough
+    assert images.passed(passed, 90, card) is passed  # once is enough
 
 
 # --- learned sets
@@ -497,19 +572,20 @@ def test_a_recipe_learns_and_measures_a_set(sets, tmp_path):
     ]
     small = ["model.width=4", "model.blocks=1", "model.latent=4", "evaluation.n_in=6"]
     recipe = read("cvae_cifar10c", few + small)
-    found, cards = running.for_training(recipe, None)
+    found, cards = images.to_train(recipe, None)
     train = sets[0]["cifar10:train"]
     assert torch.equal(found.train.x, train.x[:32]) and torch.equal(found.val.x, train.x[52:])
     assert found.train.views.shape[1] == 13 and cards["train"]["held out"] == 8
-    assert recipe.train(tmp_path)["finished"] and recipe.train(tmp_path)["finished"]
-    report = recipe.evaluate(tmp_path)
+    assert recipes.train(recipe, tmp_path)["finished"]
+    assert recipes.train(recipe, tmp_path)["finished"]
+    report = recipes.evaluate(recipe, tmp_path)
     assert set(report["sets"]) == {"learned", *data.HELD_OUT}
     assert all(measured["ordered"] for measured in report["sets"].values())
     assert 0 < report["radii"]["median"] <= report["radii"]["maximum"]
     with pytest.raises(ValueError, match="holds weights"):
-        read("cvae_cifar10c", [*few, *small, "objective.beta=2"]).evaluate(tmp_path)
+        recipes.evaluate(read("cvae_cifar10c", [*few, *small, "objective.beta=2"]), tmp_path)
     with pytest.raises(ValueError, match=r"data.images = 60 and data.validation = 8 must fit"):
-        running.for_training(read("cvae_cifar10c", ["data.images=60", "data.validation=8"]), None)
+        images.to_train(read("cvae_cifar10c", ["data.images=60", "data.validation=8"]), None)
 
 
 def test_a_learned_set_needs_all_its_parts():

@@ -1,13 +1,11 @@
 """Runs are found wherever they lie, and the table shows what was measured and nothing else."""
 
 import json
-from pathlib import Path
 
-import keep_run
 import numpy as np
 import pytest
 
-from robustood import metrics, results
+from robustood import artefacts, metrics, results
 from robustood.results import load, table
 
 
@@ -60,7 +58,7 @@ def test_the_table_holds_the_numbers(tmp_path):
     assert set(rule) <= set("|- ") and len({len(line) for line in (head, rule, *lines)}) == 1
     named = [dict(zip(cells(head), cells(line), strict=True)) for line in lines]
     assert named[1] == {
-        "run": "b", "seed": "1", "epochs": "2/3", "attack": "1/255 both", "accuracy %": "93.1 [92.0 94.1]",
+        "run": "b", "seed": "1", "epochs": "2/3", "attack": "1/255 both", "accuracy %": "93.1 [92.0, 94.1]",
         "attacked %": "", "detector": "ODIN", "AUROC %": "90.0", "paper's attack": "70.0",
         "adaptive": "65.0", "seen": "95.0", "seen, adaptive": "80.0", "minutes": "8.2",
         "images/s": "1234", "x floor": "1.10",
@@ -103,7 +101,7 @@ def test_the_reject_class_is_the_deployed_detector_where_there_is_one():
     assert results.detector({"run": run(), "report": None}) == ""
 
 
-def test_runs_are_found_alone_in_folders_and_among_kept_results(tmp_path):
+def test_runs_are_found_alone_in_folders_and_among_saved_results(tmp_path):
     write(tmp_path / "one", run(), report())
     assert [r["folder"] for r in load(tmp_path / "one")] == ["one"]
     (tmp_path / "kept.json").write_text(json.dumps({"run": run(seed=5), "report": report()}))
@@ -122,6 +120,7 @@ def test_folders_without_runs(tmp_path):
 
 def test_the_shipped_results_load():
     assert (found := load()) and all(r["run"]["recipe"] for r in found)
+    assert {r["folder"] for r in found} < set(artefacts.names("results"))
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -136,7 +135,7 @@ def test_a_damaged_record_is_named(tmp_path):
         load(tmp_path)
 
 
-def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkeypatch):
+def test_saved_results_and_reports_that_lack_something_are_named(tmp_path, monkeypatch):
     write(tmp_path / "one", run())
     for text, said in [
         ("", "it is empty"), ("[]", "it lacks settings, means"), ('{"means": []}', "it lacks settings"),
@@ -149,74 +148,17 @@ def test_kept_results_and_reports_that_lack_something_are_named(tmp_path, monkey
             (tmp_path / "one" / name).unlink()
     kept = tmp_path / "data" / "results" / "mine.json"
     kept.parent.mkdir(parents=True)
-    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
-    (tmp_path / "data" / "weights").mkdir()
-    (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(
-        b""
-    )  # restore looks for it first
-    again = lambda: results.restore("mine", tmp_path / "again")
+    monkeypatch.setattr(artefacts, "FOLDERS", (tmp_path / "data",))
     listed = "its run lacks recipe, seed, settings, data, history, finished"
-    for wrong, call, said in [
-        ({"run": 3, "report": None}, load, listed),
-        ({"run": 3, "report": None}, again, "its run lacks recipe, about, settings"),
-        (
-            {"run": run(), "report": {"means": []}},
-            load,
-            "its report lacks settings",
-        ),
-        (
-            {"run": {**run(), "about": ""}, "report": {"means": []}},
-            again,
-            "its report lacks settings",
-        ),
+    for wrong, said in [
+        ({"run": 3, "report": None}, listed),
+        ({"run": run(), "report": {"means": []}}, "its report lacks settings"),
     ]:
         kept.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
-            call()
+            load()
     kept.write_bytes(b"\xef\xbb\xbf" + json.dumps({"run": run(), "report": None}).encode())
     assert [r["folder"] for r in load()] == ["mine"]
-
-
-def test_a_run_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(keep_run, "DATA", tmp_path / "data")
-    folder = tmp_path / "mine"
-    measured = {**report(), "rows": [{}], "weights": "abc"}
-    write(folder, run(finished=False), measured)
-    with pytest.raises(
-        ValueError, match="mine is not finished; give its robustood train command again"
-    ):
-        keep_run.keep(folder)
-    (folder / "run.json").write_text(json.dumps(run()))
-    (folder / "weights.json").write_text('{"sha256": "other"}')
-    with pytest.raises(ValueError, match="mine: report measured other weights; evaluate again"):
-        keep_run.keep(folder)
-    assert not list((tmp_path / "data").glob("*/*"))
-    (folder / "weights.json").write_text('{"sha256": "abc"}')
-    (folder / "weights.safetensors").write_bytes(b"w")
-    np.savez_compressed(folder / "scores.npz")
-    np.savez_compressed(
-        folder / "scores_strong.npz", **{"MSP strong in": np.arange(3, dtype=np.float32)}
-    )
-    np.savez_compressed(folder / "scores_curve.npz")
-    (folder / "report_strong.json").write_text(json.dumps(measured))
-    (folder / "report_curve.json").write_text(json.dumps({**measured, "rows": []}))
-    monkeypatch.chdir(folder)
-    keep_run.keep(Path())  # called "mine" all the same
-    (kept,) = load(tmp_path / "data" / "results")
-    assert kept == load(folder)[0] and kept["folder"] == "mine"
-    kept = {str(file.relative_to(tmp_path / "data")) for file in (tmp_path / "data").glob("*/*")}
-    assert kept == {
-        "results/mine.json",
-        "scores/mine.npz",
-        "scores/mine.strong.npz",
-        "weights/mine.json",
-        "weights/mine.safetensors",
-    }
-    monkeypatch.setattr(results, "KEPT", (tmp_path / "data",))
-    assert results.scores("mine") == {}
-    assert results.scores("mine", "strong")["MSP strong in"].tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"nothing kept as scores/mine\.curve\.npz"):
-        results.scores("mine", "curve")
 
 
 def test_the_mean_over_sets_is_the_rate_of_their_mixture():

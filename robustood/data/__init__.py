@@ -15,7 +15,6 @@ from robustood.data.base import (
     check_trainable,
     counted_as,
     hold_out,
-    kept,
     pixels,
 )
 from robustood.data.batches import Augment, draw
@@ -50,7 +49,7 @@ __all__ = [
     "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch", "Data",
     "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available", "check", "check_trainable",
     "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch", "folder", "folder_of_views",
-    "glyphs", "hold_out", "kept", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",
+    "glyphs", "hold_out", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",
     "random_lights", "read_pack", "redrawn", "relit", "render", "root", "scenes", "without_overlap",
     "write_pack",
 ]  # fmt: skip

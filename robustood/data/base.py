@@ -1,17 +1,15 @@
-"""What a run is made of: splits, batches, and the results that ship with the project."""
+"""What a run is made of: splits and batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from robustood.checkpoints import read_json
 from robustood.inputs import (
     check_count,
     check_device,
@@ -252,24 +250,3 @@ def check_trainable(data: Data, classes: int | None) -> None:
         check_floats(y, "data.train.y")
     elif y.ndim != 4:
         check_labels(y, x, classes, "data.train.y")
-
-
-def kept(name: str) -> dict[str, Any]:
-    """A result that ships with the project: what one run of it measured.
-
-    Looked for in ``data/results`` of a checkout, then in the installed package.
-
-    Args:
-        name: file name without ``.json``.
-
-    Raises:
-        ValueError: if there is no such result; the message says which there are.
-    """
-    check_text(name, "name")
-    here = Path(__file__).parents[1]
-    folders = [here.parent / "data" / "results", here / "kept" / "results"]
-    for folder in folders:
-        if (file := folder / f"{name}.json").is_file():
-            return read_json(file, fix="fetch it again")
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
-    raise ValueError(f"no kept result {name!r}; there are: {', '.join(known) or 'none'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustood import metrics
+from robustood import metrics, tables
 from robustood.checkpoints import Checkpoint, as_json, from_json, write_whole
 from robustood.detectors import Detector, Direction
 from robustood.evaluate.attack import attack_score, check_detector
@@ -96,10 +95,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON, without the scores; also written to ``path`` if given."""
-        rows = [
-            {k: asdict(v) if isinstance(v, Estimate) else v for k, v in r.items()}
-            for r in self.rows
-        ]
+        rows = [plain(row) for row in self.rows]
         text = as_json({"settings": self.settings, "rows": rows}, "report")
         if path is not None:
             check_path(path, "path")
@@ -127,28 +123,16 @@ class Report:
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table, as text."""
+        head = ["outliers", "AUROC", "FPR (clean threshold)", "FPR (threshold as attacked)"]
         shown = ("auroc", "fpr", "fpr_attacked", "rejected", "tie_rate")
-        body = [
-            [
-                row["set"],
-                *(f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k]) for k in shown),
-            ]
-            for row in self.rows
-        ]
-        return [["outliers", "AUROC", "FPR (clean threshold)", "FPR (threshold as attacked)",
-                 "ID rejected", "ties"], *body]  # fmt: skip
+        body = [[row["set"], *(f"{row[key]:.3f}" for key in shown)] for row in self.rows]
+        return [[*head, "ID rejected", "ties"], *body]
 
     def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join(line.rstrip() for line in lines)
+        return tables.text(self.cells())
 
     def _repr_html_(self) -> str:
-        head, *body = [[html.escape(cell) for cell in row] for row in self.cells()]
-        lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-        top = "".join(f"<th>{cell}</th>" for cell in head)
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        return tables.html(self.cells())
 
 
 def ood_report(
@@ -299,6 +283,11 @@ class Bench:
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
+
+
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a report without classes of its own, as JSON has it."""
+    return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
 
 
 def measure(

@@ -1,0 +1,179 @@
+"""What ships with the project: results, the scores behind them, and weights, in a checkout or an installed package.
+
+A checkout holds ``data/results/NAME.json``, ``data/scores/NAME.npz`` and ``data/weights/NAME.safetensors``; an
+installed package the first two. The folder of a run (:func:`robustood.recipes.train`) is saved there by
+:func:`save`, and :func:`restore` makes such a folder again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from robustood.checkpoints import read_json, write_json, write_whole
+from robustood.inputs import check_choice, check_path, check_text, suggest
+
+__all__ = ["check_whole", "find", "names", "read_run", "restore", "result", "save", "scores"]
+
+Json = dict[str, Any]  # what a JSON file holds
+Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
+HERE = Path(__file__).parent
+FOLDERS = (HERE.parent / "data", HERE / "shipped")  # in a checkout; in an installed package
+ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
+RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
+MEASURED = ("settings", "means")  # in every report.json
+
+
+def names(kind: str) -> list[str]:
+    """The names of the results, scores or weights that ship with the project."""
+    check_choice(kind, "kind", list(ENDINGS))
+    files = (file for folder in FOLDERS for file in (folder / kind).glob(f"*{ENDINGS[kind]}"))
+    return sorted({file.name.removesuffix(ENDINGS[kind]) for file in files})
+
+
+def find(kind: str, name: str) -> Path:
+    """The file of a result, of scores, or of weights (whose card lies beside them).
+
+    Args:
+        kind: "results", "scores" or "weights".
+        name: such as "aloe_cifar10_cpu"; of scores under a further plan "aloe_cifar10_cpu.strong".
+
+    Raises:
+        ValueError: if it does not ship with the project; the message says what does.
+    """
+    check_choice(kind, "kind", list(ENDINGS))
+    check_text(name, "name")
+    for folder in FOLDERS:
+        if (file := folder / kind / f"{name}{ENDINGS[kind]}").is_file():
+            return file
+    checkout = "; weights come with a checkout of the repository" if kind == "weights" else ""
+    raise ValueError(
+        f"nothing ships as {kind}/{name}{ENDINGS[kind]}; {suggest(name, names(kind))}{checkout}"
+    )
+
+
+def result(name: str) -> Json:
+    """A result that ships with the project: what one experiment or run measured.
+
+    Raises:
+        ValueError: if there is no such result; the message says which there are.
+    """
+    return read_json(find("results", name), fix="fetch it again")
+
+
+def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
+    """The score of each image of a shipped run, float32, by "detector attack set"; "in" is in-distribution.
+
+    Args:
+        name: of the run, such as "aloe_cifar10_cpu".
+        plan: of the evaluation, such as "strong"; default the one of the run's own recipe.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    check_text(name, "name")
+    if plan is not None:
+        check_text(plan, "plan")
+    with np.load(find("scores", f"{name}.{plan}" if plan else name), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_run(folder: Path) -> Json:
+    """What the folder of a run has on record: ``{"run", "report", "plans"}``.
+
+    Raises:
+        ValueError: for a damaged file, naming it.
+    """
+    report = folder / "report.json"
+    return {
+        "run": read_json(folder / "run.json", RECORDED),
+        "report": read_json(report, MEASURED) if report.is_file() else None,
+        "plans": {
+            file.stem.removeprefix("report_"): read_json(file, MEASURED)
+            for file in sorted(folder.glob("report_*.json"))
+        },
+    }
+
+
+def check_whole(
+    file: Path, record: Json, run: Sequence[str] = RECORDED, report: Sequence[str] = MEASURED
+) -> None:
+    """Refuse a record whose run or report lacks some keys, by default those that the table needs.
+
+    Raises:
+        ValueError: naming the file and the keys.
+    """
+    for part, keys in {"run": run, "report": report}.items():
+        held = record[part]
+        missing = [key for key in keys if not isinstance(held, dict) or key not in held]
+        if missing and (part == "run" or held is not None):
+            raise ValueError(
+                f"{file} is damaged (its {part} lacks {', '.join(missing)}); delete it or fetch it again"
+            )
+
+
+def save(folder: str | Path) -> Path:
+    """Save a finished run among what ships with the project: numbers, scores and weights, under its folder's name.
+
+    Returns:
+        The JSON file of its numbers.
+
+    Raises:
+        ValueError: for a run that is not finished, a report on other weights, or outside a checkout.
+    """
+    check_path(folder, "folder")
+    folder, place = Path(folder).expanduser().resolve(), FOLDERS[0]
+    record = read_run(folder)
+    if not place.is_dir():
+        raise ValueError(f"no folder {place}; runs are saved into a checkout of the repository")
+    if not record["run"]["finished"]:
+        raise ValueError(f"{folder} is not finished; give its robustood train command again")
+    weights = read_json(folder / "weights.json", ("sha256",))["sha256"]
+    reports = {"": record["report"], **{f"_{plan}": r for plan, r in record["plans"].items()}}
+    for plan, report in reports.items():
+        if report and report["weights"] != weights:
+            raise ValueError(f"{folder}: report{plan} measured other weights; evaluate again")
+    copies = {f"weights/{folder.name}{end}": f"weights{end}" for end in (".safetensors", ".json")}
+    for plan, report in reports.items():
+        if report and report.get("rows"):  # a curve has none, and a learned set neither
+            copies[f"scores/{folder.name}{plan.replace('_', '.', 1)}.npz"] = f"scores{plan}.npz"
+    for kind in ENDINGS:
+        (place / kind).mkdir(exist_ok=True)
+    for there, here in copies.items():
+        shutil.copyfile(folder / here, place / there)
+    write_json(file := place / "results" / f"{folder.name}.json", record)
+    return file
+
+
+def restore(name: str, folder: str | Path) -> Path:
+    """Put a shipped run back into a folder of its own, so that it can be measured again.
+
+    Args:
+        name: of the run.
+        folder: gets ``recipe.json``, ``run.json``, the weights with their card, and the reports.
+
+    Raises:
+        ValueError: if the run or its weights are not there.
+    """
+    check_path(folder, "folder")
+    file, weights = find("results", name), find("weights", name)
+    folder = Path(folder).expanduser()
+    record = read_json(file, ("run", "report"))
+    check_whole(file, record, ("recipe", "about", "settings"), ("settings",))
+    run, report = record["run"], record["report"]
+    recipe = {"name": run["recipe"], "about": run["about"], **run["settings"]}
+    if report:  # measured as it was
+        recipe["evaluation"] = report["settings"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending in (".safetensors", ".json"):
+        write_whole(folder / f"weights{ending}", weights.with_suffix(ending).read_bytes())
+    plans = {f"report_{plan}": each for plan, each in record.get("plans", {}).items()}
+    for own, content in {"recipe": recipe, "run": run, "report": report, **plans}.items():
+        if content:
+            write_json(folder / f"{own}.json", content)
+    return folder

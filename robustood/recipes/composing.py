@@ -1,0 +1,188 @@
+"""Recipes from files: parts that are merged, files that extend others, and changes from a command line.
+
+Most recipes are a product: ``aloe_cifar10_fast`` is the method ``methods/aloe.toml`` on the images of
+``sets/cifar10.toml`` at the scale ``scales/fast.toml``, measured by the plan that the method names. A table
+such as ``[scales.paper.objective]`` in one of these parts holds where it is merged with that other part.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from robustood.checkpoints import read_json
+from robustood.inputs import check_path, check_several, check_text, suggest
+from robustood.recipes.reading import Table
+from robustood.recipes.recipe import SECTIONS, Recipe, settings
+
+__all__ = ["KINDS", "load", "names", "parts", "plans", "read"]
+
+FOLDER = Path(__file__).parent
+KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
+
+
+def names() -> list[str]:
+    """The recipes that ship with the library."""
+    return sorted([*products(), *(file.stem for file in FOLDER.glob("*.toml"))])
+
+
+def plans() -> list[str]:
+    """The evaluations by which any classifier can be measured beside its own."""
+    return parts("plans")
+
+
+def parts(kind: str) -> list[str]:
+    """The parts of one kind."""
+    return sorted(file.stem for file in (FOLDER / kind).glob("*.toml"))
+
+
+@cache
+def products() -> dict[str, Table]:
+    """Each recipe that is a method on a set at a scale, as a file would say it."""
+    found = {}
+    for method, images, scale in product(parts("methods"), parts("sets"), parts("scales")):
+        own = load(f"methods/{method}")
+        if f"{images}_{scale}" not in own.get("without", []):
+            chosen = zip(KINDS, (images, own["plan"], scale, method))
+            bases = {kind: f"{kind}/{name}" for kind, name in chosen}
+            about = (load(bases[kind])["about"] for kind in ("methods", "sets", "scales"))
+            found[f"{method}_{images}_{scale}"] = {
+                "about": ", ".join(about),
+                "extends": list(bases.values()),
+            }
+    return found
+
+
+def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") -> Recipe:
+    """Read and check a recipe; no data are loaded.
+
+    Args:
+        name_or_path: one of :func:`names`, or a file that ends in ``.toml``, or in ``.json`` as a run's
+            folder holds it.
+        changes: such as ``"training.epochs=3"``; the value is TOML, a bare word is a text.
+        plan: one of :func:`plans`, whose evaluation is merged into the recipe's.
+
+    Raises:
+        ValueError: for an unknown recipe, section, key or name, or a wrong value; the message says
+            which recipe and key, what was seen and what there is.
+    """
+    check_path(name_or_path, "name_or_path")
+    check_several(changes, "changes", 'texts such as "training.epochs=3"', 0)
+    for change in changes:
+        check_text(change, "changes: each")
+    check_text(plan, "plan")
+    path = Path(name_or_path).expanduser()
+    whole = path.suffix == ".json"
+    if whole and not path.is_file():
+        raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
+    merged = read_json(path, ("data",)) if whole else gather(str(name_or_path))
+    name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
+    if not isinstance(about, str):
+        raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")
+    if plan and plan not in plans():
+        raise ValueError(f"no plan {plan!r}; {suggest(plan, plans())}")
+    if plan:
+        if "pairs" in merged.get("data", {}):
+            raise ValueError(f"recipe {name} learns a perturbation set; plans are for classifiers")
+        merged = merge(merged, gather(f"plans/{plan}"))
+    for change in changes:
+        merged = merge(merged, parse(change))
+    try:
+        return Recipe(name, about, settings(merged), plan)
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+
+
+def gather(
+    name: str, beside: Path | None = None, above: tuple[str, ...] = (), met: Sequence[str] = ()
+) -> Table:
+    """A recipe with those that it extends merged in, first to last, then itself.
+
+    Args:
+        name: of one that ships with the library, or of a part, or a path.
+        beside: the folder that a path is relative to.
+        above: the recipes that extend this one.
+        met: the parts that it is merged with.
+    """
+    if name in above:
+        raise ValueError(f"recipe {name} extends itself: {' -> '.join([*above, name])}; cut one")
+    path = None if name in products() else find(name, beside)
+    own = dict(products()[name]) if path is None else load(name, path)
+    if path and path.parent.parent == FOLDER:
+        return holding(own, met)
+    bases = own.pop("extends", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(
+            f'recipe {name}: extends must be a list such as ["scales/fast"], got {bases!r}'
+        )
+    merged: Table = {}
+    for base in bases:
+        merged = merge(merged, gather(base, path and path.parent, (*above, name), bases))
+    merged.pop("about", None)
+    return merge(merged, own)
+
+
+def holding(part: Table, met: Sequence[str]) -> Table:
+    """The sections of a part, with what holds only among the parts that it is merged with."""
+    own = {section: part[section] for section in SECTIONS if section in part}
+    for kind, name in (other.split("/") for other in met if other.count("/") == 1):
+        if name in part.get(kind, {}):
+            own = merge(own, holding(part[kind][name], met))
+    return own
+
+
+def find(name: str, beside: Path | None) -> Path:
+    """The file of a recipe or a part: a path, or a name that ships with the library."""
+    if name.endswith(".toml"):
+        path = Path(name).expanduser() if beside is None else beside / name
+        if not path.is_file():
+            raise ValueError(f"no recipe file {name}; the shipped ones are named without .toml")
+        return path
+    known = [file.relative_to(FOLDER).with_suffix("") for file in FOLDER.rglob("*.toml")]
+    if Path(name) in known:
+        return FOLDER / f"{name}.toml"
+    kind = name.split("/")[0]
+    near = [f"{kind}/{part}" for part in parts(kind)] if kind in KINDS else names()
+    raise ValueError(f"no recipe {name!r}; {suggest(name, near)}. A file of your own ends in .toml")
+
+
+def load(name: str, path: Path | None = None) -> Table:
+    """What a file says; by default that of a part."""
+    try:
+        return tomllib.loads((path or FOLDER / f"{name}.toml").read_text("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {name} is not TOML: {error}") from error
+
+
+def merge(base: Table, own: Table) -> Table:
+    """Tables key by key, anything else replaced."""
+    both = {
+        key: {**base[key], **own[key]}
+        for key in base.keys() & own.keys()
+        if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
+    return {**base, **own, **both}
+
+
+def parse(change: str) -> Table:
+    """``section.key=value`` as a piece of a recipe."""
+    key, equals, text = change.partition("=")
+    section, dot, key = key.strip().partition(".")
+    if not (equals and dot and key):
+        where = [
+            name
+            for name, kind in SECTIONS.items()
+            if section in getattr(kind, "__annotations__", {})
+        ]
+        hint = f"{where[0]}.{section}=..." if where else "training.epochs=3"
+        raise ValueError(f"--set needs section.key=value, got {change!r}; write {hint}")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")
+    except tomllib.TOMLDecodeError:
+        value = {"value": text.strip()}
+    if list(value) != ["value"]:
+        raise ValueError(f"--set takes one value, got {change!r}")
+    return {section: {key: value["value"]}}

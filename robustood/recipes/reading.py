@@ -1,0 +1,134 @@
+"""Values of a file, checked against the annotations of the dataclass or function that takes them.
+
+A file writes what TOML can: ``Annotated[int, Bounds(1)]`` is a whole number of at least 1, ``float`` a number or a
+fraction as text such as "8/255", ``Literal["auto"] | bool`` that word or true or false. ``None`` stands for a key that
+is left out.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections.abc
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from robustood.inputs import (
+    MOST,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_several,
+    check_text,
+    suggest,
+)
+
+__all__ = ["AtLeastZero", "Bounds", "Count", "Positive", "Share", "Table", "Value", "checked"]
+
+Value = Any  # what TOML can hold
+Table = dict[str, Value]
+FRACTION = 'a fraction is a text such as "8/255"'
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the largest number that is allowed."""
+
+    low: float = -MOST
+    high: float = MOST
+
+
+Count = Annotated[int, Bounds(0)]
+Positive = Annotated[int, Bounds(1)]
+AtLeastZero = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+
+
+def checked(
+    build: Callable[..., object],
+    given: Mapping[str, Value],
+    section: str,
+    keys: Collection[str] | None = None,
+) -> Table:
+    """The values of a section as keyword arguments of a dataclass or function, in its order.
+
+    Args:
+        build: what they are for.
+        given: the values.
+        section: its name, for messages.
+        keys: that are allowed; default all arguments.
+
+    Raises:
+        ValueError: naming key, value and the fix.
+    """
+    hints = get_type_hints(build, include_extras=True)
+    parameters = inspect.signature(build).parameters
+    known = [key for key in parameters if keys is None or key in keys]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"no key {section}.{key}; {suggest(key, known)}")
+    for key in known:
+        if key not in given and parameters[key].default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{section}.{key} is missing; set it in the file, or by --set {section}.{key}=..."
+            )
+    return {k: converted(hints[k], given[k], f"{section}.{k}") for k in known if k in given}
+
+
+def converted(kind: object, value: Value, name: str, bounds: Bounds | None = None) -> Value:
+    """A value as its annotation has it; ValueError with its name for another kind of value."""
+    arguments = get_args(kind)
+    match get_origin(kind):
+        case typing.Annotated:
+            return converted(arguments[0], value, name, arguments[1])
+        case typing.Literal:
+            check_choice(value, name, arguments)
+            return value
+        case typing.Union | types.UnionType:
+            return one_of(arguments, value, name)
+        case builtins.list | collections.abc.Sequence:
+            check_several(value, name, "values", 0)
+            return [converted(arguments[0], each, f"{name}: each") for each in value]
+    if kind is int:
+        low, high = (bounds.low, bounds.high) if bounds else (0, MOST)
+        return check_count(value, name, int(low), high)
+    if kind is float:
+        low, high = (bounds.low, bounds.high) if bounds else (-MOST, MOST)
+        check_number(found := decimal(value), name, low, high, FRACTION)
+        return float(found)
+    if kind is bool:
+        check_flag(value, name)
+        return bool(value)
+    check_text(value, name)
+    return value
+
+
+def one_of(kinds: Iterable[object], value: Value, name: str) -> Value:
+    """A word, or a value of the last kind; of no others a file could hold one."""
+    *words, last = [k for k in kinds if k in (int, float, bool, str) or get_origin(k)]
+    allowed = [word for each in words for word in get_args(each)]
+    if isinstance(value, str) and value in allowed:
+        return value
+    try:
+        return converted(last, value, name)
+    except ValueError as error:
+        if not allowed:
+            raise
+        raise ValueError(f'{error}; or write "{", ".join(allowed)}"') from error
+
+
+def decimal(value: Value) -> Value:
+    """The number that a text such as "8/255" stands for; all else as it is."""
+    if isinstance(value, str):
+        try:
+            found = float(Fraction(value))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            return value
+        return found if math.isfinite(found) else value
+    return value

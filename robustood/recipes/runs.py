@@ -1,0 +1,321 @@
+"""Runs: from a recipe to trained weights in a folder, and what goes on record there."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import robustood
+from robustood import distributed, engine, training
+from robustood.artefacts import RECORDED, Json
+from robustood.attacks import robust_accuracy
+from robustood.checkpoints import (
+    check_same,
+    load_weights,
+    read_json,
+    save_weights,
+    write_json,
+    write_whole,
+)
+from robustood.data import Augment, Data, Split, pixels
+from robustood.engine import Engine
+from robustood.metrics import Estimate
+from robustood.models import split
+from robustood.recipes.images import Card, Root, classes, to_train
+from robustood.recipes.recipe import Recipe
+
+__all__ = [
+    "Tell",
+    "accuracy",
+    "check_recipe",
+    "commit",
+    "origin",
+    "silent",
+    "to_fit",
+    "train",
+    "trained",
+]
+
+Attack = Callable[..., Tensor]
+Tell = Callable[[str], None]
+TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    minutes: float = math.inf,
+    device: torch.device | str | None = None,
+    *,
+    root: Root = None,
+    tell: Tell = silent,
+) -> Json:
+    """Train by a recipe, or go on where the run in a folder stopped.
+
+    The folder gets ``recipe.json`` (all settings), ``run.json`` (what happened), ``state.pt`` and ``log.csv``
+    (:func:`robustood.training.fit`), and at the end ``weights.safetensors`` with its card. With several
+    processes the first one writes.
+
+    Args:
+        recipe: what to do.
+        folder: of this run alone.
+        minutes: stop in time to keep this budget, reading the images included; the same call goes on.
+        device: default CUDA where there is one.
+        root: folder of the packs; default as in :func:`robustood.data.load`.
+        tell: called with one line after each epoch, and with remarks.
+
+    Returns:
+        What ``run.json`` holds; ``finished`` is False where the time ran out.
+
+    Raises:
+        ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
+        OSError: if the folder cannot be written; states that were written before stay.
+    """
+    folder, start = Path(folder), time.monotonic()
+    if (old := distributed.from_first(earlier(recipe, folder))) and old["finished"]:
+        tell(f"this run is finished: {folder / 'weights.safetensors'}")
+        return old
+    model = recipe.model()
+    data, cards = to_train(recipe, root)
+    before, now = classes((old["data"] if old else cards)["train"]), classes(cards["train"])
+    if before and now:
+        check_same({"classes": before}, {"classes": now}, f"{folder} holds a run")
+    device = chosen(device)
+    how = Engine(**old["engine"]) if old else choose(recipe, model, data, device)
+    run = begun(recipe, cards, device, how, old)
+    record(folder, recipe, old or run)
+    left = max(0.0, minutes - (time.monotonic() - start) / 60)
+    if minutes and not left:
+        tell(
+            f"reading the images took the {minutes:g} minutes; give more, or no step is ever taken"
+        )
+    epochs, learns_pairs = recipe.settings.training.epochs, recipe.settings.data.pairs
+    history = training.fit(
+        model,
+        recipe.objective(),
+        data,
+        **to_fit(recipe),
+        engine=None if learns_pairs else how,
+        device=device,
+        run_dir=folder,
+        minutes=left,
+        monitor=None if learns_pairs else partial(held_out, data.val),
+        on_epoch=partial(epoch_line, tell, epochs),
+    )
+    rows = history.rows
+    run |= {
+        "finished": history.finished,
+        "history": rows,
+        "speed": history.speed or (old or run)["speed"],
+        "minutes": rows[-1]["seconds"] / 60 if rows else 0.0,
+    }
+    if distributed.rank() == 0 and history.finished:
+        kept = ("recipe", "settings", "seed", "data", "commit", "device", "minutes", "speed")
+        save_weights(folder / "weights.safetensors", model, **{k: run[k] for k in kept})
+    record(folder, recipe, run)
+    tell(
+        f"finished after {run['minutes']:.1f} minutes: {folder / 'weights.safetensors'}"
+        if history.finished
+        else f"time is up after {len(rows)} of {epochs} epochs; the same command goes on from here"
+    )
+    return run
+
+
+def begun(
+    recipe: Recipe, cards: dict[str, Card], device: torch.device, how: Engine, old: Card | None
+) -> Json:
+    """What is on record of a run when a session begins: the first, or one that goes on."""
+    session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
+    sessions = old.get("sessions", []) if old else []
+    return {
+        "recipe": recipe.name,
+        "about": recipe.about,
+        "settings": recipe.settings.to_dict(),
+        "seed": recipe.settings.training.seed,
+        "data": cards,
+        **session,
+        "sessions": sessions + [session] * (session not in sessions),
+        "engine": asdict(how),
+        "finished": False,
+        "minutes": 0.0,
+        "speed": {},
+        "history": [],
+    }
+
+
+def earlier(recipe: Recipe, folder: Path) -> Json | None:
+    """What the folder's run has on record, None if there is none yet.
+
+    Raises:
+        ValueError: if it is a run of another recipe.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        return None
+    run = read_json(file, (*RECORDED, "engine"))
+    if "train" not in run["data"]:
+        raise ValueError(f"{file} is damaged (its data lacks train); choose another folder")
+    check_recipe(recipe, run["recipe"], run["settings"], f"{folder} holds a run")
+    run["finished"] = run["finished"] and (folder / "weights.safetensors").is_file()
+    return run
+
+
+def trained(
+    recipe: Recipe, folder: Path, device: torch.device | str | None
+) -> tuple[Any, Card, torch.device]:
+    """The network with the weights in a run's folder, in eval mode on its device, and the weights' card.
+
+    Raises:
+        ValueError: if the weights belong to another recipe, or the run is not finished.
+    """
+    file = folder / "weights.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"no weights in {folder}: the run is not finished; give its robustood train command "
+            "again, it goes on"
+        )
+    model = recipe.model()
+    written = load_weights(file, model, ("recipe", "settings", "seed", "data"))
+    if "train" not in written["data"]:
+        raise ValueError(
+            f"{file.with_suffix('.json')} says nothing of the training images (data.train); take the card "
+            "that robustood train wrote"
+        )
+    check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
+    device = chosen(device)
+    return model.to(device).eval(), written, device
+
+
+def chosen(device: torch.device | str | None) -> torch.device:
+    """A device; by default CUDA where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
+    """What a report says of the weights, of the settings and of where it was made."""
+    return {
+        "recipe": recipe.name,
+        "seed": written["seed"],
+        "weights": written["sha256"],
+        "settings": asdict(recipe.settings.evaluation),
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_name(device),
+    }
+
+
+def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None:
+    """Refuse settings that trained something else than this recipe would."""
+    ours, theirs = (
+        {
+            f"{section}.{key}": v
+            for section in TRAINED_BY
+            for key, v in given.get(section, {}).items()
+        }
+        for given in (recipe.settings.to_dict(), settings)
+    )
+    wanted = {"recipe": recipe.name, **{key: ours.get(key) for key in ours | theirs}}
+    check_same({"recipe": name, **theirs}, wanted, holder)
+
+
+def record(folder: Path, recipe: Recipe, run: Json) -> None:
+    """Write what is on record, by the first process alone."""
+    if distributed.rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "recipe.json", recipe.to_json().encode())
+    write_json(folder / "run.json", run)
+
+
+def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
+    """How to compute: as the recipe says, and by a short measurement where it says "auto"."""
+    if recipe.settings.data.pairs:
+        return Engine()  # an autoencoder runs as it is
+    want = recipe.settings.training
+    shape, how = tuple(data.train.x.shape[1:]), ("precision", "channels_last", "compile")
+    return distributed.from_first(
+        engine.choose(model, shape, device, **{key: getattr(want, key) for key in how})
+    )
+
+
+def to_fit(recipe: Recipe) -> Json:
+    """What a recipe says to :func:`robustood.training.fit`."""
+    want, images = recipe.settings.training, recipe.settings.data
+    same = ("epochs", "batch_size", "outlier_batch_size", "lr", "weight_decay", "warmup", "seed")
+    sgd = partial(torch.optim.SGD, momentum=want.momentum, nesterov=want.nesterov)
+    augment = Augment(crop=images.crop, flip=images.flip)
+    return {
+        **{key: getattr(want, key) for key in same},
+        "optimiser": sgd if want.optimiser == "sgd" else torch.optim.Adam,
+        "milestones": want.milestones or None,
+        "augment": augment if images.crop or images.flip else None,
+    }
+
+
+def held_out(val: Split, model: nn.Module) -> dict[str, float]:
+    """What is measured after each epoch."""
+    return {"val_accuracy": accuracy(model, val).value} if len(val) else {}
+
+
+def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
+    """One line about an epoch, from the first process."""
+    seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+    if distributed.rank() == 0:
+        tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
+
+
+def accuracy(
+    model: nn.Module, images: Split, attack: Attack | None = None, batch_size: int = 1000
+) -> Estimate:
+    """Share of 8-bit images whose largest class output is right, and stays right under an attack."""
+    device = next(model.parameters()).device
+    x, y = pixels(images.x).to(device), images.y.to(device)
+
+    def classes_alone(x: Tensor) -> Tensor:
+        return split(model, model(x))[0]
+
+    return robust_accuracy(classes_alone, x, y, attack, batch_size=batch_size)
+
+
+# --- where it happened
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code lies in, with "+changes" if it was changed; else None."""
+    top = Path(robustood.__file__).resolve().parents[1]
+    git = partial(subprocess.run, cwd=top, capture_output=True, text=True, check=True)
+    try:
+        where = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")
+        if Path(where[0]).resolve() != top:  # installed inside someone else's repository
+            return None
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return where[1] + ("+changes" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, torch and this library."""
+    own = {"torch": torch.__version__, "robustood": robustood.__version__}
+    return {"python": platform.python_version(), **own}
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

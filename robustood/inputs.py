@@ -135,7 +135,7 @@ def check_confidence(value: float) -> None:
 def check_count(
     value: object, name: str, low: int = 0, high: float = math.inf, fix: str = ""
 ) -> int:
-    """Refuse what is not a whole number in [low, high]; give it as the int that torch needs."""
+    """Refuse anything but a whole number in [low, high]; return it as the int that torch needs."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or not low <= int(value) <= high:
         most = f", at most {high:g}" if high < MOST else ""
@@ -152,7 +152,7 @@ def check_seed(value: int, name: str = "seed") -> int:
 
 
 def check_flag(value: object, name: str) -> None:
-    """Refuse what is neither True nor False: a text such as "no" would count as True."""
+    """Refuse anything but True and False: a str such as "no" would count as True."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False, got {value!r:.80}")
 
@@ -284,7 +284,7 @@ def check_keywords(function: Callable[..., object], given: Mapping[str, object],
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What was meant, perhaps, and what there is."""
+    """The end of a message about an unknown name: the closest known name, if any, and all of them."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -230,9 +230,9 @@ def check_trainable(data: Data, classes: int | None) -> None:
     """Refuse inputs, outliers and targets that no training step could use.
 
     Args:
-        data: what a run is to learn from. Inputs are images of 8 bits or in [0, 1], or vectors; targets are labels,
-            numbers, or such images.
-        classes: that labels count; None where nobody says.
+        data: of the run. Inputs are images, 8-bit or in [0, 1], or vectors; targets are labels, numbers, or such
+            images.
+        classes: number of classes of the labels; None if unknown.
     """
 
     def check_floats(x: Tensor, name: str) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from robustood.inputs import check_count, check_instance, check_path, check_text
 # Sets that torchvision downloads: its class, the size of our images, and the arguments for each split.
 _TWO = {"train": [{"train": True}], "test": [{"train": False}]}
 _NAMED = {"train": [{"split": "train"}], "test": [{"split": "test"}]}
-OFFICIAL: dict[str, tuple[str, int, dict[str, list[dict[str, Any]]]]] = {
+OFFICIAL: dict[str, tuple[str, int, Mapping[str, Sequence[Mapping[str, object]]]]] = {
     "cifar10": ("CIFAR10", 32, _TWO),
     "cifar100": ("CIFAR100", 32, _TWO),
     "gtsrb": ("GTSRB", 32, _NAMED),

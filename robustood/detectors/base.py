@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ Labels = Int[Tensor, " batch"]
 Values = Float[Tensor, " batch"]
 Columns = Float[Tensor, "batch objectives"]
 Direction = Literal["raise", "lower"]
+Seen = TypeVar("Seen", Tensor, list[Tensor])
 FIT_BATCH = 512  # images per forward pass while fitting
 
 
@@ -41,9 +42,9 @@ class Detector(nn.Module, ABC):
     def score(self, x: Inputs) -> Values:
         """The deployed score; differentiable, also through pre-processing and clipping."""
 
-    @abstractmethod
     def paper_score(self, x: Inputs) -> Values:
-        """The score as the paper reports it."""
+        """The score as the paper reports it; the deployed score unless a detector defines its own."""
+        return self.score(x)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """Objectives that an attack should maximise to raise (or lower) the score, one per column.
@@ -97,8 +98,8 @@ class Detector(nn.Module, ABC):
         return next(found, x.device)
 
     def stream(
-        self, look: Callable[[Tensor], Any], x: Inputs, y: Labels | None = None
-    ) -> Iterator[tuple[Any, Tensor]]:
+        self, look: Callable[[Tensor], Seen], x: Inputs, y: Labels | None = None
+    ) -> Iterator[tuple[Seen, Tensor]]:
         """``look(batch)`` and the labels of each batch, on the network's device.
 
         The network is frozen only during each forward pass, so a fit that fails leaves no trace. NaN and

@@ -220,9 +220,6 @@ class KNN(Detector):
     def score(self, x: Inputs) -> Values:
         return -self.nearest(self.query(x))[0]
 
-    def paper_score(self, x: Inputs) -> Values:
-        return self.score(x)
-
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score and the mean cosine with the k nearest; to raise it, also the cosine with each class mean."""
         q = self.query(x)
@@ -311,9 +308,6 @@ class ViM(Detector):
         self.check_is_fitted()
         z, virtual = self.of(self.features(x))
         return z.logsumexp(1) - virtual
-
-    def paper_score(self, x: Inputs) -> Values:
-        return self.score(x)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score and its two terms; to raise it, also each class output minus the virtual logit."""

@@ -59,9 +59,6 @@ class MaxLogit(Detector):
     def score(self, x: Inputs) -> Values:
         return self.logits(x).amax(1)
 
-    def paper_score(self, x: Inputs) -> Values:
-        return self.score(x)
-
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each output, to lower it, their smooth maximum."""
         z = self.logits(x)
@@ -91,9 +88,6 @@ class Energy(Detector):
 
     def score(self, x: Inputs) -> Values:
         return self.of(self.logits(x))
-
-    def paper_score(self, x: Inputs) -> Values:
-        return self.score(x)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each output, to lower it, the largest."""

@@ -22,18 +22,18 @@ __all__ = ["check_whole", "find", "names", "read_run", "restore", "result", "sav
 
 Json = dict[str, Any]  # what a JSON file holds
 Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
-HERE = Path(__file__).parent
-FOLDERS = (HERE.parent / "data", HERE / "shipped")  # in a checkout; in an installed package
-ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
+_HERE = Path(__file__).parent
+FOLDERS = (_HERE.parent / "data", _HERE / "shipped")  # in a checkout; in an installed package
+_ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
 RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
 MEASURED = ("settings", "means")  # in every report.json
 
 
 def names(kind: str) -> list[str]:
     """The names of the results, scores or weights that ship with the project."""
-    check_choice(kind, "kind", list(ENDINGS))
-    files = (file for folder in FOLDERS for file in (folder / kind).glob(f"*{ENDINGS[kind]}"))
-    return sorted({file.name.removesuffix(ENDINGS[kind]) for file in files})
+    check_choice(kind, "kind", list(_ENDINGS))
+    files = (file for folder in FOLDERS for file in (folder / kind).glob(f"*{_ENDINGS[kind]}"))
+    return sorted({file.name.removesuffix(_ENDINGS[kind]) for file in files})
 
 
 def find(kind: str, name: str) -> Path:
@@ -46,14 +46,14 @@ def find(kind: str, name: str) -> Path:
     Raises:
         ValueError: if it does not ship with the project; the message says what does.
     """
-    check_choice(kind, "kind", list(ENDINGS))
+    check_choice(kind, "kind", list(_ENDINGS))
     check_text(name, "name")
     for folder in FOLDERS:
-        if (file := folder / kind / f"{name}{ENDINGS[kind]}").is_file():
+        if (file := folder / kind / f"{name}{_ENDINGS[kind]}").is_file():
             return file
     checkout = "; weights come with a checkout of the repository" if kind == "weights" else ""
     raise ValueError(
-        f"nothing ships as {kind}/{name}{ENDINGS[kind]}; {suggest(name, names(kind))}{checkout}"
+        f"nothing ships as {kind}/{name}{_ENDINGS[kind]}; {suggest(name, names(kind))}{checkout}"
     )
 
 
@@ -142,7 +142,7 @@ def save(folder: str | Path) -> Path:
     for plan, report in reports.items():
         if report and report.get("rows"):  # a curve has none, and a learned set neither
             copies[f"scores/{folder.name}{plan.replace('_', '.', 1)}.npz"] = f"scores{plan}.npz"
-    for kind in ENDINGS:
+    for kind in _ENDINGS:
         (place / kind).mkdir(exist_ok=True)
     for there, here in copies.items():
         shutil.copyfile(folder / here, place / there)

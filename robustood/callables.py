@@ -14,6 +14,8 @@ from types import CodeType, FunctionType, MemberDescriptorType, MethodType
 
 from torch import nn
 
+__all__ = ["codes", "kept", "modules", "parts"]
+
 
 def parts(value: object) -> dict[str, object]:
     """The named things inside a callable or an object, one level deep; empty for what cannot be opened.

@@ -29,22 +29,12 @@ from robustood.identity import check_identity
 from robustood.inputs import check_instance, check_path, check_several, check_text
 
 __all__ = [
-    "Checkpoint",
-    "as_json",
-    "check_same",
-    "from_json",
-    "load_weights",
-    "read_json",
-    "read_state",
-    "save_weights",
-    "write_json",
-    "write_state",
-    "write_table",
-    "write_whole",
-]
+    "Checkpoint", "as_json", "check_same", "from_json", "load_weights", "read_json", "read_state",
+    "save_weights", "write_json", "write_state", "write_table", "write_whole",
+]  # fmt: skip
 
 Json = dict[str, Any]
-DIGEST = hashlib.sha256().digest_size
+_DIGEST = hashlib.sha256().digest_size
 
 
 def save_weights(path: str | Path, model: nn.Module, **card: object) -> Path:
@@ -303,8 +293,8 @@ def read_state(path: Path) -> Json | None:
         if not candidate.exists():
             continue
         content = candidate.read_bytes()
-        payload = content[DIGEST:]
-        if hashlib.sha256(payload).digest() == content[:DIGEST]:
+        payload = content[_DIGEST:]
+        if hashlib.sha256(payload).digest() == content[:_DIGEST]:
             return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         damaged.append(candidate.name)
         warnings.warn(

@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from robustood import __version__, artefacts, data, distributed, recipes, results
 
-Raw = argparse.RawDescriptionHelpFormatter
-Command = Callable[[argparse.Namespace], int]
+__all__ = ["main"]
+
+_Raw = argparse.RawDescriptionHelpFormatter
+_Command = Callable[[argparse.Namespace], int]
 UNFINISHED, FAILED, INTERRUPTED = 3, 2, 130
-HELP = """\
+_HELP = """\
 examples:
   robustood recipes
   robustood train aloe_cifar10_cpu
@@ -48,24 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = parser().parse_args(arguments)
     try:
-        with Terminable():
+        with _Terminable():
             if "WORLD_SIZE" in os.environ:
                 distributed.join()
             return given.command(given)
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last state")
+        _say("interrupted; the same command goes on from the last state")
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("ROBUSTOOD_DEBUG"):
             raise
-        print(f"robustood: {explained(error)}", file=sys.stderr)
+        print(f"robustood: {_explained(error)}", file=sys.stderr)
         return FAILED
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-class Terminable:
+class _Terminable:
     """Context in which SIGTERM, as from a cluster's scheduler, stops a run as Ctrl-C does."""
 
     def __enter__(self) -> None:
@@ -83,7 +85,7 @@ class Terminable:
         raise KeyboardInterrupt
 
 
-def explained(error: Exception) -> str:
+def _explained(error: Exception) -> str:
     """One line about an error, with what to do where the system's own words do not say it."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and ";" not in error.strerror:
@@ -95,7 +97,7 @@ def explained(error: Exception) -> str:
     return text
 
 
-def say(line: str) -> None:
+def _say(line: str) -> None:
     """Print a line at once, by the first process alone."""
     if distributed.rank() != 0:
         return
@@ -109,16 +111,16 @@ def say(line: str) -> None:
 # --- commands
 
 
-def train(given: argparse.Namespace) -> int:
+def _train(given: argparse.Namespace) -> int:
     """Train by a recipe."""
     recipe = recipes.read(given.recipe, given.set)
     folder = given.run or Path("runs") / recipe.name
-    device = chosen(given.device)
-    run = recipes.train(recipe, folder, given.minutes, device, root=given.data, tell=say)
+    device = _chosen(given.device)
+    run = recipes.train(recipe, folder, given.minutes, device, root=given.data, tell=_say)
     return 0 if run["finished"] else UNFINISHED
 
 
-def evaluate(given: argparse.Namespace) -> int:
+def _evaluate(given: argparse.Namespace) -> int:
     """Measure a finished run."""
     for change in given.set:
         if not change.strip().startswith("evaluation."):
@@ -130,7 +132,7 @@ def evaluate(given: argparse.Namespace) -> int:
     if not given.run.exists() and str(given.run) in shipped:
         name, given.run = str(given.run), Path("runs") / "shipped" / given.run
         if not given.run.exists():
-            say(
+            _say(
                 f"the weights that ship with the project go to {artefacts.restore(name, given.run)}"
             )
     file = given.run / "recipe.json"
@@ -141,17 +143,17 @@ def evaluate(given: argparse.Namespace) -> int:
         )
     recipe = recipes.read(file, given.set, given.plan)
     if distributed.rank() == 0:  # several processes would measure the same
-        device = chosen(given.device)
-        report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=say)
+        device = _chosen(given.device)
+        report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=_say)
         if not given.plan:
-            say(results.table(results.load(given.run)))
+            _say(results.table(results.load(given.run)))
         ending = f"_{given.plan}" if given.plan else ""
         beside = f", scores: scores{ending}.npz beside it" if report["rows"] else ""
-        say(f"in full: {given.run / f'report{ending}.json'}{beside}")
+        _say(f"in full: {given.run / f'report{ending}.json'}{beside}")
     return 0
 
 
-def table(given: argparse.Namespace) -> int:
+def _table(given: argparse.Namespace) -> int:
     """One line per run."""
     folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
     runs = [run for folder in folders for run in results.load(folder)]
@@ -165,61 +167,61 @@ def table(given: argparse.Namespace) -> int:
                 runs.append({**shipped, "folder": f"{name} (shipped)"})
     if not runs:
         raise ValueError("no runs here; make one by robustood train RECIPE")
-    say(results.table(runs, markdown=given.markdown))
+    _say(results.table(runs, markdown=given.markdown))
     return 0
 
 
-def save(given: argparse.Namespace) -> int:
+def _save(given: argparse.Namespace) -> int:
     """Save finished runs among the results that ship with the project."""
     for run in given.runs:
-        say(str(artefacts.save(run)))
+        _say(str(artefacts.save(run)))
     return 0
 
 
-def list_recipes(given: argparse.Namespace) -> int:
+def _list_recipes(given: argparse.Namespace) -> int:
     """The recipes with what they are about."""
     width = max(map(len, recipes.names()))
     for name in recipes.names():
-        say(f"{name:{width}}  {recipes.read(name).about}")
+        _say(f"{name:{width}}  {recipes.read(name).about}")
     return 0
 
 
-def fetch(given: argparse.Namespace) -> int:
+def _fetch(given: argparse.Namespace) -> int:
     """Download sets and keep them as packs."""
     for name in given.names:
         made = data.fetch(name, root=given.data)
-        say(f"{name}: {', '.join(str(path) for path in made)}")
+        _say(f"{name}: {', '.join(str(path) for path in made)}")
     return 0
 
 
-def check(given: argparse.Namespace) -> int:
+def _check(given: argparse.Namespace) -> int:
     """Read sets in full, compare them with their checksums, and say what they hold."""
     there = data.available(given.data)
     for asked in given.names or there:
         for name in [s for s in there if s.split(":")[0] == asked] or [asked]:
             held = data.check(name, root=given.data)
-            say(
+            _say(
                 f"{name}: {held['n']} images of {' x '.join(map(str, held['shape']))}, "
                 f"{held['classes']} classes, {'JPEG ' + str(held['jpeg']) if held['jpeg'] else 'lossless'}"
                 f", sha256 {held['sha256']}"
             )
             for note in held["notes"]:
-                say(f"  {note}")
+                _say(f"  {note}")
     return 0
 
 
-def pack(given: argparse.Namespace) -> int:
+def _pack(given: argparse.Namespace) -> int:
     """Make a pack of a folder of images."""
     name, _, split = given.name.partition(":")
     made = data.folder(given.folder, name, given.size, given.data, split or None)
     called = f"{name}{given.size if given.size != 32 else ''}{':' if split else ''}{split}"
-    say(f"{called}: {len(made)} images of {given.size} x {given.size}")
+    _say(f"{called}: {len(made)} images of {given.size} x {given.size}")
     for note in made.notes:
-        say(f"  {note}")
+        _say(f"  {note}")
     return 0
 
 
-def chosen(device: str | None) -> torch.device | None:
+def _chosen(device: str | None) -> torch.device | None:
     """The device that was asked for; of several processes on GPUs each takes its own."""
     own = os.environ.get("LOCAL_RANK")
     if device is None:
@@ -240,56 +242,56 @@ def chosen(device: str | None) -> torch.device | None:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     about = "Train and measure robust out-of-distribution detection."
-    top = argparse.ArgumentParser("robustood", None, about, HELP, formatter_class=Raw)
+    top = argparse.ArgumentParser("robustood", None, about, _HELP, formatter_class=_Raw)
     top.add_argument("--version", action="version", version=f"robustood {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     images = commands.add_parser("data", help="fetch, check and pack images")
     actions = images.add_subparsers(required=True, metavar="ACTION")
 
-    def command(work: Command, name: str, text: str, among=commands) -> argparse.ArgumentParser:
+    def command(work: _Command, name: str, text: str, among=commands) -> argparse.ArgumentParser:
         added = among.add_parser(
-            name, help=text, description=text, epilog=HELP, formatter_class=Raw
+            name, help=text, description=text, epilog=_HELP, formatter_class=_Raw
         )
         added.set_defaults(command=work)
         return added
 
-    trains = command(train, "train", "train by a recipe, or go on with a run that was stopped")
-    measures = command(evaluate, "evaluate", "measure a finished run, clean and under attack")
-    add_run_options(trains, measures)
-    tables = command(table, "table", "one line per run: accuracy, AUROC clean and attacked, price")
+    trains = command(_train, "train", "train by a recipe, or go on with a run that was stopped")
+    measures = command(_evaluate, "evaluate", "measure a finished run, clean and under attack")
+    _add_run_options(trains, measures)
+    tables = command(_table, "table", "one line per run: accuracy, AUROC clean and attacked, price")
     tables.add_argument(
-        "runs", nargs="*", type=place, metavar="RUN_DIR",
+        "runs", nargs="*", type=_place, metavar="RUN_DIR",
         help="folders of runs (default: runs/* and the results that ship with the project)",
     )  # fmt: skip
     tables.add_argument("--markdown", action="store_true", help="with bars, for a text file")
-    command(list_recipes, "recipes", "list the recipes")
-    saves = command(save, "save", "save finished runs in the data/ of a checkout, to ship with it")
-    saves.add_argument("runs", nargs="+", type=place, metavar="RUN_DIR", help="folders of runs")
-    loads = command(fetch, "fetch", "download sets and keep them as packs", actions)
+    command(_list_recipes, "recipes", "list the recipes")
+    saves = command(_save, "save", "save finished runs in the data/ of a checkout, to ship with it")
+    saves.add_argument("runs", nargs="+", type=_place, metavar="RUN_DIR", help="folders of runs")
+    loads = command(_fetch, "fetch", "download sets and keep them as packs", actions)
     loads.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10 or svhn:train")
-    checks = command(check, "check", "read packs in full and say what they hold", actions)
+    checks = command(_check, "check", "read packs in full and say what they hold", actions)
     checks.add_argument("names", nargs="*", metavar="NAME", help="default: all in the folder")
-    packs = command(pack, "pack", "make a pack of a folder of images of your own", actions)
+    packs = command(_pack, "pack", "make a pack of a folder of images of your own", actions)
     packs.add_argument(
-        "folder", type=place, metavar="FOLDER", help="one folder per class inside it"
+        "folder", type=_place, metavar="FOLDER", help="one folder per class inside it"
     )
     packs.add_argument("--name", required=True, help="what recipes call it, such as mine:test")
     packs.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
     where = "folder of the packs (default: ROBUSTOOD_DATA)"
     for added in (trains, measures, loads, checks, packs):
-        added.add_argument("--data", type=place, metavar="DIR", help=where)
+        added.add_argument("--data", type=_place, metavar="DIR", help=where)
     return top
 
 
-def add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
+def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
     """The options of the two commands that compute."""
     trains.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
     budget = "stop in time to keep this budget (exit code 3); the same command goes on"
-    trains.add_argument("--minutes", type=minutes, default=math.inf, help=budget)
+    trains.add_argument("--minutes", type=_minutes, default=math.inf, help=budget)
     folder = "of the run (default: runs/RECIPE); torchrun takes --run for an option of its own"
-    trains.add_argument("--folder", "--run", dest="run", type=place, metavar="DIR", help=folder)
+    trains.add_argument("--folder", "--run", dest="run", type=_place, metavar="DIR", help=folder)
     run = "folder of the run, or the name of one that ships with the project"
-    measures.add_argument("run", type=place, metavar="RUN_DIR", help=run)
+    measures.add_argument("run", type=_place, metavar="RUN_DIR", help=run)
     plan = f"a further evaluation beside the recipe's own: {', '.join(recipes.plans())}"
     measures.add_argument("--plan", default="", metavar="PLAN", help=plan)
     change = (
@@ -302,12 +304,12 @@ def add_run_options(trains: argparse.ArgumentParser, measures: argparse.Argument
         added.add_argument("--device", help=device)
 
 
-def place(text: str) -> Path:
+def _place(text: str) -> Path:
     """A file or a folder; a shell does not see the ``~`` in ``--data=~/packs``."""
     return Path(text).expanduser()
 
 
-def minutes(text: str) -> float:
+def _minutes(text: str) -> float:
     """A number of minutes, or a clear refusal."""
     try:
         value = float(text)

@@ -37,8 +37,10 @@ from torch import Tensor
 
 from robustood.inputs import check_choice, check_images
 
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
-LUMA = np.array([[[0.299]], [[0.587]], [[0.114]]])  # ITU-R BT.601, as in OpenCV and Pillow
+__all__ = ["NAMES", "Array", "Images", "corrupt"]
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_LUMA = np.array([[[0.299]], [[0.587]], [[0.114]]])  # ITU-R BT.601, as in OpenCV and Pillow
 ICE, WATER, MUD = (204, 235, 255), (175, 238, 238), (63, 42, 20)
 Images = Float[Tensor, "batch channel height width"]
 Array = np.ndarray  # one image (channel, height, width) in [0, 1], unless said
@@ -66,7 +68,7 @@ def corrupt(x: Images, name: str, severity: int, seeds: Int[Tensor, "..."]) -> I
     shape = tuple(x.shape)
     if shape[1] not in (1, 3) or min(shape[2:]) < 8:
         raise ValueError(f"x must have 1 or 3 channels and sides >= 8, got {shape}; resize it")
-    whole = isinstance(seeds, Tensor) and seeds.shape == shape[:1] and seeds.dtype in WHOLE
+    whole = isinstance(seeds, Tensor) and seeds.shape == shape[:1] and seeds.dtype in _WHOLE
     if not whole or seeds.min() < 0:
         raise ValueError(
             f"seeds must be a tensor of {shape[0]} whole numbers >= 0, one per image, got {seeds!r:.80}"
@@ -81,7 +83,7 @@ def corrupt(x: Images, name: str, severity: int, seeds: Int[Tensor, "..."]) -> I
 def _tint(colour: tuple[int, int, int], x: Array) -> Array:
     """An 8-bit colour as (channel, 1, 1) in [0, 1]; its luminance for a grey image."""
     rgb = np.reshape(colour, (3, 1, 1)) / 255
-    return rgb if len(x) == 3 else (LUMA * rgb).sum(0, keepdims=True)
+    return rgb if len(x) == 3 else (_LUMA * rgb).sum(0, keepdims=True)
 
 
 def _smooth(x: Array, sigma: float) -> Array:
@@ -145,7 +147,7 @@ def _snow(x: Array, strength: tuple[float, ...], rng: Generator) -> Array:
     flakes = rows @ rng.normal(mean, spread, (1, *x.shape[1:])) @ columns.T
     flakes = np.where(flakes < threshold, 0, flakes.clip(0, 1))
     flakes = _line_blur(flakes, int(radius), sigma, rng.uniform(-135, -45))
-    grey = (LUMA * x).sum(0)  # a grey image is its own luminance: the weights sum to 1
+    grey = (_LUMA * x).sum(0)  # a grey image is its own luminance: the weights sum to 1
     pale = keep * x + (1 - keep) * np.maximum(x, 1.5 * grey + 0.5)
     return pale + flakes + flakes[:, ::-1, ::-1]
 

@@ -46,9 +46,9 @@ from robustood.perturbations import Ball, PerturbationSet
 __all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchronised_time"]
 
 Precision = Literal["float32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+_PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 # Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
+_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
 
 def _check_backend(compile: bool | str) -> None:
@@ -78,7 +78,7 @@ class Engine:
     measured: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice(self.precision, "precision", PRECISIONS)
+        check_choice(self.precision, "precision", _PRECISIONS)
         check_flag(self.channels_last, "channels_last")
         _check_backend(self.compile)
         check_mapping(self.measured, "measured", "{name: images a second}")
@@ -237,7 +237,7 @@ def choose(
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         fast = Engine("bf16" if bf16 else "float32", channels_last=True, compile=True)
         return replace(fast, **given)
-    formats = [plain.precision] if "precision" in given else PRECISIONS
+    formats = [plain.precision] if "precision" in given else _PRECISIONS
     layouts = [plain.channels_last] if "channels_last" in given else [False, True]
     if len(formats) * len(layouts) == 1:
         return plain
@@ -307,7 +307,7 @@ class Meter:
             "flops_per_step": self.flops, "images_per_second": images / per_step,
             "floor_images_per_second": images / floor, "over_floor": per_step / floor,
         }  # fmt: skip
-        peak = next((rate for chip, rate in PEAK.items() if re.search(rf"\b{chip}\b", name)), None)
+        peak = next((rate for chip, rate in _PEAK.items() if re.search(rf"\b{chip}\b", name)), None)
         if peak and engine.precision == "bf16":
             found["share_of_peak"] = self.flops / per_step / peak
         return found

@@ -40,12 +40,14 @@ from torch import Tensor, nn
 
 from robustood import callables
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
-COMPILER = sys.implementation.cache_tag or sys.version.split()[0]
-OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables, looked at one by one
-UNKNOWN = " that cannot be told from another by looking"
-TOLD = 200  # characters of a plain value that are told in full
-AS = "as "  # how what was told before is told again
+__all__ = ["check_identity", "describe", "identity"]
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+_COMPILER = sys.implementation.cache_tag or sys.version.split()[0]
+_OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables, looked at one by one
+_UNKNOWN = " that cannot be told from another by looking"
+_TOLD = 200  # characters of a plain value that are told in full
+_AS = "as "  # how what was told before is told again
 
 
 def identity(name: str | None = None, **things: object) -> dict[str, str]:
@@ -61,12 +63,12 @@ def identity(name: str | None = None, **things: object) -> dict[str, str]:
     found, places = {"name": repr(name)}, {}
     for label, value in things.items():
         try:
-            node = Look().at(value)
+            node = _Look().at(value)
         except RecursionError:
-            node = Node(f"{called(type(value))}, nested too deeply,{UNKNOWN}", {})
+            node = _Node(f"{_called(type(value))}, nested too deeply,{_UNKNOWN}", {})
         _tell(label, node, found, places)
     if name is not None:
-        found = {k: v.replace(UNKNOWN, f" named {name!r}") for k, v in found.items()}
+        found = {k: v.replace(_UNKNOWN, f" named {name!r}") for k, v in found.items()}
     return found
 
 
@@ -80,7 +82,7 @@ def check_identity(state: dict[str, Any] | None, wanted: dict[str, str], holder:
     """
     if state is None:
         for path, text in wanted.items():
-            if text.endswith(UNKNOWN):
+            if text.endswith(_UNKNOWN):
                 raise ValueError(
                     f"{path} is a {text}, so a later call could not know its run again; pass "
                     'name="...", which stands for it, and another name when it changes'
@@ -124,7 +126,7 @@ def describe(value: object) -> str:
         return describe([*value.items()])
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(describe, value))}]"
-    node = Look().at(value)
+    node = _Look().at(value)
     return f"{node.text} {node.digest[:16]}" if node.inner else node.text
 
 
@@ -132,11 +134,11 @@ def describe(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Node:
+class _Node:
     """A part: what it is, and the parts inside it."""
 
     text: str
-    inner: dict[str, Node]
+    inner: dict[str, _Node]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,9 +146,9 @@ class Node:
         return hashlib.sha256(repr((self.text, inner)).encode()).hexdigest()
 
 
-def _tell(label: str, node: Node, found: dict[str, str], places: dict[str, str]) -> None:
+def _tell(label: str, node: _Node, found: dict[str, str], places: dict[str, str]) -> None:
     if node.inner and node.digest in places:
-        found[label] = AS + places[node.digest]
+        found[label] = _AS + places[node.digest]
         return
     found[label] = node.text
     places[node.digest] = label
@@ -156,11 +158,11 @@ def _tell(label: str, node: Node, found: dict[str, str], places: dict[str, str])
 
 def _place(found: dict[str, str], path: str) -> str:
     """Where the text of a path stands: there, or at the equal part that was told before; "" for nowhere."""
-    while path not in found or found[path].startswith(AS):
-        heads = (h for h in _heads(path) if found.get(h, "").startswith(AS))
+    while path not in found or found[path].startswith(_AS):
+        heads = (h for h in _heads(path) if found.get(h, "").startswith(_AS))
         if (head := next(heads, None)) is None:
             return ""
-        path = found[head].removeprefix(AS) + path[len(head) :]
+        path = found[head].removeprefix(_AS) + path[len(head) :]
     return path
 
 
@@ -172,10 +174,10 @@ def _heads(path: str) -> Iterator[str]:
 
 def _compiler(text: str) -> str:
     """Of a function's code, the Python that compiled it; of anything else nothing that counts."""
-    return text.split()[1] if text.startswith("code ") else COMPILER
+    return text.split()[1] if text.startswith("code ") else _COMPILER
 
 
-class Parts(NamedTuple):
+class _Parts(NamedTuple):
     """What something is in words, and what it holds by name."""
 
     text: str
@@ -183,104 +185,106 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Used:
+class _Used:
     """A module of the user's own, of which a function's code can reach these names."""
 
     module: ModuleType
     names: frozenset[str]
 
 
-class Look:
+class _Look:
     """One look through an object; what is met twice is opened once."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[Node, object]] = {}  # with the thing: no id is used twice
+        self.seen: dict[int, tuple[_Node, object]] = {}  # with the thing: no id is used twice
         self.above: list[object] = []
 
-    def at(self, value: object) -> Node:
+    def at(self, value: object) -> _Node:
         """The part and all inside it."""
-        if type(value) in PLAIN:
-            return Node(plain(value), {})
+        if type(value) in _PLAIN:
+            return _Node(_plain(value), {})
         if id(value) in self.seen:
             return self.seen[id(value)][0]
         for up, holder in enumerate(reversed(self.above)):
             if holder is value:
-                return Node(f"the {called(type(value))} {up + 1} levels above", {})
+                return _Node(f"the {_called(type(value))} {up + 1} levels above", {})
         self.above.append(value)
         try:
             text, inner = self.open(value)
-            node = Node(text, {key: self.at(part) for key, part in inner.items()})
+            node = _Node(text, {key: self.at(part) for key, part in inner.items()})
         finally:
             self.above.pop()
         self.seen[id(value)] = node, value
         return node
 
-    def open(self, value: Any) -> Parts:
+    def open(self, value: Any) -> _Parts:
         """What something is, one level deep."""
         kind = type(value)
         if isinstance(value, (Tensor, np.ndarray)):
-            return array(value)
+            return _array(value)
         if isinstance(value, type):
-            return of_class(value)
+            return _of_class(value)
         if isinstance(value, CodeType):
-            return Parts(f"code {COMPILER} {self.compiled(value)[:16]}")
+            return _Parts(f"code {_COMPILER} {self.compiled(value)[:16]}")
         if isinstance(value, FunctionType):
-            return of_function(value)
+            return _of_function(value)
         if isinstance(value, (MethodType, functools.partial)):
-            return Parts(called(kind), callables.parts(value))
+            return _Parts(_called(kind), callables.parts(value))
         if isinstance(value, (staticmethod, classmethod)):
-            return Parts(called(kind), {"function": value.__func__})
+            return _Parts(_called(kind), {"function": value.__func__})
         if isinstance(value, property):
-            return Parts(called(kind), {n: getattr(value, n) for n in ("fget", "fset", "fdel")})
+            return _Parts(_called(kind), {n: getattr(value, n) for n in ("fget", "fset", "fdel")})
         if isinstance(value, functools.cached_property):  # which may hold a lock
-            return Parts(called(kind), {"function": value.func})
+            return _Parts(_called(kind), {"function": value.func})
         if isinstance(value, weakref.ref):
-            return Parts(called(kind), {"referent": value()})
-        if isinstance(value, Used):
+            return _Parts(_called(kind), {"referent": value()})
+        if isinstance(value, _Used):
             reached = {n: vars(value.module)[n] for n in value.names & vars(value.module).keys()}
-            return Parts(f"module {value.module.__name__}", with_modules(reached, value.names))
+            return _Parts(f"module {value.module.__name__}", _with_modules(reached, value.names))
         if isinstance(value, ModuleType):
-            own = () if installed(value.__name__) else (n for n in vars(value) if n[:2] != "__")
-            return self.open(Used(value, frozenset(own)))
+            own = () if _installed(value.__name__) else (n for n in vars(value) if n[:2] != "__")
+            return self.open(_Used(value, frozenset(own)))
         if kind in (list, tuple):
             text = f"{kind.__name__} of {len(value)}"
-            if all(type(each) in PLAIN for each in value):
-                told = ("[{}]" if kind is list else "({})").format(", ".join(map(plain, value)))
-                return Parts(told if len(told) < TOLD else f"{text} {digest(told)[:16]}")
-            return Parts(text, {f"[{i}]": each for i, each in enumerate(value)})
+            if all(type(each) in _PLAIN for each in value):
+                told = ("[{}]" if kind is list else "({})").format(", ".join(map(_plain, value)))
+                return _Parts(told if len(told) < _TOLD else f"{text} {_digest(told)[:16]}")
+            return _Parts(text, {f"[{i}]": each for i, each in enumerate(value)})
         if kind is dict:
             return self.pairs(value)
         if isinstance(value, nn.Module):
             return self.network(value)
         if isinstance(value, torch.optim.Optimizer):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in value.param_groups]
-            return Parts(called(kind), {**own_class(kind), "groups": groups, **value.defaults})
+            return _Parts(_called(kind), {**_own_class(kind), "groups": groups, **value.defaults})
         if isinstance(value, (set, frozenset)):
             members = {f"[{self.at(each).digest[:16]}]": each for each in value}
-            return Parts(called(kind), {**own_class(kind), **callables.parts(value), **members})
+            return _Parts(_called(kind), {**_own_class(kind), **callables.parts(value), **members})
         return self.thing(value)
 
-    def pairs(self, value: dict[object, object]) -> Parts:
+    def pairs(self, value: dict[object, object]) -> _Parts:
         """A dictionary, whose order counts: whoever goes through it meets the first entry first."""
         keys = {key: self.at(key) for key in value}
         names = [node.digest[:16] if node.inner else node.text for node in keys.values()]
         inner = {f"[{n}]": part for n, part in zip(names, value.values(), strict=True)}
-        inner |= {f"[{n}], the key": k for n, k in zip(names, keys) if type(k) not in PLAIN}
+        inner |= {f"[{n}], the key": k for n, k in zip(names, keys) if type(k) not in _PLAIN}
         order = f"{{{', '.join(names)}}}"
-        return Parts(order if len(order) < TOLD else f"dict {digest(order)}", inner)
+        return _Parts(order if len(order) < _TOLD else f"dict {_digest(order)}", inner)
 
-    def network(self, value: nn.Module) -> Parts:
+    def network(self, value: nn.Module) -> _Parts:
         """A network: own attributes, children in their order, tensors, hooks, and which tensors are one."""
         kind, tables = type(value), vars(value)
-        text = f"{called(kind)} of {', '.join(value._modules)}" if value._modules else called(kind)
+        text = (
+            f"{_called(kind)} of {', '.join(value._modules)}" if value._modules else _called(kind)
+        )
         if "_orig_mod" in value._modules:  # what torch.compile returns
-            return Parts(text, {"_orig_mod": value._modules["_orig_mod"]})
-        own = {k: v for k, v in attributes(value).items() if k not in OF_EVERY_NETWORK}
+            return _Parts(text, {"_orig_mod": value._modules["_orig_mod"]})
+        own = {k: v for k, v in _attributes(value).items() if k not in _OF_EVERY_NETWORK}
         held = {k: v for t in ("_modules", "_parameters", "_buffers") for k, v in tables[t].items()}
         hooks: dict[str, object] = {
             table: [*hooks.values()]  # by numbers that differ from process to process
             for table, hooks in tables.items()
-            if table in OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
+            if table in _OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
         }
         if not any(isinstance(holder, nn.Module) for holder in self.above[:-1]):
             every = [
@@ -290,32 +294,32 @@ class Look:
             first = {id(tensor): name for name, tensor in reversed(every)}
             tied = {name: first[id(t)] for name, t in every if first[id(t)] != name}
             hooks |= {"tied tensors": tied} if tied else {}
-        return Parts(text, {**own_class(kind), **own, **held, **hooks})
+        return _Parts(text, {**_own_class(kind), **own, **held, **hooks})
 
-    def thing(self, value: object) -> Parts:
+    def thing(self, value: object) -> _Parts:
         """object other object: by its attributes, or by what it would be made from again (as in ``pickle``)."""
         kind = type(value)
-        if isinstance(getattr(value, "__qualname__", None), str) and of_library(value):
-            return Parts(called(value))
+        if isinstance(getattr(value, "__qualname__", None), str) and _of_library(value):
+            return _Parts(_called(value))
         made = "__wrapped__" in getattr(value, "__dict__", {})  # a cache around a function
-        library = installed(module_of(kind))
+        library = _installed(_module_of(kind))
         again = (
             kind.__reduce_ex__ is not object.__reduce_ex__
             or kind.__reduce__ is not object.__reduce__
         )
-        if made or not (hides(kind) or (library and again)):
-            return Parts(called(kind), {**own_class(kind), **attributes(value)})
+        if made or not (_hides(kind) or (library and again)):
+            return _Parts(_called(kind), {**_own_class(kind), **_attributes(value)})
         try:
             reduce: Any = copyreg.dispatch_table.get(kind)
             recipe: Any = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception:  # whatever a class raises that does not want to be copied
-            return Parts(called(kind) + UNKNOWN)
+            return _Parts(_called(kind) + _UNKNOWN)
         if isinstance(recipe, str):
-            return Parts(f"{called(kind)} {getattr(value, '__module__', '')}.{recipe}")
+            return _Parts(f"{_called(kind)} {getattr(value, '__module__', '')}.{recipe}")
         make, args, state, items, pairs, *_ = (*recipe, None, None, None)
         inner: dict[str, object] = {"made by": make, "from": args, "state": state}
         listed = {"items": [*(items or ())], "entries": [*(pairs or ())]}
-        return Parts(called(kind), inner | {k: v for k, v in listed.items() if v})
+        return _Parts(_called(kind), inner | {k: v for k, v in listed.items() if v})
 
     def compiled(self, code: CodeType) -> str:
         """Digest of a function's code and of the code inside it; not of where it stands."""
@@ -325,21 +329,21 @@ class Look:
         ]
         names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-        return digest(repr((code.co_code, code.co_exceptiontable, constants, names, counts)))
+        return _digest(repr((code.co_code, code.co_exceptiontable, constants, names, counts)))
 
 
-def digest(text: str) -> str:
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plain(value: object) -> str:
+def _plain(value: object) -> str:
     """A number or a text in full, a long one by a digest."""
-    long = type(value) is int and value.bit_length() > TOLD  # too long for repr
+    long = type(value) is int and value.bit_length() > _TOLD  # too long for repr
     text = f"{value:x} in base 16" if long else repr(value)
-    return text if len(text) < TOLD else f"{text[:40]}… {digest(text)[:16]}"
+    return text if len(text) < _TOLD else f"{text[:40]}… {_digest(text)[:16]}"
 
 
-def array(value: Tensor | np.ndarray) -> Parts:
+def _array(value: Tensor | np.ndarray) -> _Parts:
     """A tensor or an array by its type, its shape and a digest of its numbers, on any device."""
     own = dict(getattr(value, "__dict__", {}))
     try:
@@ -347,16 +351,16 @@ def array(value: Tensor | np.ndarray) -> Parts:
             kind, plain = value.dtype, value.detach().cpu().resolve_conj().resolve_neg()
             numbers = plain.contiguous().flatten().view(torch.uint8).numpy()
         elif value.dtype.hasobject:
-            return Parts(f"array {value.shape}", {"items": value.tolist(), **own})
+            return _Parts(f"array {value.shape}", {"items": value.tolist(), **own})
         else:
             kind, numbers = value.dtype.str, np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     except (RuntimeError, TypeError, ValueError):  # sparse, without numbers, not yet shaped
-        return Parts(called(type(value)) + UNKNOWN)
+        return _Parts(_called(type(value)) + _UNKNOWN)
     seen = hashlib.sha256(numbers.data).hexdigest()[:16]
-    return Parts(f"{kind} {tuple(value.shape)} {seen}", own)
+    return _Parts(f"{kind} {tuple(value.shape)} {seen}", own)
 
 
-def attributes(value: object) -> dict[str, object]:
+def _attributes(value: object) -> dict[str, object]:
     """An object's own attributes, without those that are worked out from the others and kept."""
     kind, idle = type(value), set()
     if is_dataclass(value):
@@ -372,51 +376,51 @@ def attributes(value: object) -> dict[str, object]:
 # --- functions and classes
 
 
-def called(value: Any) -> str:
+def _called(value: Any) -> str:
     """The full name of a class or of a module's function."""
-    return f"{module_of(value)}.{value.__qualname__}"
+    return f"{_module_of(value)}.{value.__qualname__}"
 
 
-def module_of(value: object) -> str:
+def _module_of(value: object) -> str:
     """Name of the module that defines it; what is written in C does not always say."""
     module = getattr(value, "__module__", None)
     return module if isinstance(module, str) else "builtins"
 
 
-def of_library(value: Any) -> bool:
+def _of_library(value: Any) -> bool:
     """Whether an installed library has it under its name."""
-    found: object = sys.modules.get(module_of(value))
+    found: object = sys.modules.get(_module_of(value))
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
-    return found is value and installed(module_of(value))
+    return found is value and _installed(_module_of(value))
 
 
-def of_function(value: FunctionType) -> Parts:
+def _of_function(value: FunctionType) -> _Parts:
     """A library's function by its name, with what it closes over; one's own by its code too."""
-    if of_library(value):
-        return Parts(called(value))
+    if _of_library(value):
+        return _Parts(_called(value))
     where, code = value.__globals__.get("__name__"), value.__code__
     name = f"{where}.{code.co_qualname}"
-    if installed(where):
-        return Parts(name, callables.kept(value))
+    if _installed(where):
+        return _Parts(name, callables.kept(value))
     names = frozenset(name for each in callables.codes(code) for name in each.co_names)
-    return Parts(name, {"__code__": code, **with_modules(callables.parts(value), names)})
+    return _Parts(name, {"__code__": code, **_with_modules(callables.parts(value), names)})
 
 
-def with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, object]:
+def _with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, object]:
     """The same, with the user's own modules cut down to these names."""
     return {
-        name: Used(part, names)
-        if isinstance(part, ModuleType) and not installed(part.__name__)
+        name: _Used(part, names)
+        if isinstance(part, ModuleType) and not _installed(part.__name__)
         else part
         for name, part in found.items()
     }
 
 
-def of_class(value: type) -> Parts:
+def _of_class(value: type) -> _Parts:
     """A library's class by its name; one's own by its bases, its methods and its attributes."""
-    if in_c(value) or of_library(value):
-        return Parts(called(value))
+    if _in_c(value) or _of_library(value):
+        return _Parts(_called(value))
     inner: dict[str, object] = {"__bases__": [*value.__bases__]}
     if type(value) is not type:
         inner["__class__"] = type(value)
@@ -426,21 +430,21 @@ def of_class(value: type) -> Parts:
         slot = isinstance(part, (MemberDescriptorType, GetSetDescriptorType))
         if name != "_abc_impl" and not slot and (behaves or not special):
             inner[name] = part
-    return Parts(called(value), inner)
+    return _Parts(_called(value), inner)
 
 
-def own_class(kind: type) -> dict[str, type]:
+def _own_class(kind: type) -> dict[str, type]:
     """The class where its name does not say it all."""
-    return {"__class__": kind} if of_class(kind).inner else {}
+    return {"__class__": kind} if _of_class(kind).inner else {}
 
 
-def in_c(kind: type) -> bool:
+def _in_c(kind: type) -> bool:
     """Whether a class is written in C."""
     heap, fixed = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, as Python makes them; _IMMUTABLETYPE, never
     return not kind.__flags__ & heap or bool(kind.__flags__ & fixed)
 
 
-def hides(kind: type) -> bool:
+def _hides(kind: type) -> bool:
     """Whether objects are larger than what their attributes and slots take: the rest is C's (as in ``copyreg``)."""
     slots = (vars(base) for base in kind.__mro__ if "__slots__" in vars(base))
     filled = sum(isinstance(each, MemberDescriptorType) for own in slots for each in own.values())
@@ -450,7 +454,7 @@ def hides(kind: type) -> bool:
 
 
 @functools.cache
-def installed(module: str | None) -> bool:
+def _installed(module: str | None) -> bool:
     """Whether a module belongs to this library, to Python or to an installed package."""
     top = (module or "__main__").partition(".")[0]
     if top in (__name__.partition(".")[0], "builtins"):

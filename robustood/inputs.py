@@ -22,6 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = [
+    "MOST", "TOLERANCE", "check_callable", "check_choice", "check_confidence", "check_count",
+    "check_counts", "check_device", "check_flag", "check_generator", "check_images",
+    "check_instance", "check_keywords", "check_labels", "check_mapping", "check_model",
+    "check_number", "check_path", "check_seed", "check_several", "check_shape", "check_text",
+    "check_values", "entered", "finite", "numbers", "pixels", "reals", "suggest", "taken",
+]  # fmt: skip
+
 TOLERANCE = 1e-6
 MOST = sys.float_info.max  # infinity is valid only where a limit is infinite
 

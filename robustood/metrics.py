@@ -38,6 +38,12 @@ from robustood.inputs import (
     numbers,
 )
 
+__all__ = [
+    "Estimate", "Metric", "Scores", "Side", "acceptance", "as_printed", "aupr", "auroc",
+    "confidence_interval", "detection_error", "fpr_at_tpr", "paired_difference", "proportion",
+    "roc", "threshold_at_tpr", "tie_rate",
+]  # fmt: skip
+
 Scores = ArrayLike | Tensor
 Metric = Callable[..., float]
 Side = Literal["in", "out"]

@@ -19,11 +19,13 @@ from robustood.detectors import MSP, RejectClass
 from robustood.inputs import check_choice, check_count, check_instance, check_number, check_values
 from robustood.models import check_finite, declared, frozen
 
-Margins = Float[Tensor, " _"]
+__all__ = ["Mining", "contamination", "margins", "mine", "window"]
+
+_Margins = Float[Tensor, " _"]
 
 
 @torch.no_grad()
-def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> Margins:
+def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> _Margins:
     r"""How in-distribution-like each image looks, in eval mode; higher is harder.
 
     With reject outputs the log-odds $\mathrm{LSE}(z_{1..K}) - \mathrm{LSE}(z_{K+1..})$, which sorts like
@@ -60,26 +62,26 @@ def mine(model: nn.Module, pool: Tensor, n: int, q: float) -> Int[Tensor, " n"]:
         ValueError: if q + n/N is above 1, which would leave too few.
     """
     check_instance(pool, "pool", Tensor, "a tensor of images")
-    check_window(n, q, len(pool))
+    _check_window(n, q, len(pool))
     return window(margins(model, pool), n, q)
 
 
-def window(m: Margins, n: int, q: float) -> Int[Tensor, " n"]:
+def window(m: _Margins, n: int, q: float) -> Int[Tensor, " n"]:
     """Indices of the n highest margins after the highest share q."""
-    check_margins(m, "m")
-    check_window(n, q, len(m))
+    _check_margins(m, "m")
+    _check_window(n, q, len(m))
     first = int(q * len(m))
     return m.argsort(descending=True, stable=True)[first : first + n]
 
 
-def check_margins(m: Margins, name: str) -> None:
+def _check_margins(m: _Margins, name: str) -> None:
     """Refuse anything but finite margins, one per image."""
     check_values(m, None, name)
     if m.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {tuple(m.shape)}; use .flatten()")
 
 
-def check_window(n: int, q: float, pool: int) -> None:
+def _check_window(n: int, q: float, pool: int) -> None:
     """Refuse a window that does not fit the pool, before the pool is scored."""
     check_count(n, "n", low=1)
     check_number(q, "q", 0, 1)
@@ -91,7 +93,7 @@ def check_window(n: int, q: float, pool: int) -> None:
         )
 
 
-def contamination(margins_in: Margins, margins_pool: Margins) -> float:
+def contamination(margins_in: _Margins, margins_pool: _Margins) -> float:
     r"""Estimated share of the pool that is in-distribution.
 
     Half of the in-distribution images lie above their median margin, and hardly any other image does if the
@@ -105,8 +107,8 @@ def contamination(margins_in: Margins, margins_pool: Margins) -> float:
     Raises:
         ValueError: if either is empty or not finite.
     """
-    check_margins(margins_in, "margins_in")
-    check_margins(margins_pool, "margins_pool")
+    _check_margins(margins_in, "margins_in")
+    _check_margins(margins_pool, "margins_pool")
     return min(1.0, 2 * float((margins_pool >= margins_in.median()).double().mean()))
 
 

@@ -28,7 +28,13 @@ from robustood.mining import Mining
 from robustood.models import batch_statistics, declared, frozen, read
 from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
 
-Scalar = Float[Tensor, ""]
+__all__ = [
+    "ACET", "ADV", "ALOE", "AOE", "ATOM", "CCU", "NTOM", "ROWL", "SOFL", "TRADES", "Adversarial",
+    "InnerMax", "MinedALOE", "Mode", "Objective", "OutlierExposure", "OutlierTraining", "Set",
+    "Standard",
+]  # fmt: skip
+
+_Scalar = Float[Tensor, ""]
 Mode = Literal["eval", "train", "batch"]
 
 
@@ -43,7 +49,7 @@ class Objective(Protocol):
 class Standard:
     r"""Empirical risk: $\frac1B \sum_i \ell(f(x_i), y_i)$ with the cross-entropy $\ell$."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
         return F.cross_entropy(read(model, batch.x), batch.y)
 
 
@@ -127,7 +133,7 @@ class Adversarial(InnerMax):
 
     clean: bool = False
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
         loss = lambda x: cross_entropy(read(model, x), batch.y)
         worst = self.worst(model, batch.x, loss, batch)
         if self.clean:
@@ -156,7 +162,7 @@ class TRADES(InnerMax):
         check_number(self.beta, "beta", 0)
         check_count(self.restarts, "restarts", low=1)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
         with torch.no_grad(), frozen(model, self.mode):
             anchor = F.log_softmax(read(model, batch.x), 1)
         apart = lambda x: divergence(anchor, read(model, x)).sum(1)
@@ -217,9 +223,9 @@ class OutlierTraining:
         """The inner maximum that a setting stands for."""
         if given is None or isinstance(given, InnerMax):
             return given
-        return InnerMax(given, steps=self.steps, mode=BN_OF_ATTACK[self.bn])
+        return InnerMax(given, steps=self.steps, mode=_BN_OF_ATTACK[self.bn])
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
         x, u = self.worst(model, batch)
         if u is None:
             return F.cross_entropy(read(model, x), batch.y)
@@ -266,8 +272,8 @@ class OutlierTraining:
         if self.weight == 0:
             return None
         if self.outlier_loss is to_reject:
-            reject_outputs(model)
-        return needed(batch.outliers)
+            _reject_outputs(model)
+        return _needed(batch.outliers)
 
     def prepare(self, model: nn.Module, data: Data, epoch: int, generator: torch.Generator) -> Data:
         """The data of one epoch: mined outliers, or all of them."""
@@ -276,11 +282,11 @@ class OutlierTraining:
         return self.mine(model, data, generator)
 
 
-BN_OF_ATTACK: dict[str, Mode] = {"eval": "eval", "train": "train", "separate": "batch"}
+_BN_OF_ATTACK: dict[str, Mode] = {"eval": "eval", "train": "train", "separate": "batch"}
 Set = InnerMax | PerturbationSet | float
 
 
-def given(within: Set) -> Set:
+def _given(within: Set) -> Set:
     """The set itself, after a check."""
     if not isinstance(within, InnerMax):
         as_set(within)
@@ -294,7 +300,7 @@ def OutlierExposure(weight: float = 0.5) -> OutlierTraining:
 
 def ADV(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     """Adversarial training: attacked inputs, no outliers."""
-    return OutlierTraining(inside=given(within), weight=0.0, steps=steps, **how)
+    return OutlierTraining(inside=_given(within), weight=0.0, steps=steps, **how)
 
 
 def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -302,7 +308,7 @@ def AOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
 
     The authors' code also attacks the outliers and discards the result, and makes two forward passes.
     """
-    return OutlierTraining(inside=given(within), steps=steps, **how)
+    return OutlierTraining(inside=_given(within), steps=steps, **how)
 
 
 def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
@@ -312,7 +318,7 @@ def ALOE(within: Set, steps: int = 2, **how: Any) -> OutlierTraining:
     (``bn="train"``) and starts at the clean input, because it truncates its random start to whole 8-bit
     steps. Here the start is random and the step is 2.5 radius / steps.
     """
-    return OutlierTraining(inside=given(within), outside=within, steps=steps, **how)
+    return OutlierTraining(inside=_given(within), outside=within, steps=steps, **how)
 
 
 def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
@@ -320,7 +326,7 @@ def ACET(within: Set, steps: int = 5, **how: Any) -> OutlierTraining:
 
     The original attacks noise and minimises its largest log-confidence.
     """
-    return OutlierTraining(outside=best_of(within, steps), weight=1.0, attacked_share=0.5, **how)
+    return OutlierTraining(outside=_best_of(within, steps), weight=1.0, attacked_share=0.5, **how)
 
 
 def NTOM(q: float = 0.125, **how: Any) -> OutlierTraining:
@@ -334,16 +340,16 @@ def ATOM(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTr
     The paper's formula attacks all outliers; its code attacks half, as does this. Inputs
     are never attacked. The paper: eps = 8/255, five steps of 2/255, the best iterate kept.
     """
-    return NTOM(q, outside=best_of(within, steps), attacked_share=0.5, **how)
+    return NTOM(q, outside=_best_of(within, steps), attacked_share=0.5, **how)
 
 
 def MinedALOE(within: Set, q: float = 0.125, steps: int = 5, **how: Any) -> OutlierTraining:
     """ALOE's attacked inputs with ATOM's mined, half-attacked outliers; our combination, in neither paper."""
-    outside = best_of(within, steps)
+    outside = _best_of(within, steps)
     return NTOM(q, inside=within, outside=outside, attacked_share=0.5, steps=steps, **how)
 
 
-def best_of(within: Set, steps: int) -> InnerMax:
+def _best_of(within: Set, steps: int) -> InnerMax:
     """An inner maximum that returns the best iterate."""
     return within if isinstance(within, InnerMax) else InnerMax(within, steps=steps, keep="best")
 
@@ -367,10 +373,10 @@ class SOFL:
         check_number(self.weight, "weight", 0)
         check_number(self.start, "start", 0, 1)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
         if batch.progress < self.start or batch.outliers is None:
             return F.cross_entropy(read(model, batch.x), batch.y)
-        classes, rejects = reject_outputs(model)
+        classes, rejects = _reject_outputs(model)
         z = read(model, torch.cat([batch.x, batch.outliers]))
         z_in, z_out = z.split([len(batch.x), len(batch.outliers)])
         answer = z_out.argmax(1)
@@ -379,7 +385,7 @@ class SOFL:
         return F.cross_entropy(z_in, batch.y) + self.weight * F.cross_entropy(z_out, pseudo)
 
 
-def needed(outliers: Tensor | None) -> Tensor:
+def _needed(outliers: Tensor | None) -> Tensor:
     """The outliers, after a check that there are any."""
     if outliers is None:
         raise ValueError(
@@ -388,7 +394,7 @@ def needed(outliers: Tensor | None) -> Tensor:
     return outliers
 
 
-def reject_outputs(model: nn.Module) -> tuple[int, int]:
+def _reject_outputs(model: nn.Module) -> tuple[int, int]:
     """Numbers of classes and of reject outputs, after a check that there are some."""
     classes, rejects = declared(model)
     if classes is None or not rejects:
@@ -418,9 +424,9 @@ class ROWL:
         if not isinstance(self.inner, InnerMax):
             InnerMax(self.inner, self.steps)  # a bad set is refused here, not at the first step
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        classes, _ = reject_outputs(model)
-        outliers = needed(batch.outliers)
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
+        classes, _ = _reject_outputs(model)
+        outliers = _needed(batch.outliers)
         x = torch.cat([batch.x, outliers])
         y = torch.cat([batch.y, batch.y.new_full((len(x) - len(batch.y),), classes)])
         parts = (batch.x, outliers)
@@ -433,7 +439,7 @@ class ROWL:
 
 
 @runtime_checkable
-class Densities(Protocol):
+class _Densities(Protocol):
     """What :class:`CCU` needs of a network besides its outputs: two log-densities."""
 
     inside: Callable[[Tensor], Tensor]
@@ -457,10 +463,10 @@ class CCU:
     def __post_init__(self) -> None:
         check_number(self.weight, "weight", 0)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Scalar:
-        if not isinstance(model, Densities):
+    def __call__(self, model: nn.Module, batch: Batch) -> _Scalar:
+        if not isinstance(model, _Densities):
             raise ValueError("model must be a CCUModel; build it with models.ccu_model")
-        u = needed(batch.outliers)
+        u = _needed(batch.outliers)
         inside = F.cross_entropy(read(model, batch.x), batch.y) - model.inside(batch.x).mean()
         outside = to_uniform(read(model, u)).mean() - model.outside(u).mean()
         return 0.5 * inside + 0.5 * self.weight * outside

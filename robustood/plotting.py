@@ -29,6 +29,8 @@ from robustood.inputs import (
 )
 from robustood.metrics import Estimate
 
+__all__ = ["COLOURS", "STYLE", "band", "image_grid", "use_style"]
+
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#E69F00",

@@ -23,8 +23,8 @@ from robustood.metrics import Estimate
 __all__ = ["load", "pooled", "table"]
 
 Run = Json
-DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
-COLUMNS = [
+_DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
+_COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
     "adaptive", "seen", "seen, adaptive", "minutes", "images/s", "x floor",
 ]  # fmt: skip
@@ -128,7 +128,7 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
     check_flag(markdown, "markdown")
     learned = [run for run in runs if "sets" in (run["report"] or {})]
     others = [run for run in runs if run not in learned]
-    parts = [[COLUMNS, *map(cells, others)]] if others or not learned else []
+    parts = [[_COLUMNS, *map(_cells, others)]] if others or not learned else []
     if learned:
         parts.append(learned_cells(learned))
     return "\n\n".join(tables.text(part, markdown) for part in parts)
@@ -148,10 +148,10 @@ def learned_cells(runs: Sequence[Run]) -> list[list[str]]:
 def detector(run: Run) -> str:
     """The detector of a run's row."""
     measured = [m["detector"] for m in (run["report"] or {}).get("means", [])]
-    return next((d for d in (*DEPLOYED, *measured) if d in measured), "")
+    return next((d for d in (*_DEPLOYED, *measured) if d in measured), "")
 
 
-def cells(run: Run) -> list[str]:
+def _cells(run: Run) -> list[str]:
     """A run's row. Rows of one attack, its radius and the side that it changes, compare."""
     own, report, shown = run["run"], run["report"] or {}, detector(run)
     settings, speed = report.get("settings", {}), own.get("speed", {})

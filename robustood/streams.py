@@ -16,7 +16,7 @@ from robustood.rng import SharedGenerator
 
 __all__ = ["Stream", "Streams", "stream_seed"]
 
-STRIDE = 1_000_003  # between the seeds of two runs; a prime far above the number of epochs
+_STRIDE = 1_000_003  # between the seeds of two runs; a prime far above the number of epochs
 
 
 class Stream(IntEnum):
@@ -73,4 +73,4 @@ class Streams:
 
 def stream_seed(seed: int, epoch: int, stream: Stream) -> int:
     """The seed of one use in one epoch of a run."""
-    return seed * STRIDE + epoch + stream
+    return seed * _STRIDE + epoch + stream

@@ -35,6 +35,11 @@ from robustood.inputs import (
     reals,
 )
 
+__all__ = [
+    "GaussianOutliers", "Phi", "TsiprasDistribution", "Values", "adversarial_linear",
+    "adversarial_svm", "frontier_lp", "phi", "population_hinge",
+]  # fmt: skip
+
 Values = np.ndarray | float  # a number for a number, an array for an array
 Phi = ndtr  # the standard normal distribution function, written as in the formulas
 

@@ -217,7 +217,7 @@ def fit(
 
 
 @dataclass(kw_only=True)
-class Progress:
+class _Progress:
     """How far a run is: what its checkpoint keeps beside weights and optimiser.
 
     Attributes:
@@ -240,7 +240,7 @@ class Progress:
 
 
 @dataclass(kw_only=True)
-class Run(Progress):
+class Run(_Progress):
     """A training run: what it works with, and how far it is.
 
     Attributes:
@@ -384,7 +384,7 @@ class Run(Progress):
         if self.checkpoint is None or distributed.rank():
             return
         self.noise = self.streams.state()
-        progress = {f.name: getattr(self, f.name) for f in fields(Progress)}
+        progress = {f.name: getattr(self, f.name) for f in fields(_Progress)}
         weights = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         self.checkpoint.write({**weights, **progress, "seconds": self.elapsed()})
         if self.rows:
@@ -415,7 +415,7 @@ class Run(Progress):
             return
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for f in fields(Progress):
+        for f in fields(_Progress):
             setattr(self, f.name, state[f.name])
         self.losses = [loss.to(self.streams.device) for loss in self.losses]
 

@@ -28,11 +28,13 @@ from robustood.inputs import (
     check_text,
 )
 
+__all__ = ["MOST_FRAMES", "Draw", "attempt", "explore", "live"]
+
 Draw = Callable[..., Figure]
-Answer = TypeVar("Answer", bound=Callable[..., object])
+_Answer = TypeVar("_Answer", bound=Callable[..., object])
 MOST_FRAMES = 240
 
-PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222;padding:8px;border-radius:6px">
+_PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222;padding:8px;border-radius:6px">
 <img alt="{alt}" style="width:100%" src="{first}">
 {sliders}
 <script>
@@ -52,13 +54,13 @@ PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222
 }})();
 </script></div>"""
 
-SLIDER = """<label style="display:flex;align-items:center;gap:10px;margin:2px 0">
+_SLIDER = """<label style="display:flex;align-items:center;gap:10px;margin:2px 0">
 <span style="min-width:9em">{name}</span> <input type="range" min="0" max="{last}"
 value="{start}" step="1" style="flex:1" aria-label="{name}" aria-valuetext="{text}">
 <output style="min-width:4em">{text}</output></label>"""
 
 
-class Page:
+class _Page:
     """Self-contained HTML that a notebook shows and stores."""
 
     def __init__(self, html: str):
@@ -80,7 +82,7 @@ def explore(
     start: dict[str, object] | None = None,
     dpi: int = 80,
     **values: Iterable[object],
-) -> Page:
+) -> _Page:
     """A figure with one slider per parameter that works without a kernel: every combination is drawn in advance.
 
     Args:
@@ -99,7 +101,7 @@ def explore(
     """
     check_text(alt, "alt")
     check_count(dpi, "dpi", low=1)
-    lists = listed(draw, labels, values)
+    lists = _listed(draw, labels, values)
     if start is not None:
         check_mapping(start, "start", "{name: initial value}")
         for name in start:
@@ -125,7 +127,7 @@ def explore(
         first = first * size + index
     texts = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o] for o in lists.values()]
     sliders = [
-        SLIDER.format(
+        _SLIDER.format(
             name=html.escape((labels or {}).get(name, name)),
             last=size - 1,
             start=index,
@@ -134,8 +136,8 @@ def explore(
         for name, size, index, text in zip(lists, sizes, firsts, texts, strict=True)
     ]
     encoded = [base64.b64encode(picture).decode() for picture, _ in pictures]
-    return Page(
-        PAGE.format(
+    return _Page(
+        _PAGE.format(
             name=f"explore-{zlib.crc32(''.join(encoded).encode()):08x}",
             width=max(width for _, width in pictures) + 16,
             alt=html.escape(alt),
@@ -147,7 +149,7 @@ def explore(
     )
 
 
-def listed(
+def _listed(
     draw: Draw, labels: dict[str, str] | None, values: dict[str, Iterable[object]]
 ) -> dict[str, list[object]]:
     """The values of each parameter, checked."""
@@ -189,7 +191,7 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
     import ipywidgets
     from IPython.display import display
 
-    lists = listed(draw, labels, values)
+    lists = _listed(draw, labels, values)
     sliders = {
         name: ipywidgets.SelectionSlider(
             options=options,
@@ -208,7 +210,7 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
     display(ipywidgets.interactive(show, **sliders))
 
 
-def attempt(check: Callable[[Answer], None], answer: Answer) -> None:
+def attempt(check: Callable[[_Answer], None], answer: _Answer) -> None:
     """Check the answer to an exercise, and print the result in one line.
 
     Args:

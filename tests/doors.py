@@ -134,8 +134,6 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "inputs.*": CHECK,
     "metrics.Estimate": RESULT,
     "mining.Mining.*": LOOP,
-    "mining.check_margins": CHECK,
-    "mining.check_window": CHECK,
     "models.*.forward": LAYER,
     "models.*.features": LAYER,
     "models.*.stages": LAYER,
@@ -159,13 +157,8 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "objectives.*.prepare": LOOP,
     "objectives.*.set_at": LOOP,
     "objectives.*.worst": LOOP,
-    "objectives.Densities": PROTOCOL,
     "objectives.Objective": PROTOCOL,
     "objectives.OutlierTraining.*": LOOP,
-    "objectives.best_of": PARTS,
-    "objectives.given": CHECK,
-    "objectives.needed": CHECK,
-    "objectives.reject_outputs": CHECK,
     "perturbations.*.apply": LOOP,
     "perturbations.*.ascend": LOOP,
     "perturbations.*.contains": LOOP,
@@ -210,7 +203,6 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "training.History": RESULT,
     "training.Schedule": PARTS,
     "training.Schedule.*": PARTS,
-    "widgets.listed": PARTS,
 }
 
 

@@ -497,7 +497,7 @@ BUILT = {
 def test_built_again_it_is_the_same(name):
     first, second = of(BUILT[name]()), of(BUILT[name]())
     assert first == second and list(first) == list(second)
-    assert not any(module.UNKNOWN in text or ADDRESS.search(text) for text in first.values())
+    assert not any(module._UNKNOWN in text or ADDRESS.search(text) for text in first.values())
     assert first != of(None)
 
 
@@ -599,7 +599,7 @@ def test_a_function_is_followed_through_other_functions_and_own_modules():
     outer = written("def objective(model, batch):\n    return mine.helper(mine.factor)", mine=mine)
     before = of(outer)
     assert before["value.mine.factor"] == "2"
-    assert not any(module.UNKNOWN in text for text in before.values())
+    assert not any(module._UNKNOWN in text for text in before.values())
     mine.factor = 5
     assert of(outer)["value.mine.factor"] == "5"
     mine.factor = 2
@@ -759,13 +759,13 @@ def test_a_compiled_network_is_known():
     model = small_cnn()
     told = of(torch.compile(model))
     assert "value._orig_mod.head.weight" in told
-    assert not any(module.UNKNOWN in text for text in told.values())
+    assert not any(module._UNKNOWN in text for text in told.values())
 
 
 def test_strange_tensors_are_refused_not_guessed():
     for strange in (torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
-        assert module.UNKNOWN in of(strange)["value"]
-    assert module.UNKNOWN in of(nn.LazyLinear(3))["value.weight"]
+        assert module._UNKNOWN in of(strange)["value"]
+    assert module._UNKNOWN in of(nn.LazyLinear(3))["value.weight"]
     assert of(torch.ones(2, dtype=torch.complex64).conj()) == of(
         torch.ones(2, dtype=torch.complex64).conj()
     )

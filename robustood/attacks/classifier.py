@@ -86,11 +86,11 @@ def pgd(
     watch = Watch()
     with torch.inference_mode(False), frozen(model), reading(model) as read:
         y = y.clone() if y.is_inference() else y
-        logits = covering(read, int(y.max()))
+        logits = _covering(read, int(y.max()))
         if loss == "targets":
-            climbed = targeted_objectives(logits, x, y)
+            climbed = _targeted_objectives(logits, x, y)
         elif keep == "best":
-            climbed = [untargeted_objective(logits, y, loss)]
+            climbed = [_untargeted_objective(logits, y, loss)]
         else:
             climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
         found = search(
@@ -101,7 +101,7 @@ def pgd(
     return found
 
 
-def covering(model: Model, highest: int) -> Model:
+def _covering(model: Model, highest: int) -> Model:
     """The model, with a check that its outputs cover the highest label; adds no forward pass."""
 
     def forward(x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def covering(model: Model, highest: int) -> Model:
     return forward
 
 
-def untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
+def _untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
     """Maximise a loss, judge by the margin; both from one forward pass."""
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
     return objective
 
 
-def targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[Objective]:
+def _targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[Objective]:
     """One objective per wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
     with torch.no_grad():
         logits = model(x)
@@ -175,7 +175,7 @@ def robust_accuracy(
     check_labels(y, x)
     right = 0
     with reading(model) as read:
-        logits = covering(read, int(y.max()))
+        logits = _covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             seen = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
             with frozen(model), torch.no_grad():

@@ -14,16 +14,7 @@ from robustood.inputs import check_choice, check_count, check_number, taken
 from robustood.models import slope
 from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
 
-__all__ = [
-    "Best",
-    "Climb",
-    "Objective",
-    "ascent",
-    "climb_at",
-    "maximise",
-    "search",
-    "value_and_grad",
-]
+__all__ = ["Climb", "Objective", "ascent", "climb_at", "maximise", "search", "value_and_grad"]
 
 Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 Climb = Callable[..., tuple[Tensor, Tensor]]
@@ -114,7 +105,7 @@ def search(
     generator = generator or torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
-        best = Best(x)
+        best = _Best(x)
         for climbed in objectives:
             whole = [
                 within.initial_points(v, restarts, generator) for v in x.split(parts or [len(x)])
@@ -145,7 +136,7 @@ def ascent(
     ``gradient`` then replaces :func:`value_and_grad` by what a compiler can trace.
     """
     gradient = gradient or value_and_grad
-    best, propose = Best(x), rule.begin(x, within, steps, step_size)
+    best, propose = _Best(x), rule.begin(x, within, steps, step_size)
     for _ in range(steps):
         moved, climb, judge, grad = gradient(objective, x, z, within)
         if best_of:
@@ -155,7 +146,7 @@ def ascent(
     if not best_of:
         return moved, moved.new_empty(0)
     with torch.no_grad():
-        best.update(moved, pair(objective(moved.clone()), len(x))[1])
+        best.update(moved, _pair(objective(moved.clone()), len(x))[1])
     return best.inputs, cast(Tensor, best.values)
 
 
@@ -174,11 +165,11 @@ def climb_at(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The climb summed over the batch, and (inputs, climb, judge)."""
     moved = within.apply(x, z)
-    climb, judge = pair(objective(moved.clone()), len(x))  # a model may overwrite its input
+    climb, judge = _pair(objective(moved.clone()), len(x))  # a model may overwrite its input
     return climb.sum(), (moved, climb, judge)
 
 
-def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:
+def _pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor]:
     """(climb, judge) of what an objective returns; a single tensor serves as both."""
     climb, judge = values if isinstance(values, tuple) else (values, values)
     for given in (climb, judge):
@@ -190,7 +181,7 @@ def pair(values: Tensor | tuple[Tensor, Tensor], samples: int) -> tuple[Tensor, 
     return climb, judge
 
 
-class Best:
+class _Best:
     """The best input so far of each sample. NaN never wins; no host synchronisation."""
 
     def __init__(self, x: Tensor):

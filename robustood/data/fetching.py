@@ -27,7 +27,7 @@ from robustood.data.sets import OFFICIAL, advice, named
 from robustood.data.sets import root as _root
 from robustood.inputs import check_choice
 
-SHRUNK = ("gtsrb", "textures")
+_SHRUNK = ("gtsrb", "textures")
 
 
 def fetch(name: str, split: str | None = None, root: str | Path | None = None) -> list[Path]:
@@ -56,7 +56,7 @@ def fetch(name: str, split: str | None = None, root: str | Path | None = None) -
     splits = OFFICIAL[name][2]
     if split is not None:
         check_choice(split, "split", tuple(splits))
-    stem = f"{name}32" if name in SHRUNK else name
+    stem = f"{name}32" if name in _SHRUNK else name
     paths = {
         part: _root(root) / f"{stem}{'_' if part else ''}{part}.npz"
         for part in (splits if split is None else [split])

@@ -27,10 +27,10 @@ from PIL import Image, ImageOps
 
 from robustood.data.packs import jpeg_quality
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
-SKIPPED = (".", "__MACOSX")  # prefixes of system files and folders
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
+_SKIPPED = (".", "__MACOSX")  # prefixes of system files and folders
 ORIENTATION, BITS = 274, 258  # tags of EXIF and TIFF
-BACKGROUND = (255, 255, 255, 255)
+_BACKGROUND = (255, 255, 255, 255)
 SIXTEEN, FLOATS = "16 bits, converted to 8", "floats, converted to 8 bits"
 LAID, UPRIGHT = "transparent, blended with white", "rotated upright by the EXIF data"
 FIRST, RGB = "several frames or pages, the first used", "CMYK, converted to RGB"
@@ -55,8 +55,8 @@ def images_in(tree: Path) -> tuple[list[Path], str]:
         raise ValueError(f"path must be a folder of images, got {str(tree)!r}")
     found, others = list[Path](), list[Path]()
     for file in _walk(tree):
-        (found if file.suffix.lower() in ENDINGS else others).append(file)
-    known = f"images are files that end in {' '.join(sorted(ENDINGS))}"
+        (found if file.suffix.lower() in _ENDINGS else others).append(file)
+    known = f"images are files that end in {' '.join(sorted(_ENDINGS))}"
     if not found:
         raise ValueError(f"no images in {tree}; {known}{_those(others)}")
     if broken := [file for file in found if not file.is_file()]:
@@ -88,7 +88,7 @@ def _walk(tree: Path) -> Iterator[Path]:
 
 
 def _skipped(name: str) -> bool:
-    return name.startswith(SKIPPED)
+    return name.startswith(_SKIPPED)
 
 
 def _those(files: list[Path], start: str = ", and here are ") -> str:
@@ -118,7 +118,7 @@ def read_image(file: Path, size: int) -> tuple[np.ndarray, int | None, list[str]
             with Image.open(file) as image:
                 blocks = image.format == "JPEG" and image.size == (size, size)
                 quality = jpeg_quality(image) if blocks else None
-                plain, changes = rgb(image)
+                plain, changes = _rgb(image)
                 return shrunk(plain, size), quality, changes
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
@@ -131,7 +131,7 @@ def read_image(file: Path, size: int) -> tuple[np.ndarray, int | None, list[str]
         ) from error
 
 
-def rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """A Pillow image as 8-bit RGB, upright and opaque, and the conversions that were needed.
 
     Raises:
@@ -152,7 +152,7 @@ def rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         layer = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         if np.asarray(layer)[..., 3].min() < 255:
             changes.append(LAID)
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer)
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, _BACKGROUND), layer)
         else:
             image = layer
     return image.convert("RGB"), changes
@@ -178,7 +178,7 @@ def _eight_bits(image: Image.Image, top: float) -> np.ndarray:
         )
     grey = np.rint(values * (255 / top)).astype(np.uint8)
     if (clear := image.info.get("transparency")) is not None:
-        grey[values == clear] = BACKGROUND[0]
+        grey[values == clear] = _BACKGROUND[0]
     return grey
 
 

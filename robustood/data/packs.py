@@ -43,8 +43,8 @@ from robustood.inputs import check_count, check_path, check_several, check_text
 
 Images = UInt8[Tensor, "n channel height width"] | UInt8[np.ndarray, "n height width channel"]
 Labels = Integer[Tensor, " n"] | Integer[np.ndarray, " n"] | Sequence[int]
-END = b"\xff\xd9"  # closes a JPEG file
-QUALITY = "Pillow's default is 75"
+_END = b"\xff\xd9"  # closes a JPEG file
+_QUALITY = "Pillow's default is 75"
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def write_pack(
         ValueError: for images that are not 8-bit, or labels that do not fit them.
         OSError: if the file cannot be written; an existing file is unchanged.
     """
-    rows = nhwc(images)
+    rows = _nhwc(images)
     y = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     check_text(source, "source")
     for key, given in {"names": names, "ids": ids, "notes": notes}.items():
@@ -91,7 +91,7 @@ def write_pack(
     check_count(per, "per", low=1)
     _check_labels(y, len(rows), {"names": names, "ids": ids})
     if jpeg is not None:
-        check_count(jpeg, "jpeg", 1, 100, QUALITY)
+        check_count(jpeg, "jpeg", 1, 100, _QUALITY)
     per = min(per, len(rows))
     cols = isqrt(per - 1) + 1
     mosaics = [_mosaic(rows[i : i + per], per, cols) for i in range(0, len(rows), per)]
@@ -123,7 +123,7 @@ def cannot_write(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); {fix}")
 
 
-def nhwc(images: Images) -> np.ndarray:
+def _nhwc(images: Images) -> np.ndarray:
     """8-bit images, a tensor NCHW or an array NHWC, as an array (n, height, width, channels)."""
     if isinstance(images, Tensor):
         images = images.cpu().numpy()
@@ -144,7 +144,7 @@ def nhwc(images: Images) -> np.ndarray:
 
 def digest(images: Images) -> str:
     """sha256 of the pixels in the order (n, height, width, channels)."""
-    return hashlib.sha256(nhwc(images).data).hexdigest()
+    return hashlib.sha256(_nhwc(images).data).hexdigest()
 
 
 def _mosaic(tiles: np.ndarray, per: int, cols: int) -> bytes:
@@ -233,7 +233,7 @@ def _loaded(name: str, held: dict[str, np.ndarray]) -> Loaded:
     if offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(offsets) <= 0).any():
         raise ValueError("its offsets do not divide its blob into images")
     files = (
-        io.BytesIO(head + blob[a:b] + (END if head else b"")) for a, b in zip(offsets, offsets[1:])
+        io.BytesIO(head + blob[a:b] + (_END if head else b"")) for a, b in zip(offsets, offsets[1:])
     )
     size = tuple(
         int(held.get(key, v)) for key, v in {"height": 32, "width": 32, "channels": 3}.items()
@@ -299,8 +299,8 @@ def compress(
         images: 8-bit, grey or RGB.
         quality: from 1 to 100; ``Loaded.jpeg`` is that of a set.
     """
-    check_count(quality, "quality", 1, 100, QUALITY)
-    rows = nhwc(images)
+    check_count(quality, "quality", 1, 100, _QUALITY)
+    rows = _nhwc(images)
     out = np.empty_like(rows)
     for image, copy in zip(rows, out):
         buffer = io.BytesIO()

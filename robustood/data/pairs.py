@@ -38,7 +38,7 @@ from robustood.inputs import (
 LEARNED = tuple(name for name in STANDARD if not name.endswith("_noise"))
 HELD_OUT = ("gaussian_blur", "spatter", "saturate")
 Pairing = Literal["first", "others", "any"]
-PAIRINGS = ("first", "others", "any")
+_PAIRINGS = ("first", "others", "any")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Views(Pairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_views(self.views, self.pairing)
+        _check_views(self.views, self.pairing)
 
     @staticmethod
     def of(views: Tensor, labels: Tensor, pairing: Pairing = "first", seed: int = 0) -> Views:
@@ -124,7 +124,7 @@ class Views(Pairs):
         Raises:
             ValueError: for views without five axes, too few of them to pair, or an unknown pairing.
         """
-        check_views(views, pairing)
+        _check_views(views, pairing)
         blank = views[:, 0]
         made = Views(blank, blank, labels, views, pairing)
         return made.redraw(torch.Generator(views.device).manual_seed(check_seed(seed)))
@@ -143,9 +143,9 @@ class Views(Pairs):
         return replace(self, x=self.views[at, first], y=self.views[at, second])
 
 
-def check_views(views: Tensor, pairing: Pairing) -> None:
+def _check_views(views: Tensor, pairing: Pairing) -> None:
     """Refuse anything but views, and too few of them to pair."""
-    check_choice(pairing, "pairing", PAIRINGS)
+    check_choice(pairing, "pairing", _PAIRINGS)
     check_instance(views, "views", Tensor, "a tensor of images, float or 8 bits")
     needed = 3 if pairing == "others" else 2
     if views.ndim != 5 or views.shape[1] < needed:
@@ -236,7 +236,7 @@ def folder_of_views(
             with different numbers of views; the message names them.
     """
     check_path(path, "path")
-    check_choice(pairing, "pairing", PAIRINGS)
+    check_choice(pairing, "pairing", _PAIRINGS)
     check_count(size, "size", low=1)
     check_seed(seed)
     tree, things = Path(path).expanduser(), dict[str, list[Path]]()

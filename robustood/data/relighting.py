@@ -38,9 +38,9 @@ from robustood.inputs import (
 )
 
 SOLIDS = ("dome", "dent", "cone", "pyramid", "box", "ring")
-AMBIENT = 0.25
-STEPS = 14  # along a ray to the light
-HELD_OUT_AZIMUTHS = (0.0, 90.0)
+_AMBIENT = 0.25
+_STEPS = 14  # along a ray to the light
+_HELD_OUT_AZIMUTHS = (0.0, 90.0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Lights:
                 raise ValueError(f"{name} must have shape {tuple(wanted)}, got {found}")
 
 
-def tinted(warmth: Tensor, strength: Tensor | float) -> Tensor:
+def _tinted(warmth: Tensor, strength: Tensor | float) -> Tensor:
     """Colours from blue (warmth -1) through white to orange (+1), with the brightest channel at ``strength``."""
     colour = torch.stack([1 + 0.3 * warmth, torch.ones_like(warmth), 1 - 0.3 * warmth], -1)
     strength = torch.as_tensor(strength, dtype=colour.dtype).expand(warmth.shape)
@@ -122,9 +122,11 @@ def random_lights(
     scenes, lights = check_count(scenes, "scenes", 1), check_count(lights, "lights", 1)
     check_generator(generator)
     check_flag(held_out, "held_out")
-    low, high = HELD_OUT_AZIMUTHS if held_out else (HELD_OUT_AZIMUTHS[1], 360.0)
+    low, high = _HELD_OUT_AZIMUTHS if held_out else (_HELD_OUT_AZIMUTHS[1], 360.0)
     u = torch.rand(4, scenes, lights, generator=generator)
-    return Lights(30 + 45 * u[0], low + (high - low) * u[1], tinted(2 * u[2] - 1, 0.7 + 0.3 * u[3]))
+    return Lights(
+        30 + 45 * u[0], low + (high - low) * u[1], _tinted(2 * u[2] - 1, 0.7 + 0.3 * u[3])
+    )
 
 
 def light_grid(
@@ -142,7 +144,7 @@ def light_grid(
     check_number(strength, "strength", 0, 1)
     axes = [torch.tensor([float(v) for v in a]) for a in (elevations, azimuths, warmths)]
     elevation, azimuth, warmth = torch.cartesian_prod(*axes)[None].unbind(2)
-    return Lights(elevation, azimuth, tinted(warmth, strength))
+    return Lights(elevation, azimuth, _tinted(warmth, strength))
 
 
 def scenes(n: int, seed: int, size: int = 16) -> Scenes:
@@ -196,15 +198,15 @@ def render(scenes: Scenes, lights: Lights) -> Float[Tensor, "scenes lights 3 siz
     axis = (torch.arange(size) + 0.5) * pixel - 1
     down, right = torch.meshgrid(axis, axis, indexing="ij")
     seen = torch.ones(n, count, size, size)
-    for step in range(1, STEPS + 1):
-        far = step * 1.5 / STEPS
+    for step in range(1, _STEPS + 1):
+        far = step * 1.5 / _STEPS
         place = torch.stack([right + far * way[0], down - far * way[1]], -1)
         above = grid_sample(
             height, place.flatten(1, 2), align_corners=False, padding_mode="border"
         ).view(n, count, size, size)
         clear = height + far * elevation.tan() - above
         seen = torch.minimum(seen, (1 + clear / pixel).clamp(0, 1))  # a penumbra of one pixel
-    shading = AMBIENT + (1 - AMBIENT) * seen * facing.clamp_min(0)
+    shading = _AMBIENT + (1 - _AMBIENT) * seen * facing.clamp_min(0)
     colour = lights.colour.expand(n, -1, -1)[..., None, None]
     return (scenes.albedo[:, None] * colour * shading[:, :, None]).clamp(0, 1)
 

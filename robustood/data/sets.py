@@ -41,9 +41,9 @@ OFFICIAL: dict[str, tuple[str, int, Mapping[str, Sequence[Mapping[str, object]]]
     "mnist": ("MNIST", 28, _TWO),
     "textures": ("DTD", 32, {"": [{"split": part} for part in ("train", "val", "test")]}),
 }
-IDX = {"train": "train", "test": "t10k"}
-WORDNET = re.compile(r"n\d{8}").fullmatch  # such as n02085620
-RULES = 2  # version of the conversion of images; a pack made by another version is made again
+_IDX = {"train": "train", "test": "t10k"}
+_WORDNET = re.compile(r"n\d{8}").fullmatch  # such as n02085620
+_RULES = 2  # version of the conversion of images; a pack made by another version is made again
 
 
 def root(path: str | Path | None = None) -> Path:
@@ -81,7 +81,7 @@ def load(name: str, split: str | None = None, root: str | Path | None = None) ->
     place = _root(root)
     if files := _find(name, split, place):
         return replace(_joined(files), name=name)
-    if name == "mnist" and split in IDX and (place / "mnist").is_dir():
+    if name == "mnist" and split in _IDX and (place / "mnist").is_dir():
         return _mnist(place / "mnist", split)
     wanted = f"{name}:{split}" if split else name
     raise ValueError(
@@ -97,7 +97,7 @@ def available(root: str | Path | None = None) -> list[str]:
         re.fullmatch(r"(.+?)(?:32)?(?:_([^_]+)(?:_.*)?)?", p.stem) for p in place.glob("*.npz")
     ]
     found = {f"{m[1]}:{m[2]}" if m[2] else m[1] for m in stems if m}
-    found |= {f"mnist:{s}" for s, p in IDX.items() if any(place.glob(f"mnist/{p}-images*.gz"))}
+    found |= {f"mnist:{s}" for s, p in _IDX.items() if any(place.glob(f"mnist/{p}-images*.gz"))}
     return sorted(found)
 
 
@@ -166,8 +166,8 @@ def _joined(files: list[Path]) -> Loaded:
 
 
 def _mnist(place: Path, split: str) -> Loaded:
-    images = read_idx(place / f"{IDX[split]}-images-idx3-ubyte.gz")
-    labels = read_idx(place / f"{IDX[split]}-labels-idx1-ubyte.gz")
+    images = read_idx(place / f"{_IDX[split]}-images-idx3-ubyte.gz")
+    labels = read_idx(place / f"{_IDX[split]}-labels-idx1-ubyte.gz")
     x, y = torch.tensor(images)[:, None], torch.tensor(labels).long()
     return Loaded(x, y, name="mnist", names=tuple("0123456789"))
 
@@ -217,7 +217,7 @@ def folder(
     tree = Path(path).expanduser()
     files, left_out = images_in(tree)
     listed = [(file.relative_to(tree).as_posix(), file.stat()) for file in files]
-    stamps = [[str(size), RULES, left_out], *([n, s.st_size, s.st_mtime_ns] for n, s in listed)]
+    stamps = [[str(size), _RULES, left_out], *([n, s.st_size, s.st_mtime_ns] for n, s in listed)]
     source = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     target = _root(root) / f"{name}{size}{'_' if split else ''}{split or ''}.npz"
     made = made_from(target) if target.exists() else None
@@ -284,7 +284,7 @@ def without_overlap(outliers: Loaded, known: str) -> Loaded:
             "none), and give the outlier set ids or names"
         )
     listed = lists[known]
-    if listed and all(map(WORDNET, listed)) and not all(map(WORDNET, labels)):
+    if listed and all(map(_WORDNET, listed)) and not all(map(_WORDNET, labels)):
         raise ValueError(
             f"the classes of {outliers.name!r} ({', '.join(labels[:3])}, ...) must be named by WordNet id, as "
             f"in the list of those that are in {known!r}: sort its images into one folder per class, such as "

@@ -18,7 +18,7 @@ Labels = Int[Tensor, " batch"]
 Values = Float[Tensor, " batch"]
 Columns = Float[Tensor, "batch objectives"]
 Direction = Literal["raise", "lower"]
-Seen = TypeVar("Seen", Tensor, list[Tensor])
+_Seen = TypeVar("_Seen", Tensor, list[Tensor])
 FIT_BATCH = 512  # images per forward pass while fitting
 
 
@@ -98,8 +98,8 @@ class Detector(nn.Module, ABC):
         return next(found, x.device)
 
     def stream(
-        self, look: Callable[[Tensor], Seen], x: Inputs, y: Labels | None = None
-    ) -> Iterator[tuple[Seen, Tensor]]:
+        self, look: Callable[[Tensor], _Seen], x: Inputs, y: Labels | None = None
+    ) -> Iterator[tuple[_Seen, Tensor]]:
         """``look(batch)`` and the labels of each batch, on the network's device.
 
         The network is frozen only during each forward pass, so a fit that fails leaves no trace. NaN and

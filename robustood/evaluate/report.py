@@ -40,9 +40,9 @@ from robustood.perturbations import Ball, PerturbationSet, as_set
 Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
-Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
+_Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
 Side = Literal["none", "in", "out", "both"]
-SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
+_SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
 
 @torch.no_grad()
@@ -75,11 +75,11 @@ class Report:
         scores: the deployed scores, under ``"in (clean)"``, ``"in"`` and the names of the sets.
     """
 
-    settings: Record
-    rows: list[Record]
+    settings: _Record
+    rows: list[_Record]
     scores: dict[str, Scores] = field(default_factory=dict, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> Record:
+    def __getitem__(self, name: str) -> _Record:
         for row in self.rows:
             if row["set"] == name:
                 return row
@@ -177,10 +177,10 @@ def ood_report(
         ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or a missing
             ``name`` if one is needed.
     """
-    check_choice(side, "side", SIDES)
+    check_choice(side, "side", _SIDES)
     check_mapping(x_out, "x_out", "{name: images}")
     settings = (attack, tpr, confidence, batch_size, seed, run_dir, name)
-    return Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
+    return _Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
 
 
 def four_sides(
@@ -196,13 +196,13 @@ def four_sides(
         settings: those of :func:`ood_report`, except ``side``.
     """
     check_mapping(x_out, "x_out", "{name: images}")
-    own = {f.name: settings.pop(f.name) for f in fields(Bench) if f.name in settings}
-    bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
-    return {side: bench.report(side) for side in SIDES}
+    own = {f.name: settings.pop(f.name) for f in fields(_Bench) if f.name in settings}
+    bench = _Bench(detector, x_in, dict(x_out), within, how=settings, **own)
+    return {side: bench.report(side) for side in _SIDES}
 
 
 @dataclass
-class Bench:
+class _Bench:
     """Inputs, attack, and the scores measured so far; arguments as in :func:`ood_report`."""
 
     detector: Detector
@@ -216,7 +216,7 @@ class Bench:
     seed: int = 0
     run_dir: str | Path | None = None
     name: str | None = None
-    how: Record = field(default_factory=dict)
+    how: _Record = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_detector(self.detector)
@@ -238,7 +238,7 @@ class Bench:
         given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
         run = {"seed": self.seed, "batch_size": self.batch_size}
         self.settings = {"detector": type(self.detector).__name__, **given, **run}
-        self.known = Known(self.run_dir, self.identity)
+        self.known = _Known(self.run_dir, self.identity)
 
     def identity(self) -> dict[str, str]:
         """Everything that the scores depend on, down to code and tensors."""
@@ -296,7 +296,7 @@ def measure(
     scores_out: Scores,
     tpr: float = 0.95,
     confidence: float = 0.95,
-) -> Record:
+) -> _Record:
     """One row of a :class:`Report`, from clean scores, which set a threshold, and the scores as measured."""
     scores_in, scores_out = numbers(scores_in, "scores_in"), numbers(scores_out, "scores_out")
     fixed = metrics.threshold_at_tpr(numbers(clean, "clean"), tpr)
@@ -318,7 +318,7 @@ def measure(
     }
 
 
-class Known:
+class _Known:
     """Tensors computed before and stored in a folder; computes what is missing."""
 
     def __init__(self, folder: str | Path | None, told: Callable[[], dict[str, str]]):
@@ -345,7 +345,7 @@ def epsilon_curve(
     side: Side = "both",
     run_dir: str | Path | None = None,
     **how: Any,
-) -> list[Record]:
+) -> list[_Record]:
     """Rows of a :class:`Report` for one set of outliers as the radius grows.
 
     What was found at a smaller radius is allowed at a larger one, so the worst scores so far are used: AUROC

@@ -20,7 +20,7 @@ from robustood.models.residual import activation, convolution
 Images = Float[Tensor, "batch channel height width"]
 Latents = Float[Tensor, "batch latent"]
 Values = Float[Tensor, " batch"]
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 
 LOG_VARIANCE = math.log(1e-3), math.log(10)
 EDGE = 0.005  # pixels are clamped to [EDGE, 1 - EDGE] before their log-odds are taken
@@ -122,12 +122,12 @@ class ConditionalVAE(nn.Module):
 # --- decoders
 
 
-def log_odds(x: Images) -> Images:
+def _log_odds(x: Images) -> Images:
     """Log-odds of pixels, kept finite."""
     return x.clamp(EDGE, 1 - EDGE).logit()
 
 
-def perceptron(widths: Sequence[int]) -> nn.Sequential:
+def _perceptron(widths: Sequence[int]) -> nn.Sequential:
     """Fully connected layers with ReLU after each."""
     layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
     return nn.Sequential(nn.Flatten(), *layers)
@@ -145,13 +145,13 @@ class Plain(nn.Module):
     def __init__(self, shape: Sequence[int], latent: int, hidden: int, residual: bool):
         super().__init__()
         pixels = math.prod(shape)
-        self.body = perceptron([pixels + latent, hidden, hidden])
+        self.body = _perceptron([pixels + latent, hidden, hidden])
         last = nn.Linear(hidden, pixels)
-        self.last, self.residual = nothing(last) if residual else last, residual
+        self.last, self.residual = _nothing(last) if residual else last, residual
 
     def forward(self, x: Images, z: Latents) -> Images:
         drawn = self.last(self.body(torch.cat([x.flatten(1), z], 1))).view_as(x)
-        return (drawn + log_odds(x) if self.residual else drawn).sigmoid()
+        return (drawn + _log_odds(x) if self.residual else drawn).sigmoid()
 
 
 class Basis(nn.Module):
@@ -171,17 +171,17 @@ class Basis(nn.Module):
         super().__init__()
         channels, height, width = shape
         self.pictures = nn.Sequential(
-            perceptron([channels * height * width, hidden, hidden]),
+            _perceptron([channels * height * width, hidden, hidden]),
             nn.Linear(hidden, pictures * height * width),
             nn.Unflatten(1, (int(pictures), height, width)),
         )
         self.mix = nn.Sequential(nn.Linear(latent, 64), nn.ReLU())
-        self.shares, self.shift = nn.Linear(64, pictures), nothing(nn.Linear(64, channels))
+        self.shares, self.shift = nn.Linear(64, pictures), _nothing(nn.Linear(64, channels))
 
     def forward(self, x: Images, z: Latents) -> Images:
         mixed = self.mix(z)
         added = torch.einsum("bj,bjhw->bhw", self.shares(mixed), self.pictures(x))[:, None]
-        return (log_odds(x) + added + self.shift(mixed)[:, :, None, None]).sigmoid()
+        return (_log_odds(x) + added + self.shift(mixed)[:, :, None, None]).sigmoid()
 
 
 class Warp(nn.Module):
@@ -200,14 +200,14 @@ class Warp(nn.Module):
     def __init__(self, channels: int, latent: int, hidden: int, warps: int, filters: int):
         super().__init__()
         self.channels, self.warps = channels, warps
-        last = nothing(nn.Linear(hidden, 6 * warps))
+        last = _nothing(nn.Linear(hidden, 6 * warps))
         with torch.no_grad():
             last.bias.copy_(torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(warps))
         self.maps = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), last)
         self.correction = nn.Sequential(
             nn.Conv2d(channels * warps, filters, 3, padding=1),
             nn.ReLU(),
-            nothing(nn.Conv2d(filters, channels, 3, padding=1)),
+            _nothing(nn.Conv2d(filters, channels, 3, padding=1)),
         )
 
     def forward(self, x: Images, z: Latents) -> Images:
@@ -216,7 +216,7 @@ class Warp(nn.Module):
         where = affine_grid(affine, list(copies.shape), align_corners=False)
         warped = grid_sample(copies, where, align_corners=False)
         warped = warped.view(len(x), -1, *x.shape[2:])
-        return (log_odds(warped[:, : self.channels]) + self.correction(warped)).sigmoid()
+        return (_log_odds(warped[:, : self.channels]) + self.correction(warped)).sigmoid()
 
 
 class Bottleneck(nn.Module):
@@ -234,7 +234,7 @@ class Bottleneck(nn.Module):
         return x + self.residual(x)
 
 
-def trunk(
+def _trunk(
     channels: int, width: int, blocks: int, outputs: int, still: bool = False
 ) -> nn.Sequential:
     """A residual network of constant resolution; if ``still``, it starts as the zero function."""
@@ -243,7 +243,7 @@ def trunk(
         convolution(channels, width),
         *[Bottleneck(width) for _ in range(blocks)],
         *activation(width),
-        nothing(last) if still else last,
+        _nothing(last) if still else last,
     )
 
 
@@ -262,15 +262,15 @@ class Painted(nn.Module):
         self.plane = nn.Sequential(
             nn.Linear(latent, height * sides), nn.Unflatten(1, (1, height, sides))
         )
-        self.body = trunk(channels + 1, width, blocks, channels, still=residual)
+        self.body = _trunk(channels + 1, width, blocks, channels, still=residual)
         self.residual = residual
 
     def forward(self, x: Images, z: Latents) -> Images:
         drawn = self.body(torch.cat([x, self.plane(z)], 1))
-        return (drawn + log_odds(x) if self.residual else drawn).sigmoid()
+        return (drawn + _log_odds(x) if self.residual else drawn).sigmoid()
 
 
-def nothing(layer: Layer) -> Layer:
+def _nothing(layer: _Layer) -> _Layer:
     """The layer, initialised as the zero function."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -280,10 +280,10 @@ def nothing(layer: Layer) -> Layer:
 # --- whole models
 
 
-def perceptrons(shape: Sequence[int], latent: int, hidden: int) -> tuple[Encoder, Encoder]:
+def _perceptrons(shape: Sequence[int], latent: int, hidden: int) -> tuple[Encoder, Encoder]:
     """Fully connected prior and recognition networks with two hidden layers."""
     pixels = math.prod(shape)
-    prior, recognition = (perceptron([n * pixels, hidden, hidden]) for n in (1, 2))
+    prior, recognition = (_perceptron([n * pixels, hidden, hidden]) for n in (1, 2))
     return Encoder(prior, hidden, latent), Encoder(recognition, hidden, latent)
 
 
@@ -308,7 +308,7 @@ def plain_cvae(
     check_counts(latent=latent, hidden=hidden, decoder=decoder)
     check_flag(residual, "residual")
     with seeded(seed):
-        encoders = perceptrons(shape, latent, hidden)
+        encoders = _perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Plain(shape, latent, decoder, residual), latent)
 
 
@@ -332,7 +332,7 @@ def basis_cvae(
     shape = check_shape(shape)
     check_counts(latent=latent, hidden=hidden, decoder=decoder, pictures=pictures)
     with seeded(seed):
-        encoders = perceptrons(shape, latent, hidden)
+        encoders = _perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Basis(shape, latent, decoder, pictures), latent)
 
 
@@ -357,7 +357,7 @@ def warp_cvae(
     shape = check_shape(shape)
     check_counts(latent=latent, hidden=hidden, maps=maps, warps=warps, filters=filters)
     with seeded(seed):
-        encoders = perceptrons(shape, latent, hidden)
+        encoders = _perceptrons(shape, latent, hidden)
         return ConditionalVAE(*encoders, Warp(shape[0], latent, maps, warps, filters), latent)
 
 
@@ -397,7 +397,7 @@ def residual_cvae(
 
     def encoder(images: int) -> Encoder:
         seen = nn.Sequential(
-            trunk(images * channels, width, blocks, 16),
+            _trunk(images * channels, width, blocks, 16),
             *activation(16),
             nn.AvgPool2d(pool),
             nn.Flatten(),

@@ -63,7 +63,7 @@ def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 51
         x, target: pairs of images.
         batch_size: pairs encoded at a time; the result does not depend on it.
     """
-    check_pairs(model, x, target)
+    _check_pairs(model, x, target)
     batch_size = check_count(batch_size, "batch_size", low=1)
     with frozen(model), torch.no_grad():
         parts = zip(x.split(batch_size), target.split(batch_size), strict=True)
@@ -72,7 +72,7 @@ def radii(model: ConditionalVAE, x: Images, target: Images, batch_size: int = 51
     return Radii(*map(float, quartiles), len(x))
 
 
-def check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
+def _check_pairs(model: ConditionalVAE, x: Images, target: Images) -> None:
     """Refuse anything but an autoencoder and pairs of images for it."""
     check_instance(model, "model", ConditionalVAE, "a ConditionalVAE, such as plain_cvae(shape)")
     check_images(x)
@@ -167,7 +167,7 @@ def set_metrics(
     Raises:
         ValueError: for images that are not pairs, or bad settings.
     """
-    check_pairs(model, x, target)
+    _check_pairs(model, x, target)
     check_number(radius, "radius", 0)
     check_choice(distance, "distance", ("squared error", "cross-entropy"))
     check_count(steps, "steps")
@@ -183,13 +183,13 @@ def set_metrics(
     tensors = (x, target, *random, *drawn)
     with frozen(model):
         parts = [
-            measure(within, distance, steps, *part)
+            _measure(within, distance, steps, *part)
             for part in zip(*[tensor.split(batch_size) for tensor in tensors], strict=True)
         ]
     return SetMetrics(*[torch.cat(each).cpu() for each in zip(*parts, strict=True)])
 
 
-def measure(
+def _measure(
     within: Latent,
     distance: Distance,
     steps: int,
@@ -201,7 +201,7 @@ def measure(
 ) -> list[Values]:
     """The six measures of a batch, in the order of :class:`SetMetrics`."""
     model: ConditionalVAE = within.generator  # ty: ignore[invalid-assignment]
-    off = partial(away, target=target, distance=distance)
+    off = partial(_away, target=target, distance=distance)
     search = partial(maximise, steps=steps, step_size=within.radius / 20)
     entered = partial(Entered, model, within.radius)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def measure(
         return [encoder, pgd, expected, over, reconstruction, divergence(q, p).sum(1)]
 
 
-def away(made: Images, target: Images, distance: Distance) -> Values:
+def _away(made: Images, target: Images, distance: Distance) -> Values:
     """Distance from the target, averaged over pixels."""
     return distances(made, target, distance) / target[0].numel()
 
@@ -286,7 +286,7 @@ def guarantee(
     Raises:
         ValueError: for images that are not pairs, or bad settings.
     """
-    check_pairs(model, x, target)
+    _check_pairs(model, x, target)
     check_number(alpha, "alpha", 0.001, 0.999)
     check_count(draws, "draws", low=1)
     seed = check_seed(seed)

@@ -317,10 +317,10 @@ class Adapted(nn.Module):
         return [self.features(x)]
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
-        return entry(self.inner(self.normalise(x)), self.output)
+        return _entry(self.inner(self.normalise(x)), self.output)
 
 
-def entry(returned: Any, output: Output) -> Tensor:
+def _entry(returned: Any, output: Output) -> Tensor:
     """The output tensor in what a network returns."""
     if output is None:
         return returned

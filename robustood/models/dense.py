@@ -13,7 +13,7 @@ from robustood.models.base import Classifier, seeded
 from robustood.models.residual import activation, convolution, initialise, normaliser, repeats
 
 
-class DenseLayer(nn.Sequential):
+class _DenseLayer(nn.Sequential):
     """Appends ``growth`` maps to its input: BN-relu-conv1x1 to four times as many, then BN-relu-conv3x3."""
 
     def __init__(self, inputs: int, growth: int):
@@ -70,7 +70,7 @@ def densenet_bc(
         width = 2 * growth
         stages: list[nn.Module] = [convolution(channels, width)]
         for last in (False, False, True):
-            layers: list[nn.Module] = [DenseLayer(width + i * growth, growth) for i in range(n)]
+            layers: list[nn.Module] = [_DenseLayer(width + i * growth, growth) for i in range(n)]
             width += n * growth
             layers += activation(width)
             if not last:

@@ -76,7 +76,7 @@ def activation(channels: int) -> list[nn.Module]:
     return [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """relu(shortcut + conv-BN-relu-conv-BN) (He et al. 2016, Deep Residual Learning, eq. 1 and 2)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -96,7 +96,7 @@ class Block(nn.Module):
         return relu(self.residual(x) + self.shortcut(x), inplace=True)
 
 
-class PreBlock(nn.Module):
+class _PreBlock(nn.Module):
     """shortcut + conv-BN-relu-conv of BN-relu (He et al. 2016, Identity Mappings, figure 1b).
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
@@ -118,7 +118,7 @@ class PreBlock(nn.Module):
         return self.residual(z) + (x if self.shortcut is None else self.shortcut(z))
 
 
-def groups(
+def _groups(
     block: Callable[[int, int, int], nn.Module], inputs: int, widths: Sequence[int], n: int
 ) -> list[nn.Sequential]:
     """One group of n blocks per width; every group but the first halves the map."""
@@ -166,11 +166,11 @@ def resnet(
     shift = normaliser(normalise, channels)
     with seeded(seed):
         stem = nn.Sequential(convolution(channels, width), *activation(width))
-        stages = [stem, *groups(Block, width, (width, 2 * width, 4 * width), n)]
+        stages = [stem, *_groups(_Block, width, (width, 2 * width, 4 * width), n)]
         return initialise(Classifier(stages, 4 * width, classes, reject, shift, pool=True))
 
 
-def preactivated(
+def _preactivated(
     stem: int,
     widths: Sequence[int],
     n: int,
@@ -184,7 +184,7 @@ def preactivated(
     shift = normaliser(normalise, channels)
     channels = int(channels)
     with seeded(seed):
-        stages = groups(PreBlock, stem, widths, n)
+        stages = _groups(_PreBlock, stem, widths, n)
         stages[-1].extend(activation(widths[-1]))
         stages = [convolution(channels, stem), *stages]
         return initialise(Classifier(stages, widths[-1], classes, reject, shift, pool=True))
@@ -222,7 +222,7 @@ def wide_resnet(
     n = repeats(depth, 4)
     width = check_count(width, "width", low=1)
     widths = (16 * width, 32 * width, 64 * width)
-    return preactivated(16, widths, n, classes, reject, seed, normalise, channels)
+    return _preactivated(16, widths, n, classes, reject, seed, normalise, channels)
 
 
 def preact_resnet18(
@@ -248,4 +248,4 @@ def preact_resnet18(
     Returns:
         Model from (batch, channels, height, width) in [0, 1] to (batch, classes + reject).
     """
-    return preactivated(64, (64, 128, 256, 512), 2, classes, reject, seed, normalise, channels)
+    return _preactivated(64, (64, 128, 256, 512), 2, classes, reject, seed, normalise, channels)

@@ -73,12 +73,12 @@ class PerturbationSet(ABC):
         """Which parameters are allowed, up to rounding."""
 
 
-SUCH_AS = "a perturbation set, such as Linf(8/255)"
+_SUCH_AS = "a perturbation set, such as Linf(8/255)"
 
 
 def check_set(value: object, name: str, kind: type = PerturbationSet) -> None:
     """Refuse anything but a perturbation set."""
-    check_instance(value, name, kind, SUCH_AS)
+    check_instance(value, name, kind, _SUCH_AS)
 
 
 def check_box(box: object) -> None:

@@ -26,7 +26,7 @@ KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
 
 def names() -> list[str]:
     """The recipes that ship with the library."""
-    return sorted([*products(), *(file.stem for file in FOLDER.glob("*.toml"))])
+    return sorted([*_products(), *(file.stem for file in FOLDER.glob("*.toml"))])
 
 
 def plans() -> list[str]:
@@ -40,7 +40,7 @@ def parts(kind: str) -> list[str]:
 
 
 @cache
-def products() -> dict[str, Table]:
+def _products() -> dict[str, Table]:
     """Each recipe that is a method on a set at a scale, as a file would say it."""
     found = {}
     for method, images, scale in product(parts("methods"), parts("sets"), parts("scales")):
@@ -78,7 +78,7 @@ def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") 
     whole = path.suffix == ".json"
     if whole and not path.is_file():
         raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
-    merged = read_json(path, ("data",)) if whole else gather(str(name_or_path))
+    merged = read_json(path, ("data",)) if whole else _gather(str(name_or_path))
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
         raise ValueError(f"recipe {name}: about must be one line of text, got {about!r}")
@@ -87,16 +87,16 @@ def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") 
     if plan:
         if "pairs" in merged.get("data", {}):
             raise ValueError(f"recipe {name} learns a perturbation set; plans are for classifiers")
-        merged = merge(merged, gather(f"plans/{plan}"))
+        merged = _merge(merged, _gather(f"plans/{plan}"))
     for change in changes:
-        merged = merge(merged, parse(change))
+        merged = _merge(merged, _parse(change))
     try:
         return Recipe(name, about, settings(merged), plan)
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
 
 
-def gather(
+def _gather(
     name: str, beside: Path | None = None, above: tuple[str, ...] = (), met: Sequence[str] = ()
 ) -> Table:
     """A recipe with those that it extends merged in, first to last, then itself.
@@ -109,10 +109,10 @@ def gather(
     """
     if name in above:
         raise ValueError(f"recipe {name} extends itself: {' -> '.join([*above, name])}; cut one")
-    path = None if name in products() else find(name, beside)
-    own = dict(products()[name]) if path is None else load(name, path)
+    path = None if name in _products() else _find(name, beside)
+    own = dict(_products()[name]) if path is None else load(name, path)
     if path and path.parent.parent == FOLDER:
-        return holding(own, met)
+        return _holding(own, met)
     bases = own.pop("extends", [])
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(
@@ -120,21 +120,21 @@ def gather(
         )
     merged: Table = {}
     for base in bases:
-        merged = merge(merged, gather(base, path and path.parent, (*above, name), bases))
+        merged = _merge(merged, _gather(base, path and path.parent, (*above, name), bases))
     merged.pop("about", None)
-    return merge(merged, own)
+    return _merge(merged, own)
 
 
-def holding(part: Table, met: Sequence[str]) -> Table:
+def _holding(part: Table, met: Sequence[str]) -> Table:
     """The sections of a part, with what holds only among the parts that it is merged with."""
     own = {section: part[section] for section in SECTIONS if section in part}
     for kind, name in (other.split("/") for other in met if other.count("/") == 1):
         if name in part.get(kind, {}):
-            own = merge(own, holding(part[kind][name], met))
+            own = _merge(own, _holding(part[kind][name], met))
     return own
 
 
-def find(name: str, beside: Path | None) -> Path:
+def _find(name: str, beside: Path | None) -> Path:
     """The file of a recipe or a part: a path, or a name that ships with the library."""
     if name.endswith(".toml"):
         path = Path(name).expanduser() if beside is None else beside / name
@@ -157,7 +157,7 @@ def load(name: str, path: Path | None = None) -> Table:
         raise ValueError(f"recipe {name} is not TOML: {error}") from error
 
 
-def merge(base: Table, own: Table) -> Table:
+def _merge(base: Table, own: Table) -> Table:
     """Tables key by key, anything else replaced."""
     both = {
         key: {**base[key], **own[key]}
@@ -167,7 +167,7 @@ def merge(base: Table, own: Table) -> Table:
     return {**base, **own, **both}
 
 
-def parse(change: str) -> Table:
+def _parse(change: str) -> Table:
     """``section.key=value`` as a piece of a recipe."""
     key, equals, text = change.partition("=")
     section, dot, key = key.strip().partition(".")

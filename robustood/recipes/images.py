@@ -17,14 +17,16 @@ from robustood.objectives import OutlierTraining
 from robustood.perturbations import Random, Spatial
 from robustood.recipes.recipe import Images, Recipe, uses_outliers
 
-__all__ = ["Card", "Root", "card", "classes", "data", "divided", "everywhere", "paired_images", "pairs", "passed",
-           "plain", "to_test", "to_train"]  # fmt: skip
+__all__ = [
+    "Card", "Root", "card", "classes", "data", "divided", "everywhere", "paired_images", "pairs",
+    "passed", "plain", "to_test", "to_train",
+]  # fmt: skip
 
 Root = str | Path | None
 Card = Json  # what a record says of a set of images
 S = TypeVar("S", bound=Split)
-PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
-RTS = Spatial(rotation=45, translation=7, scale=0.3)  # of Wong and Kolter (2021), section 6
+_PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
+_RTS = Spatial(rotation=45, translation=7, scale=0.3)  # of Wong and Kolter (2021), section 6
 
 
 def data(recipe: Recipe, root: Root = None) -> Data:
@@ -50,9 +52,9 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     """
     want, objective = recipe.settings.data, recipe.objective()
     if want.pairs:
-        return pairs_to_train(recipe, root)
+        return _pairs_to_train(recipe, root)
     used = uses_outliers(objective)
-    check_there([want.train, *([want.outliers] if used else [])], root)
+    _check_there([want.train, *([want.outliers] if used else [])], root)
     cards: dict[str, Card] = {}
     outliers = None
     if used:
@@ -62,7 +64,7 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
         cards["outliers"] = {**card(want.outliers, outliers), "without": want.known}
         outliers = passed(outliers, everywhere(want), cards["outliers"])
         if isinstance(objective, OutlierTraining) and objective.mine:
-            check_pool(recipe, len(outliers))
+            _check_pool(recipe, len(outliers))
     inside = sets.load(want.train, root=root)
     cards["train"] = card(want.train, inside) | {"classes": list(inside.names)}
     inside = passed(inside, everywhere(want), cards["train"])
@@ -73,7 +75,7 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
             f"has {len(inside)} images; lower it"
         )
     train, val = divided(inside, want)
-    quality = 0 if everywhere(want) else copies_quality(want.jpeg, outliers)
+    quality = 0 if everywhere(want) else _copies_quality(want.jpeg, outliers)
     cards["train"] |= {"held out": held, "jpeg_copies": quality}
     found = Data(
         train=plain(train),
@@ -94,7 +96,7 @@ def to_test(
     """
     want = recipe.settings.data
     outliers = [name for name in want.outlier_sets() if not only or name in only]
-    check_there([want.test, *outliers], root)
+    _check_there([want.test, *outliers], root)
     inside = sets.load(want.test, root=root)
     inside = sets.counted_as(inside, names, want.train)
     cards, outside = {"test": card(want.test, inside)}, {}
@@ -118,7 +120,7 @@ def classes(trained: Card) -> list[str]:
     return trained.get("classes", [])
 
 
-def check_there(names: Sequence[str], root: Root) -> None:
+def _check_there(names: Sequence[str], root: Root) -> None:
     """Refuse sets that are not in the folder before others are read."""
     there = sets.available(root)
     for name in names:
@@ -126,7 +128,7 @@ def check_there(names: Sequence[str], root: Root) -> None:
             sets.load(name, root=root)  # which says what is there, and how to get this one
 
 
-def check_pool(recipe: Recipe, found: int) -> None:
+def _check_pool(recipe: Recipe, found: int) -> None:
     """Refuse a pool of outliers that is smaller than a recipe of a paper demands."""
     want = recipe.settings.data
     if found < want.pool_minimum:
@@ -152,7 +154,7 @@ def plain(loaded: Split) -> Split:
     return Split(loaded.x, loaded.y)
 
 
-def copies_quality(wanted: int | str, outliers: Loaded | None) -> int:
+def _copies_quality(wanted: int | str, outliers: Loaded | None) -> int:
     """JPEG quality of the training images' copies; 0 for none. Without outliers nothing can leak."""
     if wanted != "auto":
         return int(wanted)
@@ -166,16 +168,16 @@ def everywhere(want: Images) -> int:
 
 def passed(images: S, quality: int | None, said: Card) -> S:
     """Lossless images through JPEG, once, with a note on their card; those that were JPEG stay as they are."""
-    if not quality or said["jpeg"] or PASSED in said:
+    if not quality or said["jpeg"] or _PASSED in said:
         return images
-    said[PASSED] = quality
+    said[_PASSED] = quality
     return replace(images, x=sets.compress(images.x, quality))
 
 
 # --- pairs, to learn a perturbation set from
 
 
-def pairs_to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
+def _pairs_to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     """Training and validation pairs."""
     inside, held, cards = paired_images(recipe, root)
     kind, seed = recipe.settings.data.pairs, recipe.settings.training.seed
@@ -207,5 +209,5 @@ def pairs(kind: str | None, split: Split, seed: int, names: tuple[str, ...] = LE
     corrupted copies at severity 5, drawn anew at each epoch from one copy of each kind.
     """
     if kind == "rts":
-        return perturbed(split, Random(RTS), torch.Generator().manual_seed(seed), border=7)
+        return perturbed(split, Random(_RTS), torch.Generator().manual_seed(seed), border=7)
     return corrupted(split, names, seed=seed)

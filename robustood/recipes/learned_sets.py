@@ -42,7 +42,7 @@ def measure(
     some = plain(test[: settings.evaluation.n_in])
     val = pairs(want.pairs, paired_images(recipe, root)[1], settings.training.seed + 1)
     tell("radii of the validation pairs")
-    found = generative.radii(model, *both(val, device))
+    found = generative.radii(model, *_both(val, device))
     report: Json = {
         **origin(recipe, written, device),
         "data": {"test": card(want.test, test)},
@@ -56,7 +56,7 @@ def measure(
         kinds |= {name: (name,) for name in HELD_OUT}
     for name, corruptions in kinds.items():
         tell(f"metrics: {name}")
-        report.setdefault("sets", {})[name] = measured(
+        report.setdefault("sets", {})[name] = _measured(
             model, pairs(want.pairs, some, 2, corruptions), found.maximum, settings, device
         )
     report["minutes"] = (time.monotonic() - began) / 60
@@ -64,12 +64,12 @@ def measure(
     return report
 
 
-def both(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+def _both(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and partners as floats."""
     return pixels(split.x).to(device), pixels(split.y).to(device)
 
 
-def measured(
+def _measured(
     model: generative.ConditionalVAE,
     test: Pairs,
     radius: float,
@@ -77,7 +77,7 @@ def measured(
     device: torch.device,
 ) -> Json:
     """The six metrics on pairs, and what doing nothing would cost."""
-    x, y = both(test, device)
+    x, y = _both(test, device)
     distance = settings.objective.distance or "squared error"
     found = generative.set_metrics(
         model, x, y, radius, distance=distance, batch_size=settings.evaluation.batch_size

@@ -33,7 +33,7 @@ __all__ = ["AtLeastZero", "Bounds", "Count", "Positive", "Share", "Table", "Valu
 
 Value = Any  # what TOML can hold
 Table = dict[str, Value]
-FRACTION = 'a fraction is a text such as "8/255"'
+_FRACTION = 'a fraction is a text such as "8/255"'
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,29 @@ def checked(
             raise ValueError(
                 f"{section}.{key} is missing; set it in the file, or by --set {section}.{key}=..."
             )
-    return {k: converted(hints[k], given[k], f"{section}.{k}") for k in known if k in given}
+    return {k: _converted(hints[k], given[k], f"{section}.{k}") for k in known if k in given}
 
 
-def converted(kind: object, value: Value, name: str, bounds: Bounds | None = None) -> Value:
+def _converted(kind: object, value: Value, name: str, bounds: Bounds | None = None) -> Value:
     """A value as its annotation has it; ValueError with its name for another kind of value."""
     arguments = get_args(kind)
     match get_origin(kind):
         case typing.Annotated:
-            return converted(arguments[0], value, name, arguments[1])
+            return _converted(arguments[0], value, name, arguments[1])
         case typing.Literal:
             check_choice(value, name, arguments)
             return value
         case typing.Union | types.UnionType:
-            return one_of(arguments, value, name)
+            return _one_of(arguments, value, name)
         case builtins.list | collections.abc.Sequence:
             check_several(value, name, "values", 0)
-            return [converted(arguments[0], each, f"{name}: each") for each in value]
+            return [_converted(arguments[0], each, f"{name}: each") for each in value]
     if kind is int:
         low, high = (bounds.low, bounds.high) if bounds else (0, MOST)
         return check_count(value, name, int(low), high)
     if kind is float:
         low, high = (bounds.low, bounds.high) if bounds else (-MOST, MOST)
-        check_number(found := decimal(value), name, low, high, FRACTION)
+        check_number(found := _decimal(value), name, low, high, _FRACTION)
         return float(found)
     if kind is bool:
         check_flag(value, name)
@@ -109,21 +109,21 @@ def converted(kind: object, value: Value, name: str, bounds: Bounds | None = Non
     return value
 
 
-def one_of(kinds: Iterable[object], value: Value, name: str) -> Value:
+def _one_of(kinds: Iterable[object], value: Value, name: str) -> Value:
     """A word, or a value of the last kind; of no others a file could hold one."""
     *words, last = [k for k in kinds if k in (int, float, bool, str) or get_origin(k)]
     allowed = [word for each in words for word in get_args(each)]
     if isinstance(value, str) and value in allowed:
         return value
     try:
-        return converted(last, value, name)
+        return _converted(last, value, name)
     except ValueError as error:
         if not allowed:
             raise
         raise ValueError(f'{error}; or write "{", ".join(allowed)}"') from error
 
 
-def decimal(value: Value) -> Value:
+def _decimal(value: Value) -> Value:
     """The number that a text such as "8/255" stands for; all else as it is."""
     if isinstance(value, str):
         try:

@@ -27,10 +27,12 @@ from robustood.recipes.reading import (
     checked,
 )
 
-__all__ = ["METHODS", "SECTIONS", "Attack", "Detector", "Evaluation", "Images", "Method", "Recipe", "Settings",
-           "Training", "needs_reject", "settings", "uses_outliers"]  # fmt: skip
+__all__ = [
+    "METHODS", "SECTIONS", "Attack", "Detector", "Evaluation", "Images", "Method", "Recipe",
+    "Settings", "Training", "needs_reject", "settings", "uses_outliers",
+]  # fmt: skip
 
-Network = Table  # its name, and the arguments that are not left to their defaults
+_Network = Table  # its name, and the arguments that are not left to their defaults
 Detector = Literal[
     "MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",
     "GradNorm", "RejectClass",
@@ -38,22 +40,22 @@ Detector = Literal[
 Attack = Literal[
     "none", "paper", "adaptive", "strong", "corruption", "compositional_paper", "compositional"
 ]
-CLASSIFIERS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
-GENERATORS = ("plain_cvae", "residual_cvae", "warp_cvae")  # of robustood.generative
-ATTACK = ("within", "steps", "step_size", "restarts", "ramp", "mode", "keep")
-MINING = ("q", "share", "sample")
+_CLASSIFIERS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_resnet")
+_GENERATORS = ("plain_cvae", "residual_cvae", "warp_cvae")  # of robustood.generative
+_ATTACK = ("within", "steps", "step_size", "restarts", "ramp", "mode", "keep")
+_MINING = ("q", "share", "sample")
 METHODS = {  # the keys of each; those of ATTACK go to its inner maxima
     "Standard": (),
-    "Adversarial": ATTACK,
-    "TRADES": (*ATTACK, "beta"),
+    "Adversarial": _ATTACK,
+    "TRADES": (*_ATTACK, "beta"),
     "OutlierExposure": ("bn", "weight"),
-    "ADV": (*ATTACK, "bn"),
-    "AOE": (*ATTACK, "bn", "weight"),
-    "ALOE": (*ATTACK, "bn", "weight", "attacked_share"),
-    "ACET": (*ATTACK, "bn", "weight", "attacked_share"),
-    "NTOM": ("bn", "weight", *MINING),
-    "ATOM": (*ATTACK, "bn", "weight", "attacked_share", *MINING),
-    "MinedALOE": (*ATTACK, "bn", "weight", "attacked_share", *MINING),
+    "ADV": (*_ATTACK, "bn"),
+    "AOE": (*_ATTACK, "bn", "weight"),
+    "ALOE": (*_ATTACK, "bn", "weight", "attacked_share"),
+    "ACET": (*_ATTACK, "bn", "weight", "attacked_share"),
+    "NTOM": ("bn", "weight", *_MINING),
+    "ATOM": (*_ATTACK, "bn", "weight", "attacked_share", *_MINING),
+    "MinedALOE": (*_ATTACK, "bn", "weight", "attacked_share", *_MINING),
     "Variational": ("beta", "schedule", "distance"),
 }
 
@@ -138,11 +140,11 @@ class Method:
         if self.name in ("Standard", "Adversarial", "TRADES", "Variational"):
             return make(**said)
         built = make(**{k: said.pop(k) for k in ("within", "steps") if k in said})
-        if mining := {k: said.pop(k) for k in MINING if k in said}:
+        if mining := {k: said.pop(k) for k in _MINING if k in said}:
             if "sample" in mining:
                 mining["sample"] = mining["sample"] or None
             said["mine"] = replace(built.mine, **mining)
-        attack = {k: said.pop(k) for k in ATTACK if k in said}
+        attack = {k: said.pop(k) for k in _ATTACK if k in said}
         built = replace(built, **said)
         for side in ("inside", "outside"):
             if attack and (inner := built.inner(getattr(built, side))):
@@ -210,7 +212,7 @@ class Settings:
     """All that a recipe says, section by section."""
 
     data: Images
-    model: Network
+    model: _Network
     objective: Method
     training: Training
     evaluation: Evaluation
@@ -228,7 +230,7 @@ class Settings:
                 "data.outliers=tinyimagenet:train"
             )
         network = self.model["name"]
-        learns = [name == "Variational", network in GENERATORS, self.data.pairs is not None]
+        learns = [name == "Variational", network in _GENERATORS, self.data.pairs is not None]
         if any(learns) and not all(learns):
             raise ValueError(
                 "Variational, a network such as residual_cvae, and data.pairs need one another; got "
@@ -289,7 +291,7 @@ class Recipe:
         """The untrained network, a classifier or an autoencoder; the seed of the training draws its weights."""
         given = dict(self.settings.model)
         try:
-            return builder(given.pop("name"))(**given, seed=self.settings.training.seed)
+            return _builder(given.pop("name"))(**given, seed=self.settings.training.seed)
         except ValueError as error:
             raise ValueError(f"recipe {self.name}: model: {error}") from error
 
@@ -311,9 +313,9 @@ def settings(given: Mapping[str, Table]) -> Settings:
         if not isinstance(section, Mapping):
             raise ValueError(f"{name} must be a section [{name}], got {section!r}")
     parts = {name: given.get(name, {}) for name in SECTIONS}
-    method = named(parts["objective"], "objective", METHODS)
-    network = named(parts["model"], "model", (*CLASSIFIERS, *GENERATORS))
-    build, own = builder(network), {k: v for k, v in parts["model"].items() if k != "name"}
+    method = _named(parts["objective"], "objective", METHODS)
+    network = _named(parts["model"], "model", (*_CLASSIFIERS, *_GENERATORS))
+    build, own = _builder(network), {k: v for k, v in parts["model"].items() if k != "name"}
     arguments = [key for key in inspect.signature(build).parameters if key != "seed"]
     return Settings(
         Images(**checked(Images, parts["data"], "data")),
@@ -324,7 +326,7 @@ def settings(given: Mapping[str, Table]) -> Settings:
     )
 
 
-def named(given: Table, section: str, known: Collection[str]) -> str:
+def _named(given: Table, section: str, known: Collection[str]) -> str:
     """The section's ``name``, which is one of some."""
     if "name" not in given:
         raise ValueError(f"{section}.name is missing; {suggest('', known)}")
@@ -334,9 +336,9 @@ def named(given: Table, section: str, known: Collection[str]) -> str:
     return name
 
 
-def builder(network: str) -> Callable[..., nn.Module]:
+def _builder(network: str) -> Callable[..., nn.Module]:
     """The function that builds a network, of :mod:`robustood.models` or :mod:`robustood.generative`."""
-    return getattr(generative if network in GENERATORS else models, network)
+    return getattr(generative if network in _GENERATORS else models, network)
 
 
 def uses_outliers(rule: Objective) -> bool:

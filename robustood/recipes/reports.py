@@ -42,9 +42,9 @@ from robustood.recipes.runs import Tell, accuracy, origin, trained
 __all__ = ["fitted", "measure", "pick"]
 
 Outside = dict[str, Tensor]
-CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
+_CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
 # Settings of one attack, or of which are asked at all: the scores of the others stay what they are.
-ASKED = {
+_ASKED = {
     "detectors", "attacks", "side", "eps", "paper", "steps", "restarts", "targets", "curve", "pgd_steps",
 }  # fmt: skip
 STRONG: Json = {"steps": 100, "restarts": 5, "targets": None}  # every class
@@ -74,18 +74,18 @@ def measure(
     test = passed(test, seen["jpeg"], cards["test"])
     inside = pick(test, want.n_in)
     outside = {name: pixels(pick(Split(x, x), want.n_out).x) for name, x in outside.items()}
-    taken = {k: v for k, v in asdict(want).items() if k not in ASKED}
-    notes = folder / "evaluation" / short_name([taken, written["sha256"], list(outside)])
+    taken = {k: v for k, v in asdict(want).items() if k not in _ASKED}
+    notes = folder / "evaluation" / _short_name([taken, written["sha256"], list(outside)])
     rows, curve, scores = [], [], {}
-    with full_precision():
-        rates = accuracies(model, test, inside, want, tell)
-        for name in detectors_of(want.detectors, model):
+    with _full_precision():
+        rates = _accuracies(model, test, inside, want, tell)
+        for name in _detectors_of(want.detectors, model):
             measured = fitted(recipe, name, model, root, classes(seen))
-            curve += along(measured, pixels(inside.x), outside, want, notes, tell)
+            curve += _along(measured, pixels(inside.x), outside, want, notes, tell)
             for attack in want.attacks if outside else []:
                 tell(f"{name}, attack: {attack}")
-                for part in attacked(measured, pixels(inside.x), outside, attack, want, notes):
-                    rows += rows_of(part, name, attack, recipe.settings.data.seen)
+                for part in _attacked(measured, pixels(inside.x), outside, attack, want, notes):
+                    rows += _rows_of(part, name, attack, recipe.settings.data.seen)
                     if part.settings["side"] in ("none", want.side):
                         scores |= {f"{name} {attack} {k}": v for k, v in part.scores.items()}
     report = {
@@ -94,7 +94,7 @@ def measure(
         **rates,
         "rows": rows,
         "curve": curve,
-        "means": means(rows),
+        "means": _means(rows),
         "minutes": (time.monotonic() - start) / 60,
     }
     buffer = io.BytesIO()
@@ -105,7 +105,7 @@ def measure(
     return report
 
 
-def detectors_of(wanted: Sequence[str], model: nn.Module) -> list[str]:
+def _detectors_of(wanted: Sequence[str], model: nn.Module) -> list[str]:
     """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
     reject = declared(model)[1]
     alone = "RejectClass" if reject else "MSP"
@@ -113,7 +113,7 @@ def detectors_of(wanted: Sequence[str], model: nn.Module) -> list[str]:
     return [alone if name == "auto" else name for name in wanted or by_network]
 
 
-def along(
+def _along(
     measured: Detector,
     inside: Tensor,
     outside: Outside,
@@ -124,10 +124,10 @@ def along(
     """Rows of one detector along the curve of radii, adaptively attacked on the recipe's side."""
     rows: list[Json] = []
     name = type(measured).__name__
-    how = settings_of(want, "steps", "restarts", "targets", "batch_size")
+    how = _settings_of(want, "steps", "restarts", "targets", "batch_size")
     for each, x in outside.items() if want.curve else ():
         tell(f"{name}, {each}: {len(want.curve)} radii")
-        place = f"{name}_curve_{each.replace(':', '_')}_{short_name([want.curve, how])}"
+        place = f"{name}_curve_{each.replace(':', '_')}_{_short_name([want.curve, how])}"
         found = epsilon_curve(
             measured, inside, x, Linf(1), want.curve, side=want.side, **how, run_dir=notes / place
         )
@@ -135,13 +135,13 @@ def along(
     return rows
 
 
-def settings_of(want: Evaluation, *keys: str) -> Json:
+def _settings_of(want: Evaluation, *keys: str) -> Json:
     """Some settings, as keywords of an attack."""
     return {key: getattr(want, key) for key in keys}
 
 
 @contextmanager
-def full_precision() -> Generator[None]:
+def _full_precision() -> Generator[None]:
     """Float32 is float32: no TF32 on a GPU while measuring."""
     if not torch.cuda.is_available():
         yield
@@ -160,7 +160,7 @@ def pick(split: Split, n: int) -> Split:
     return Split(split.x, split.y)[chosen.sort().values]
 
 
-def accuracies(model: nn.Module, test: Split, inside: Split, want: Evaluation, tell: Tell) -> Json:
+def _accuracies(model: nn.Module, test: Split, inside: Split, want: Evaluation, tell: Tell) -> Json:
     """Clean on all test images, and on some of them after an attack on the classes, along the curve too."""
     tell("accuracy")
 
@@ -194,7 +194,7 @@ def fitted(
     return found.fit(pixels(some.x), some.y)
 
 
-def attacked(
+def _attacked(
     measured: Detector, inside: Tensor, outside: Outside, attack: str, want: Evaluation, notes: Path
 ) -> list[Report]:
     """The reports of one detector under one attack: of the recipe's side, and of each side if both.
@@ -206,16 +206,16 @@ def attacked(
         return [ood_report(measured, inside, outside, batch_size=size, run_dir=notes / name)]
     within: PerturbationSet = Linf(want.eps)
     by: Callable[..., Tensor] = attack_score
-    how: Json = settings_of(want, "steps", "restarts", "targets")
+    how: Json = _settings_of(want, "steps", "restarts", "targets")
     if attack == "strong":
         how = STRONG
     elif attack == "corruption":
-        within, how = CORRUPTIONS, {}  # every one is tried
+        within, how = _CORRUPTIONS, {}  # every one is tried
     elif attack.endswith("paper"):
         by, how = partial(paper_attack, paper=want.paper), {}
     if composed := attack.startswith("compositional"):
-        by = partial(after_corruption, by)
-    run_dir = notes / f"{name}_{short_name([within, by, how])}"
+        by = partial(_after_corruption, by)
+    run_dir = notes / f"{name}_{_short_name([within, by, how])}"
     how = {**how, "attack": by, "batch_size": size, "run_dir": run_dir}
     if want.side == "out" or composed or attack == "corruption":
         return [ood_report(measured, inside, outside, within, side="out", **how)]
@@ -223,27 +223,27 @@ def attacked(
     return [reports[side] for side in ("in", "out", "both")]
 
 
-def short_name(settings: object) -> str:
+def _short_name(settings: object) -> str:
     """A short name for settings: others get notes of their own."""
     told = json.dumps(identity(settings=settings), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def after_corruption(
+def _after_corruption(
     attack: Callable[..., Tensor], detector: Detector, x: Tensor, within: Linf, **how: Any
 ) -> Tensor:
     """An attack around the corruption that serves the attacker best: the compositional test."""
     start = {k: how[k] for k in ("direction", "generator")}
-    return attack(detector, attack_score(detector, x, CORRUPTIONS, **start), within, **how)
+    return attack(detector, attack_score(detector, x, _CORRUPTIONS, **start), within, **how)
 
 
-def rows_of(report: Report, name: str, attack: str, seen: str) -> list[Json]:
+def _rows_of(report: Report, name: str, attack: str, seen: str) -> list[Json]:
     """The rows of a report as they go into a file."""
     start = {"detector": name, "attack": attack, "side": report.settings["side"]}
     return [{**start, "seen": row["set"] == seen, **plain(row)} for row in report.rows]
 
 
-def means(rows: list[Json]) -> list[Json]:
+def _means(rows: list[Json]) -> list[Json]:
     """Mean AUROC and FPR over the sets that training has not seen, and the seen distribution beside them."""
     keys = ("detector", "attack", "side")
     found = []

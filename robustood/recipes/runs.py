@@ -35,20 +35,12 @@ from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
 
 __all__ = [
-    "Tell",
-    "accuracy",
-    "check_recipe",
-    "commit",
-    "origin",
-    "silent",
-    "to_fit",
-    "train",
-    "trained",
-]
+    "Tell", "accuracy", "check_recipe", "commit", "origin", "to_fit", "train", "trained",
+]  # fmt: skip
 
 Attack = Callable[..., Tensor]
 Tell = Callable[[str], None]
-TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
+_TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
 
 
 def silent(line: str) -> None:
@@ -86,7 +78,7 @@ def train(
         OSError: if the folder cannot be written; states that were written before stay.
     """
     folder, start = Path(folder), time.monotonic()
-    if (old := distributed.from_first(earlier(recipe, folder))) and old["finished"]:
+    if (old := distributed.from_first(_earlier(recipe, folder))) and old["finished"]:
         tell(f"this run is finished: {folder / 'weights.safetensors'}")
         return old
     model = recipe.model()
@@ -94,10 +86,10 @@ def train(
     before, now = classes((old["data"] if old else cards)["train"]), classes(cards["train"])
     if before and now:
         check_same({"classes": before}, {"classes": now}, f"{folder} holds a run")
-    device = chosen(device)
-    how = Engine(**old["engine"]) if old else choose(recipe, model, data, device)
-    run = begun(recipe, cards, device, how, old)
-    record(folder, recipe, old or run)
+    device = _chosen(device)
+    how = Engine(**old["engine"]) if old else _choose(recipe, model, data, device)
+    run = _begun(recipe, cards, device, how, old)
+    _record(folder, recipe, old or run)
     left = max(0.0, minutes - (time.monotonic() - start) / 60)
     if minutes and not left:
         tell(
@@ -113,8 +105,8 @@ def train(
         device=device,
         run_dir=folder,
         minutes=left,
-        monitor=None if learns_pairs else partial(held_out, data.val),
-        on_epoch=partial(epoch_line, tell, epochs),
+        monitor=None if learns_pairs else partial(_held_out, data.val),
+        on_epoch=partial(_epoch_line, tell, epochs),
     )
     rows = history.rows
     run |= {
@@ -126,7 +118,7 @@ def train(
     if distributed.rank() == 0 and history.finished:
         kept = ("recipe", "settings", "seed", "data", "commit", "device", "minutes", "speed")
         save_weights(folder / "weights.safetensors", model, **{k: run[k] for k in kept})
-    record(folder, recipe, run)
+    _record(folder, recipe, run)
     tell(
         f"finished after {run['minutes']:.1f} minutes: {folder / 'weights.safetensors'}"
         if history.finished
@@ -135,11 +127,11 @@ def train(
     return run
 
 
-def begun(
+def _begun(
     recipe: Recipe, cards: dict[str, Card], device: torch.device, how: Engine, old: Card | None
 ) -> Json:
     """What is on record of a run when a session begins: the first, or one that goes on."""
-    session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
+    session = {"commit": commit(), "versions": versions(), "device": _device_name(device)}
     sessions = old.get("sessions", []) if old else []
     return {
         "recipe": recipe.name,
@@ -157,7 +149,7 @@ def begun(
     }
 
 
-def earlier(recipe: Recipe, folder: Path) -> Json | None:
+def _earlier(recipe: Recipe, folder: Path) -> Json | None:
     """What the folder's run has on record, None if there is none yet.
 
     Raises:
@@ -196,11 +188,11 @@ def trained(
             "that robustood train wrote"
         )
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
-    device = chosen(device)
+    device = _chosen(device)
     return model.to(device).eval(), written, device
 
 
-def chosen(device: torch.device | str | None) -> torch.device:
+def _chosen(device: torch.device | str | None) -> torch.device:
     """A device; by default CUDA where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -214,7 +206,7 @@ def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
         "settings": asdict(recipe.settings.evaluation),
         "commit": commit(),
         "versions": versions(),
-        "device": device_name(device),
+        "device": _device_name(device),
     }
 
 
@@ -223,7 +215,7 @@ def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None
     ours, theirs = (
         {
             f"{section}.{key}": v
-            for section in TRAINED_BY
+            for section in _TRAINED_BY
             for key, v in given.get(section, {}).items()
         }
         for given in (recipe.settings.to_dict(), settings)
@@ -232,7 +224,7 @@ def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None
     check_same({"recipe": name, **theirs}, wanted, holder)
 
 
-def record(folder: Path, recipe: Recipe, run: Json) -> None:
+def _record(folder: Path, recipe: Recipe, run: Json) -> None:
     """Write what is on record, by the first process alone."""
     if distributed.rank() != 0:
         return
@@ -241,7 +233,7 @@ def record(folder: Path, recipe: Recipe, run: Json) -> None:
     write_json(folder / "run.json", run)
 
 
-def choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
+def _choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
     """How to compute: as the recipe says, and by a short measurement where it says "auto"."""
     if recipe.settings.data.pairs:
         return Engine()  # an autoencoder runs as it is
@@ -266,12 +258,12 @@ def to_fit(recipe: Recipe) -> Json:
     }
 
 
-def held_out(val: Split, model: nn.Module) -> dict[str, float]:
+def _held_out(val: Split, model: nn.Module) -> dict[str, float]:
     """What is measured after each epoch."""
     return {"val_accuracy": accuracy(model, val).value} if len(val) else {}
 
 
-def epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
+def _epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
     """One line about an epoch, from the first process."""
     seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
     if distributed.rank() == 0:
@@ -314,7 +306,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **own}
 
 
-def device_name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """What a reader calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -186,12 +186,12 @@ def certify(
     Raises:
         ValueError: for inputs outside the set's box, or bad settings, before any work.
     """
-    check_alpha(alpha)
+    _check_alpha(alpha)
     inputs.check_model(model)
     inputs.check_generator(generator)
     x = taken(x, Noise(within, sigma).within.box)
     check_count(n0, "n0", low=1)
-    check_draws(n, alpha)
+    _check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)
     how = {"sigma": sigma, "at": at, "batch_size": batch_size, "generator": generator}
     label = votes(model, x, within, n=n0, **how).argmax(1)
@@ -220,7 +220,7 @@ def predict(
     most alpha (two-sided binomial test). So the returned class differs from that of the smoothed classifier
     with a probability of at most alpha. Arguments as in :func:`certify`.
     """
-    check_alpha(alpha)
+    _check_alpha(alpha)
     counts = votes(
         model, x, within, sigma=sigma, n=n, at=at, batch_size=batch_size, generator=generator
     )
@@ -240,7 +240,7 @@ def certified_accuracy(
     the sampling of the inputs.
     """
     inputs.check_instance(found, "found", CertifiedVote, "what certify(..) returns")
-    check_radii(radii)
+    _check_radii(radii)
     check_labels(y, found.label)
     right = found.label == y
     return [
@@ -258,8 +258,8 @@ def sigma_for(radius: float, n: int = 10_000, alpha: float = 0.001) -> float:
     0.84 6.9
     """
     check_number(radius, "radius", 0, 1e6)
-    check_alpha(alpha)
-    check_draws(n, alpha)
+    _check_alpha(alpha)
+    _check_draws(n, alpha)
     return radius / float(ndtri(alpha ** (1 / n)))
 
 
@@ -273,7 +273,7 @@ def lower_bound(hits: Int[Tensor, " batch"], n: int, alpha: float) -> Values:
     0.99930946
     """
     n = check_count(n, "n", low=1)
-    check_alpha(alpha)
+    _check_alpha(alpha)
     whole = isinstance(hits, Tensor) and hits.ndim == 1 and hits.dtype in (torch.int64, torch.int32)
     if not whole or not len(hits) or hits.min() < 0 or hits.max() > n:
         raise ValueError(
@@ -342,7 +342,7 @@ def certified_score(
     Raises:
         ValueError: for a score outside [0, 1], and as :func:`certify`.
     """
-    check_alpha(alpha)
+    _check_alpha(alpha)
     check_number(sigma, "sigma", 1e-9, 1e6)
     inputs.check_callable(score, "score", "score(x)")
 
@@ -372,7 +372,7 @@ def mean_bound(mean: Values, n: int, alpha: float) -> Values:
     """
     check_values(mean, name="mean")
     check_count(n, "n", low=1)
-    check_alpha(alpha)
+    _check_alpha(alpha)
     mean = mean.detach()
     low, high = torch.zeros_like(mean), mean.clone()
     for _ in range(60):
@@ -400,7 +400,7 @@ def guaranteed_auroc(
     """
     inputs.check_callable(lower, "lower", "lower(radius)")
     inputs.check_callable(upper, "upper", "upper(radius)")
-    check_radii(radii)
+    _check_radii(radii)
     return [
         confidence_interval(auroc, lower(radius), upper(radius), confidence=confidence)
         for radius in radii
@@ -447,7 +447,7 @@ class Smoothed(nn.Module):
         return log_p.unflatten(0, (len(x), m)).logsumexp(1) - math.log(m)
 
 
-def check_draws(n: int, alpha: float) -> None:
+def _check_draws(n: int, alpha: float) -> None:
     """Refuse so few draws that nothing could be certified even if all agreed."""
     check_count(n, "n", low=1)
     if alpha ** (1 / n) <= 0.5:
@@ -457,13 +457,13 @@ def check_draws(n: int, alpha: float) -> None:
         )
 
 
-def check_radii(radii: Sequence[float]) -> None:
+def _check_radii(radii: Sequence[float]) -> None:
     """Refuse radii below 0."""
     inputs.check_several(radii, "radii", "radii of at least 0")
     if (inputs.reals(radii, "radii") < 0).any():
         raise ValueError(f"radii must be at least 0, got {list(radii)}")
 
 
-def check_alpha(alpha: float) -> None:
+def _check_alpha(alpha: float) -> None:
     """Refuse an error probability outside (0, 1/4]."""
     check_number(alpha, "alpha", 1e-12, 0.25, "write 0.001 for one wrong bound in a thousand")

@@ -34,10 +34,10 @@ from robustood.models import Adapted, Classifier, Normalise, declared, read
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
 Values = Float[Tensor, " batch"]
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
-POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-MONOTONE = (*ACTIVATIONS, *POOLING, nn.Flatten, nn.Identity, Normalise)
-SKIPPED = (nn.Dropout, nn.Dropout2d)  # the bounds are for eval mode
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_MONOTONE = (*_ACTIVATIONS, *_POOLING, nn.Flatten, nn.Identity, Normalise)
+_SKIPPED = (nn.Dropout, nn.Dropout2d)  # the bounds are for eval mode
 
 
 def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Outputs, Outputs]:
@@ -52,11 +52,11 @@ def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Out
     Raises:
         ValueError: for an unsupported layer, which the message names, or a box with lower > upper.
     """
-    lower, upper = check_bounds(model, lower, upper)
-    return through(layers(model), lower, upper)
+    lower, upper = _check_bounds(model, lower, upper)
+    return through(_layers(model), lower, upper)
 
 
-def check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
+def _check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
     """Refuse anything but a network and a valid box."""
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     lower, upper = finite(lower, "lower"), finite(upper, "upper")
@@ -84,8 +84,8 @@ def margin_bounds(
     Args:
         y: (batch,) the output to compare with, such as the reject output.
     """
-    lower, upper = check_bounds(model, lower, upper)
-    check_labels(y, lower, getattr(layers(model)[-1], "out_features", None))
+    lower, upper = _check_bounds(model, lower, upper)
+    check_labels(y, lower, getattr(_layers(model)[-1], "out_features", None))
     return margins(model, lower, upper, y)
 
 
@@ -93,7 +93,7 @@ def margins(
     model: nn.Module, lower: Inputs, upper: Inputs, y: Int[Tensor, " batch"]
 ) -> tuple[Outputs, Outputs]:
     """:func:`margin_bounds` for inputs that have been checked; it never waits for the device."""
-    *body, head = layers(model)
+    *body, head = _layers(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"model must end in a linear layer, got {head!r}")
     low, high = through(body, lower, upper)
@@ -122,8 +122,8 @@ def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Val
     x = taken(x)
     check_images(x)
     check_number(eps, "eps", 0, 1, "a radius in pixels, such as 0.02")
-    lower, upper = check_bounds(model, *box(x, eps))
-    low, high = margins(model, lower, upper, reject(model, x))
+    lower, upper = _check_bounds(model, *_box(x, eps))
+    low, high = margins(model, lower, upper, _reject(model, x))
     return low[:, :-1].logsumexp(1), high[:, :-1].logsumexp(1)
 
 
@@ -164,9 +164,9 @@ class IntervalOutliers:
             )
         grown = min(1.0, batch.progress / self.ramp) if self.ramp else 1.0
         v = torch.cat([batch.x, batch.outliers])
-        y = torch.cat([batch.y, reject(model, batch.outliers)])
+        y = torch.cat([batch.y, _reject(model, batch.outliers)])
         plain = cross_entropy(read(model, v), y, reduction="none")
-        worst = margins(model, *box(v, grown * self.eps), y)[1].logsumexp(1)
+        worst = margins(model, *_box(v, grown * self.eps), y)[1].logsumexp(1)
         losses = (1 - grown * self.share) * plain + grown * self.share * worst
         inside, outside = losses.split([len(batch.x), len(batch.outliers)])
         return inside.mean() + self.weight * outside.mean()
@@ -175,7 +175,7 @@ class IntervalOutliers:
 # --- layer by layer
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def _layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a network in the order in which they are applied.
 
     Types are compared exactly, here and below, since a subclass may compute something else.
@@ -189,22 +189,22 @@ def layers(model: nn.Module) -> list[nn.Module]:
         parts = model
     else:
         return [model]
-    return [layer for part in parts for layer in layers(part)]
+    return [layer for part in parts for layer in _layers(part)]
 
 
 def through(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The box after all layers of a chain."""
     for layer in chain:
-        if type(layer) in MONOTONE:
+        if type(layer) in _MONOTONE:
             low, high = layer(low), layer(high)
-        elif type(layer) not in SKIPPED:
+        elif type(layer) not in _SKIPPED:
             centre, radius = (high + low) / 2, (high - low) / 2
-            spread, mid = magnitude(layer, radius), layer(centre)
+            spread, mid = _magnitude(layer, radius), layer(centre)
             low, high = mid - spread, mid + spread
     return low, high
 
 
-def magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
+def _magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
     """$|W|\\, r$ of an affine layer."""
     if type(layer) is nn.Linear:
         return linear(radius, layer.weight.abs())
@@ -222,16 +222,16 @@ def magnitude(layer: nn.Module, radius: Tensor) -> Tensor:
         return radius * scale[:, None, None]
     raise ValueError(
         f"interval bounds do not support the layer {type(layer).__name__}; they support chains of Linear, "
-        f"Conv2d, BatchNorm2d, {', '.join(kind.__name__ for kind in MONOTONE)}"
+        f"Conv2d, BatchNorm2d, {', '.join(kind.__name__ for kind in _MONOTONE)}"
     )
 
 
-def box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Ends of the ball, clipped to valid images."""
     return (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
 
 
-def reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
+def _reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     """The index of the one output that rejects, for each input."""
     classes, rejects = declared(model)
     if classes is None or rejects != 1:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from robustood import __version__, artefacts, data, distributed, recipes, results
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _Raw = argparse.RawDescriptionHelpFormatter
 _Command = Callable[[argparse.Namespace], int]

@@ -20,7 +20,7 @@ from robustood.inputs import (
 )
 from robustood.metrics import Estimate
 
-__all__ = ["load", "pooled", "table"]
+__all__ = ["detector", "learned_cells", "load", "pooled", "table"]
 
 Run = Json
 _DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured

@@ -24,16 +24,7 @@ from scipy.special import logit, ndtr
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from robustood.inputs import (
-    check_choice,
-    check_count,
-    check_instance,
-    check_number,
-    check_seed,
-    check_values,
-    numbers,
-    reals,
-)
+from robustood import inputs
 
 __all__ = [
     "GaussianOutliers", "Phi", "TsiprasDistribution", "Values", "adversarial_linear",
@@ -46,7 +37,7 @@ Phi = ndtr  # the standard normal distribution function, written as in the formu
 
 def phi(x: ArrayLike) -> Values:
     """Standard normal density."""
-    return np.exp(-0.5 * np.square(reals(x, "x"))) / np.sqrt(2 * np.pi)
+    return np.exp(-0.5 * np.square(inputs.reals(x, "x"))) / np.sqrt(2 * np.pi)
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,16 @@ class TsiprasDistribution:
 
     def __post_init__(self) -> None:
         fix = "p is how often x1 agrees with y; if it is below 0.5, flip the sign of x1"
-        check_number(self.p, "p", 0.5, np.nextafter(1, 0), fix)
-        check_count(self.d, "d", 1)
-        check_number(self.eta, "eta", 1e-12, 1e12, "give a positive mean such as 3 / sqrt(d)")
+        inputs.check_number(self.p, "p", 0.5, np.nextafter(1, 0), fix)
+        inputs.check_count(self.d, "d", 1)
+        inputs.check_number(
+            self.eta, "eta", 1e-12, 1e12, "give a positive mean such as 3 / sqrt(d)"
+        )
 
     def sample(self, n: int, seed: int) -> tuple[Float[Tensor, "n features"], Int[Tensor, " n"]]:
         """Draw n points: x is float32 (n, d + 1), y is int64 in {-1, +1}."""
-        check_count(n, "n", 1)
-        generator = torch.Generator().manual_seed(check_seed(seed))
+        inputs.check_count(n, "n", 1)
+        generator = torch.Generator().manual_seed(inputs.check_seed(seed))
         y = 2 * torch.randint(2, (n,), generator=generator) - 1
         agrees = 2 * (torch.rand(n, generator=generator) < self.p) - 1
         weak = torch.randn(n, self.d, generator=generator) + self.eta * y[:, None]
@@ -95,8 +88,8 @@ class TsiprasDistribution:
             eps: budget in feature units, >= 0; 0 gives the standard accuracy.
         """
         _check_budget(eps)
-        check_number(bias, "bias", fix="a threshold, in the unit of w @ x")
-        w = numbers(w, "w")
+        inputs.check_number(bias, "bias", fix="a threshold, in the unit of w @ x")
+        w = inputs.numbers(w, "w")
         if w.shape != (self.d + 1,) or not np.isfinite(w).all():
             raise ValueError(
                 f"w must be d + 1 = {self.d + 1} finite weights, x1 first, got shape {w.shape}"
@@ -190,12 +183,12 @@ class TsiprasDistribution:
 
     def answer(self, x: Float[Tensor, "n features"], t: float) -> Float[Tensor, " n"]:
         """The frontier's classifier at points: sign(t sign(x1) + g); t = inf is sign(x1)."""
-        check_values(x, box=None)
+        inputs.check_values(x, box=None)
         if x.ndim != 2 or x.shape[1] != self.d + 1:
             raise ValueError(
                 f"x must have d + 1 = {self.d + 1} features, got {tuple(x.shape)}; use sample(n, seed)"
             )
-        check_number(t, "t", 0, np.inf, "inf stands for sign(x1)")
+        inputs.check_number(t, "t", 0, np.inf, "inf stands for sign(x1)")
         if np.isinf(t):
             return x[:, 0].sign()
         return (t * x[:, 0].sign() + x[:, 1:].sum(1) / self.d**0.5).sign()
@@ -205,23 +198,23 @@ class TsiprasDistribution:
 
 
 def _check_budget(eps: float) -> None:
-    check_number(eps, "eps", 0, 1e12, "give a budget in the unit of the features")
+    inputs.check_number(eps, "eps", 0, 1e12, "give a budget in the unit of the features")
 
 
 def _check_below_one(eps: float) -> None:
     fix = "from 1 on, x1 can be erased and there is no trade-off (2 eta needs eta < 0.5)"
-    check_number(eps, "eps", 0, np.nextafter(1, 0), fix)
+    inputs.check_number(eps, "eps", 0, np.nextafter(1, 0), fix)
 
 
 def _inside(values: ArrayLike, name: str, high: float) -> np.ndarray:
-    values = numbers(values, name)
+    values = inputs.numbers(values, name)
     if values.size == 0 or not ((values >= 0) & (values <= high)).all():
         raise ValueError(f"{name} must lie in [0, {high:g}], got {values}; clip or drop the rest")
     return values
 
 
 def _check_dist(dist: TsiprasDistribution) -> None:
-    check_instance(dist, "dist", TsiprasDistribution, "a TsiprasDistribution(p, d, eta)")
+    inputs.check_instance(dist, "dist", TsiprasDistribution, "a TsiprasDistribution(p, d, eta)")
 
 
 def _least(f: Callable[[Values], Values], low: float, high: float) -> float:
@@ -240,7 +233,7 @@ def population_hinge(dist: TsiprasDistribution, w1: Values, s: Values, eps: floa
     Given x1 the worst margin is N(m, s^2), and E max(0, 1 - m - s xi) is elementary.
     """
     _check_dist(dist)
-    w1, s = reals(w1, "w1"), _inside(s, "s", np.finfo(float).max)
+    w1, s = inputs.reals(w1, "w1"), _inside(s, "s", np.finfo(float).max)
     noise = np.maximum(s, 1e-100)  # gives the limit of the formula at s = 0
 
     def hinge(m: Values) -> Values:
@@ -283,17 +276,17 @@ def adversarial_linear(
         loss: "hinge", max(0, 1 - margin), or "logistic", log(1 + exp(-margin)).
     """
     losses = {"hinge": lambda margin: (1 - margin).clamp(min=0), "logistic": lambda m: softplus(-m)}
-    check_choice(loss, "loss", tuple(losses))
-    check_values(x, box=None)
-    check_instance(y, "y", Tensor, "a tensor of labels -1 and +1")
+    inputs.check_choice(loss, "loss", tuple(losses))
+    inputs.check_values(x, box=None)
+    inputs.check_instance(y, "y", Tensor, "a tensor of labels -1 and +1")
     if x.ndim != 2 or y.shape != x.shape[:1] or not ((y == 1) | (y == -1)).all():
         raise ValueError(
             f"y must hold one label -1 or +1 per row of x {tuple(x.shape)}, got shape "
             f"{tuple(y.shape)} with values {y.unique()[:4].tolist()}; map classes 0 and 1 by 2 * y - 1"
         )
     _check_budget(eps)
-    check_count(steps, "steps")
-    check_number(lr, "lr", 0, 1e6, "a learning rate, such as 0.01")
+    inputs.check_count(steps, "steps")
+    inputs.check_number(lr, "lr", 0, 1e6, "a learning rate, such as 0.01")
     x = x.detach()
     w = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     optimiser = torch.optim.Adam([w], lr=lr)
@@ -321,7 +314,7 @@ def frontier_lp(
     """
     _check_dist(dist)
     _check_below_one(eps)
-    check_count(bins, "bins", 3)
+    inputs.check_count(bins, "bins", 3)
     deltas = np.atleast_1d(_inside(deltas, "deltas", 1))
     mass, steps = _bin_masses(dist, eps, bins)
     here, there = np.nonzero(np.abs(np.subtract.outer(range(bins), range(bins))) <= steps)
@@ -386,11 +379,11 @@ class GaussianOutliers:
     b: float = 100.0
 
     def __post_init__(self) -> None:
-        check_count(self.d, "d", 2)
-        check_number(self.sigma, "sigma", 1e-9)
-        check_number(self.rho, "rho", 0, 1)
+        inputs.check_count(self.d, "d", 2)
+        inputs.check_number(self.sigma, "sigma", 1e-9)
+        inputs.check_number(self.rho, "rho", 0, 1)
         for name in ("a", "eps", "nu", "b"):
-            check_number(getattr(self, name), name, 0)
+            inputs.check_number(getattr(self, name), name, 0)
 
     @property
     def mu(self) -> Float[np.ndarray, " d"]:
@@ -421,7 +414,7 @@ class GaussianOutliers:
         return float(Phi((-theta.sum() + reach) / (self.sigma * size)))
 
     def _weights(self, theta: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
-        theta = reals(theta, "theta")
+        theta = inputs.reals(theta, "theta")
         if theta.shape != (self.d,) or not theta.any():
             raise ValueError(
                 f"theta must be d = {self.d} weights, not all 0, got shape {theta.shape}"
@@ -454,7 +447,7 @@ class GaussianOutliers:
             contamination: share of in-distribution samples, which replace far ones.
         """
         _check_draw(n, rng)
-        check_number(contamination, "contamination", 0, 1 - self.rho)
+        inputs.check_number(contamination, "contamination", 0, 1 - self.rho)
         shares = [self.rho, 1 - self.rho - contamination, contamination]
         kind = rng.choice(3, n, p=shares)
         centres = np.stack([-self.mu, -self.a * self.mu + self.b * self.u, self.mu])
@@ -465,7 +458,7 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], outliers: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, " d"]:
         r"""The pooled estimate $\theta = (\sum_i x_i - \sum_j \tilde x_j) / (n + m)$."""
-        inside, outliers = reals(inside, "inside", 2), reals(outliers, "outliers", 2)
+        inside, outliers = inputs.reals(inside, "inside", 2), inputs.reals(outliers, "outliers", 2)
         return (inside.sum(0) - outliers.sum(0)) / (len(inside) + len(outliers))
 
     @staticmethod
@@ -473,13 +466,13 @@ class GaussianOutliers:
         inside: Float[np.ndarray, "n d"], pool: Float[np.ndarray, "m d"], n: int, q: float
     ) -> Int[np.ndarray, " n_kept"]:
         r"""The mining rule: ranks qN to qN + n of the pool by $\bar x^\top \tilde x$, most similar first."""
-        inside, pool = reals(inside, "inside", 2), reals(pool, "pool", 2)
-        check_count(n, "n", 1)
-        check_number(q, "q", 0, 1, "a share of the pool")
+        inside, pool = inputs.reals(inside, "inside", 2), inputs.reals(pool, "pool", 2)
+        inputs.check_count(n, "n", 1)
+        inputs.check_number(q, "q", 0, 1, "a share of the pool")
         order = np.argsort(-(pool @ inside.mean(0)), kind="stable")
         return order[int(q * len(pool)) :][:n]
 
 
 def _check_draw(n: int, rng: np.random.Generator) -> None:
-    check_count(n, "n", 1)
-    check_instance(rng, "rng", np.random.Generator, "np.random.default_rng(seed)")
+    inputs.check_count(n, "n", 1)
+    inputs.check_instance(rng, "rng", np.random.Generator, "np.random.default_rng(seed)")

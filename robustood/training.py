@@ -25,7 +25,7 @@ from tqdm import tqdm
 from robustood import distributed
 from robustood.checkpoints import Checkpoint, write_table
 from robustood.data import Batch, Data, check_trainable, draw
-from robustood.data.batches import Change, check_augment
+from robustood.data._batches import Change, check_augment
 from robustood.engine import Engine, Meter, running, synchronised_time
 from robustood.identity import identity
 from robustood.inputs import (

@@ -186,7 +186,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
 ):
     recipe = recipes.read(finished / "recipe.json", ["evaluation.detectors=['MSP']"])
     first = recipes.evaluate(recipe, finished, root=packs)
-    monkeypatch.setattr("robustood.evaluate.report.attack_score", None)
+    monkeypatch.setattr("robustood.evaluate._report.attack_score", None)
     again = recipes.evaluate(recipe, finished, root=packs)  # nothing is attacked twice
     assert [again[k] for k in ("rows", "means", "accuracy")] == [
         first[k] for k in ("rows", "means", "accuracy")

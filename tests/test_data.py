@@ -54,9 +54,7 @@ from robustood.data import (
     digest,
     digits,
     draw,
-    embedded,
     fetch,
-    fetching,
     folder,
     folder_of_views,
     glyphs,
@@ -64,7 +62,6 @@ from robustood.data import (
     light_grid,
     load,
     noise,
-    packs,
     paired,
     patches,
     random_lights,
@@ -73,11 +70,22 @@ from robustood.data import (
     relit,
     render,
     scenes,
-    sets,
     without_overlap,
     write_pack,
 )
-from robustood.data.relighting import REFERENCE
+from robustood.data import (
+    _embedded as embedded,
+)
+from robustood.data import (
+    _fetching as fetching,
+)
+from robustood.data import (
+    _packs as packs,
+)
+from robustood.data import (
+    _sets as sets,
+)
+from robustood.data._relighting import REFERENCE
 from robustood.models import small_cnn
 from robustood.objectives import Standard
 from robustood.rng import SharedGenerator

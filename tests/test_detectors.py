@@ -24,10 +24,16 @@ from robustood.detectors import (
     ReAct,
     RejectClass,
     ViM,
-    base,
-    features,
-    gaussian,
     post_hoc,
+)
+from robustood.detectors import (
+    _base as base,
+)
+from robustood.detectors import (
+    _features as features,
+)
+from robustood.detectors import (
+    _gaussian as gaussian,
 )
 from robustood.losses import log_odds, to_uniform
 from robustood.metrics import auroc

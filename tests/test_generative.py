@@ -31,13 +31,15 @@ from robustood.generative import (
     largest_ratio,
     log_ratio_bound,
     plain_cvae,
-    quality,
     radii,
     residual_cvae,
     set_metrics,
     warp_cvae,
 )
-from robustood.generative.networks import EDGE, LOG_VARIANCE
+from robustood.generative import (
+    _quality as quality,
+)
+from robustood.generative._networks import EDGE, LOG_VARIANCE
 from robustood.models import small_cnn
 from robustood.perturbations import Latent, Random, Spatial
 from robustood.training import fit

@@ -774,7 +774,7 @@ def test_strange_tensors_are_refused_not_guessed():
 def test_a_line_for_people():
     assert describe(Linf(0.1)) == "Linf(eps=0.1, box=[0, 1])"
     assert describe({"steps": 5, "rule": None}) == "[['steps', 5], ['rule', None]]"
-    assert describe(attack_score) == "robustood.evaluate.attack.attack_score"
+    assert describe(attack_score) == "robustood.evaluate._attack.attack_score"
     assert describe(partial(attack_score, steps=1)) == f"[{describe(attack_score)}, ['steps', 1]]"
     assert "cross_entropy" in describe(Settings()) and "seen" not in describe(Settings())
     big = [FiniteSubset(Linf(0.1), torch.full((300, 300), k)) for k in (0.0, 1.0)]

@@ -1,6 +1,8 @@
 """The contract of the repository: what lies where, who may import whom, what must not be there."""
 
 import ast
+import graphlib
+import importlib
 import json
 import re
 import subprocess
@@ -145,6 +147,56 @@ def test_no_module_imports_itself_in_a_circle():
             reached.add(step)
             todo |= imports[step] - reached
         assert start not in reached, f"robustood.{start} imports itself in a circle"
+
+
+def public_names(path: Path) -> set[str]:
+    """Functions, classes and values that a file defines without an underscore, type aliases apart."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+    return {name for name in found if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_each_module_says_what_it_exports(module):
+    """A package by its face: its files begin with an underscore, but for those that say it themselves."""
+    face = importlib.import_module(f"robustood.{module.stem}")
+    assert len(set(face.__all__)) == len(face.__all__) > 0
+    assert not [each for each in face.__all__ if not hasattr(face, each)]
+    for path in refresh.sources(module.stem):
+        if path.stem.startswith("_") and path.stem != "__init__":
+            continue
+        inner = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        listed = importlib.import_module(inner).__all__
+        assert public_names(path) <= set(listed), f"{name(path)}: list them or add an underscore"
+
+
+@pytest.mark.parametrize("folder", ["robustood", "experiments", "book/_tools", "book/_ext"])
+def test_no_function_is_longer_than_a_screen(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno:
+                first = node.body[1] if ast.get_docstring(node) and node.body[1:] else node.body[0]
+                lines = node.end_lineno - first.lineno + 1 + (node.body[0].lineno - node.lineno)
+                assert lines <= 60, f"{name(path)}: {node.name} has {lines} lines"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Counted with the imports inside functions; a package's face and its files are modules of their own."""
+    dotted = lambda p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    files = {dotted(path): path for path in PACKAGE.rglob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for module, path in files.items():
+        found = imports[module] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {each if each in files else node.module for each in inner} & {*files}
+    try:
+        tuple(graphlib.TopologicalSorter(imports).static_order())
+    except graphlib.CycleError as circle:
+        pytest.fail(f"a circle of imports: {' -> '.join(circle.args[1])}")
 
 
 def test_no_file_is_large_or_a_pickle():

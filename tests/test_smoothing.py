@@ -621,7 +621,7 @@ def test_bounds_of_a_linear_layer_are_exact():
 
 def test_a_bound_without_absolute_values_is_caught(book, monkeypatch):
     """The check of ten thousand points can fail: W r instead of |W| r does not hold."""
-    from robustood.smoothing import intervals
+    from robustood.smoothing import _intervals as intervals
 
     def careless(layer, radius):
         return layer(radius) - layer(torch.zeros_like(radius))

@@ -7,7 +7,7 @@ reads it.
 
 from __future__ import annotations
 
-from robustood.data.base import (
+from robustood.data._base import (
     Batch,
     Data,
     Loaded,
@@ -17,11 +17,11 @@ from robustood.data.base import (
     hold_out,
     pixels,
 )
-from robustood.data.batches import Augment, draw
-from robustood.data.embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
-from robustood.data.fetching import fetch
-from robustood.data.packs import compress, digest, read_pack, write_pack
-from robustood.data.pairs import (
+from robustood.data._batches import Augment, draw
+from robustood.data._embedded import FLAT, FONTS, LETTERS, PHOTOS, digits, glyphs, noise, patches
+from robustood.data._fetching import fetch
+from robustood.data._packs import compress, digest, read_pack, write_pack
+from robustood.data._pairs import (
     HELD_OUT,
     LEARNED,
     Drawn,
@@ -33,7 +33,8 @@ from robustood.data.pairs import (
     perturbed,
     redrawn,
 )
-from robustood.data.relighting import (
+from robustood.data._relighting import (
+    REFERENCE,
     SOLIDS,
     Lights,
     Scenes,
@@ -43,10 +44,10 @@ from robustood.data.relighting import (
     render,
     scenes,
 )
-from robustood.data.sets import available, check, folder, load, root, without_overlap
+from robustood.data._sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
-    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "SOLIDS", "Augment", "Batch", "Data",
+    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "REFERENCE", "SOLIDS", "Augment", "Batch", "Data",
     "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available", "check", "check_trainable",
     "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch", "folder", "folder_of_views",
     "glyphs", "hold_out", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",

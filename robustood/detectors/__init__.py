@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from robustood.detectors.base import Detector, Direction, Inputs, Labels
-from robustood.detectors.features import KNN, GradNorm, Mahalanobis, ReAct, ViM
-from robustood.detectors.outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
+from robustood.detectors._base import Detector, Direction, Inputs, Labels, downhill
+from robustood.detectors._features import KNN, GradNorm, Mahalanobis, ReAct, ViM
+from robustood.detectors._gaussian import Gaussian
+from robustood.detectors._outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
 
 __all__ = [
-    "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "GradNorm", "Mahalanobis",
-    "MaxLogit", "ReAct", "RejectClass", "ViM", "post_hoc",
+    "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
+    "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "downhill", "post_hoc",
 ]  # fmt: skip
 
 

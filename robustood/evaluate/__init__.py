@@ -13,7 +13,7 @@ gives a lower bound on the damage.
 
 from __future__ import annotations
 
-from robustood.evaluate.attack import (
+from robustood.evaluate._attack import (
     PAPERS,
     Protocol,
     attack_in_turn,
@@ -23,7 +23,7 @@ from robustood.evaluate.attack import (
     score_objectives,
     surrogate,
 )
-from robustood.evaluate.report import (
+from robustood.evaluate._report import (
     Report,
     epsilon_curve,
     four_sides,

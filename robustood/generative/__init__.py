@@ -11,8 +11,8 @@ ball. :func:`radii` estimates the radius from data, :func:`set_metrics` measures
 
 from __future__ import annotations
 
-from robustood.generative.learning import Resampled, Variational, distances
-from robustood.generative.networks import (
+from robustood.generative._learning import Resampled, Variational, distances
+from robustood.generative._networks import (
     Basis,
     Bottleneck,
     ConditionalVAE,
@@ -27,7 +27,7 @@ from robustood.generative.networks import (
     residual_cvae,
     warp_cvae,
 )
-from robustood.generative.quality import (
+from robustood.generative._quality import (
     Entered,
     Guarantee,
     Radii,

@@ -8,7 +8,7 @@ that reject outliers, which :func:`declared` finds through wrappers.
 
 from __future__ import annotations
 
-from robustood.models.base import (
+from robustood.models._base import (
     Adapted,
     CCUModel,
     Classifier,
@@ -24,8 +24,8 @@ from robustood.models.base import (
     seeded,
     small_cnn,
 )
-from robustood.models.dense import densenet_bc
-from robustood.models.reading import (
+from robustood.models._dense import densenet_bc
+from robustood.models._reading import (
     Watch,
     check_finite,
     declared,
@@ -35,7 +35,7 @@ from robustood.models.reading import (
     split,
     through,
 )
-from robustood.models.residual import STATISTICS, preact_resnet18, resnet, wide_resnet
+from robustood.models._residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
     "STATISTICS",

@@ -10,8 +10,8 @@ valid images is part of the set (Madry et al. 2018, eq. 2.1 and section 2.2).
 
 from __future__ import annotations
 
-from robustood.perturbations.balls import L2, Ball, Linf, as_set
-from robustood.perturbations.base import (
+from robustood.perturbations._balls import L2, Ball, Linf, as_set
+from robustood.perturbations._base import (
     Inputs,
     PerturbationSet,
     Random,
@@ -19,9 +19,9 @@ from robustood.perturbations.base import (
     per_sample,
     sized,
 )
-from robustood.perturbations.finite import Compose, Corruption, FiniteSubset
-from robustood.perturbations.latent import ImageGenerator, Latent
-from robustood.perturbations.spatial import Spatial
+from robustood.perturbations._finite import Compose, Corruption, FiniteSubset
+from robustood.perturbations._latent import ImageGenerator, Latent
+from robustood.perturbations._spatial import Spatial
 
 __all__ = [
     "L2",

@@ -31,7 +31,7 @@ from robustood.evaluate import (
     ood_report,
     paper_attack,
 )
-from robustood.evaluate.report import plain
+from robustood.evaluate._report import plain
 from robustood.identity import identity
 from robustood.models import declared
 from robustood.perturbations import Corruption, Linf, PerturbationSet

@@ -35,7 +35,8 @@ from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
 
 __all__ = [
-    "Tell", "accuracy", "check_recipe", "commit", "origin", "to_fit", "train", "trained",
+    "Tell", "accuracy", "check_recipe", "commit", "origin", "silent", "to_fit", "train", "trained",
+    "versions",
 ]  # fmt: skip
 
 Attack = Callable[..., Tensor]

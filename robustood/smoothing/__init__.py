@@ -16,7 +16,7 @@ A certified rate is a lower bound, an attacked rate an upper bound on the same n
 
 from __future__ import annotations
 
-from robustood.smoothing.gaussian import (
+from robustood.smoothing._gaussian import (
     ABSTAIN,
     CertifiedScore,
     CertifiedVote,
@@ -32,17 +32,18 @@ from robustood.smoothing.gaussian import (
     sigma_for,
     votes,
 )
-from robustood.smoothing.intervals import (
+from robustood.smoothing._intervals import (
     IntervalOutliers,
     interval_bounds,
     interval_score,
     margin_bounds,
+    propagate,
     worst_cross_entropy,
 )
 
 __all__ = [
     "ABSTAIN", "CertifiedScore", "CertifiedVote", "IntervalOutliers", "Noise", "Smoothed",
     "certified_accuracy", "certified_score", "certify", "guaranteed_auroc", "interval_bounds",
-    "interval_score", "lower_bound", "margin_bounds", "mean_bound", "predict", "sigma_for", "votes",
+    "interval_score", "lower_bound", "margin_bounds", "mean_bound", "predict", "propagate", "sigma_for", "votes",
     "worst_cross_entropy",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustood import rng
 from robustood.inputs import TOLERANCE, check_number
-from robustood.perturbations.base import (
+from robustood.perturbations._base import (
     Inputs,
     PerturbationSet,
     check_box,

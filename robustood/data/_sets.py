@@ -4,7 +4,7 @@ The folder is the argument ``root``, else the environment variable ``ROBUSTOOD_D
 ``NAME`` with a split is the file ``NAME_SPLIT.npz``, or ``NAME32_SPLIT.npz`` if the images were resized
 to 32x32; files with longer names, ``NAME_SPLIT_PART.npz``, are parts of one set, in alphabetical order.
 
-:mod:`robustood.data.fetching` downloads sets.
+:mod:`robustood.data._fetching` downloads sets.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from robustood.data.base import Loaded
-from robustood.data.files import images_in, read_image
-from robustood.data.packs import digest, made_from, read_idx, read_pack, write_pack
+from robustood.data._base import Loaded
+from robustood.data._files import images_in, read_image
+from robustood.data._packs import digest, made_from, read_idx, read_pack, write_pack
 from robustood.inputs import check_count, check_instance, check_path, check_text
 
 # Sets that torchvision downloads: its class, the size of our images, and the arguments for each split.

@@ -14,8 +14,8 @@ from scipy.stats import chi
 from torch import Tensor
 
 from robustood.attacks import maximise
-from robustood.generative.learning import Distance, distances
-from robustood.generative.networks import (
+from robustood.generative._learning import Distance, distances
+from robustood.generative._networks import (
     ConditionalVAE,
     Diagonal,
     Images,

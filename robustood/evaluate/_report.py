@@ -16,7 +16,7 @@ from torch import Tensor
 from robustood import metrics, tables
 from robustood.checkpoints import Checkpoint, as_json, from_json, write_whole
 from robustood.detectors import Detector, Direction
-from robustood.evaluate.attack import attack_score, check_detector
+from robustood.evaluate._attack import attack_score, check_detector
 from robustood.identity import describe, identity
 from robustood.inputs import (
     check_callable,

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from robustood.data.base import Data
-from robustood.data.pairs import Pairing, Views
+from robustood.data._base import Data
+from robustood.data._pairs import Pairing, Views
 from robustood.inputs import (
     check_count,
     check_flag,

@@ -15,7 +15,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from robustood import rng
 from robustood.inputs import check_counts, check_flag, check_shape
 from robustood.models import seeded
-from robustood.models.residual import activation, convolution
+from robustood.models._residual import activation, convolution
 
 Images = Float[Tensor, "batch channel height width"]
 Latents = Float[Tensor, "batch latent"]

@@ -21,10 +21,10 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from robustood.data.files import shrunk
-from robustood.data.packs import cannot_write, write_pack
-from robustood.data.sets import OFFICIAL, advice, named
-from robustood.data.sets import root as _root
+from robustood.data._files import shrunk
+from robustood.data._packs import cannot_write, write_pack
+from robustood.data._sets import OFFICIAL, advice, named
+from robustood.data._sets import root as _root
 from robustood.inputs import check_choice
 
 _SHRUNK = ("gtsrb", "textures")

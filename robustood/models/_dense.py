@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from robustood.inputs import check_choice, check_count
-from robustood.models.base import Classifier, seeded
-from robustood.models.residual import activation, convolution, initialise, normaliser, repeats
+from robustood.models._base import Classifier, seeded
+from robustood.models._residual import activation, convolution, initialise, normaliser, repeats
 
 
 class _DenseLayer(nn.Sequential):

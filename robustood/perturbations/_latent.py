@@ -13,8 +13,8 @@ from torch import Tensor
 from robustood import rng
 from robustood.inputs import TOLERANCE, check_instance, check_number
 from robustood.models import frozen
-from robustood.perturbations.balls import L2
-from robustood.perturbations.base import Inputs, PerturbationSet, check_box, norms
+from robustood.perturbations._balls import L2
+from robustood.perturbations._base import Inputs, PerturbationSet, check_box, norms
 
 Latents = Float[Tensor, "batch latent"]
 

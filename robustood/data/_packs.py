@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustood.checkpoints import write_whole
-from robustood.data.base import Loaded
+from robustood.data._base import Loaded
 from robustood.inputs import check_count, check_path, check_several, check_text
 
 Images = UInt8[Tensor, "n channel height width"] | UInt8[np.ndarray, "n height width channel"]

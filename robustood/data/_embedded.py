@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
-from robustood.data.base import Data, Split
+from robustood.data._base import Data, Split
 from robustood.inputs import check_choice, check_count, check_flag, check_seed
 
 LETTERS = {"auxiliary": "CFJMPTUWX", "test": "AEHKNRVY", "lookalike": "BDGILOQSZ"}

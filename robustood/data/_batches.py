@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from robustood import rng
-from robustood.data.base import Batch, Data, pixels
+from robustood.data._base import Batch, Data, pixels
 from robustood.inputs import (
     check_count,
     check_flag,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustood import inputs
-from robustood.attacks.rules import Ascent, Rule
+from robustood.attacks._rules import Ascent, Rule
 from robustood.inputs import check_choice, check_count, check_number, taken
 from robustood.models import slope
 from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample

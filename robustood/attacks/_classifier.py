@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from robustood import inputs
-from robustood.attacks.loop import Objective, search
-from robustood.attacks.rules import Rule
+from robustood.attacks._loop import Objective, search
+from robustood.attacks._rules import Rule
 from robustood.inputs import check_choice, check_count, check_labels, taken
 from robustood.losses import LOSSES, margin
 from robustood.metrics import Estimate, proportion

@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 
 from robustood import rng
 from robustood.corruptions import NAMES, STANDARD, corrupt
-from robustood.data.base import Data, Split, pixels
-from robustood.data.batches import Change
-from robustood.data.files import images_in, read_image
+from robustood.data._base import Data, Split, pixels
+from robustood.data._batches import Change
+from robustood.data._files import images_in, read_image
 from robustood.inputs import (
     check_callable,
     check_choice,

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustood import rng
 from robustood.corruptions import NAMES, corrupt
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
-from robustood.perturbations.base import Inputs, PerturbationSet, check_set
+from robustood.perturbations._base import Inputs, PerturbationSet, check_set
 
 
 class FiniteSet(PerturbationSet):

@@ -13,8 +13,8 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from robustood import rng
 from robustood.inputs import TOLERANCE, check_choice, check_count, check_number, check_several
-from robustood.perturbations.base import Inputs, PerturbationSet, sized
-from robustood.perturbations.finite import FiniteSubset
+from robustood.perturbations._base import Inputs, PerturbationSet, sized
+from robustood.perturbations._finite import FiniteSubset
 
 
 @dataclass(frozen=True)

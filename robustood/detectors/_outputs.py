@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from robustood.detectors.base import (
+from robustood.detectors._base import (
     Columns,
     Detector,
     Direction,

@@ -53,7 +53,7 @@ def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Out
         ValueError: for an unsupported layer, which the message names, or a box with lower > upper.
     """
     lower, upper = _check_bounds(model, lower, upper)
-    return through(_layers(model), lower, upper)
+    return propagate(_layers(model), lower, upper)
 
 
 def _check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
@@ -96,7 +96,7 @@ def margins(
     *body, head = _layers(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"model must end in a linear layer, got {head!r}")
-    low, high = through(body, lower, upper)
+    low, high = propagate(body, lower, upper)
     weight = head.weight - head.weight[y][:, None]
     shift = 0 if head.bias is None else head.bias - head.bias[y][:, None]
     mid = torch.einsum("bkw,bw->bk", weight, (high + low) / 2) + shift
@@ -192,7 +192,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [layer for part in parts for layer in _layers(part)]
 
 
-def through(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def propagate(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The box after all layers of a chain."""
     for layer in chain:
         if type(layer) in _MONOTONE:

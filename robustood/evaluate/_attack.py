@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from robustood.attacks import APGD, Ascent, Objective, Rule, search
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
-from robustood.detectors.base import signed
+from robustood.detectors._base import signed
 from robustood.inputs import (
     check_choice,
     check_count,

@@ -14,12 +14,12 @@ from torch.nn.functional import binary_cross_entropy
 
 from robustood import rng
 from robustood.data import Batch, Data
-from robustood.data.pairs import redrawn
-from robustood.generative.networks import Images, Values, divergence
+from robustood.data._pairs import redrawn
+from robustood.generative._networks import Images, Values, divergence
 from robustood.inputs import check_choice, check_flag, check_number, check_several
 from robustood.models import frozen
 from robustood.perturbations import ImageGenerator
-from robustood.perturbations.latent import check_maker
+from robustood.perturbations._latent import check_maker
 
 Distance = Literal["squared error", "cross-entropy"]
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 
-from robustood.data.packs import jpeg_quality
+from robustood.data._packs import jpeg_quality
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
 _SKIPPED = (".", "__MACOSX")  # prefixes of system files and folders

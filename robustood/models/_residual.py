@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from robustood.inputs import check_choice, check_count
-from robustood.models.base import Classifier, Normalise, seeded
+from robustood.models._base import Classifier, Normalise, seeded
 
 # Mean and standard deviation of red, green and blue, as the papers' networks use them.
 STATISTICS = {

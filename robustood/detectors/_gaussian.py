@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustood.detectors.base import Labels
+from robustood.detectors._base import Labels
 
 
 def gram(own: Float[Tensor, "batch width"], strip: int = 86) -> Float[Tensor, "width width"]:

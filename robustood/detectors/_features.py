@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from robustood.detectors.base import (
+from robustood.detectors._base import (
     Columns,
     Detector,
     Direction,
@@ -21,7 +21,7 @@ from robustood.detectors.base import (
     downhill,
     signed,
 )
-from robustood.detectors.gaussian import Gaussian, Moments
+from robustood.detectors._gaussian import Gaussian, Moments
 from robustood.inputs import check_choice, check_count, check_number, finite
 from robustood.losses import log_odds, to_uniform
 

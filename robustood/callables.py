@@ -14,14 +14,14 @@ from types import CodeType, FunctionType, MemberDescriptorType, MethodType
 
 from torch import nn
 
-__all__ = ["codes", "kept", "modules", "parts"]
+__all__ = ["codes", "function_state", "modules", "parts"]
 
 
 def parts(value: object) -> dict[str, object]:
     """The named things inside a callable or an object, one level deep; empty for what cannot be opened.
 
-    Functions give what they keep (:func:`kept`) and the globals that their code reads; bound methods their owner
-    and function; ``functools.partial`` its function and arguments; other objects their attributes and slots.
+    Functions give what they keep (:func:`function_state`) and the globals that their code reads; bound methods
+    their owner and function; ``functools.partial`` its function and arguments; other objects attributes and slots.
     """
     if isinstance(value, functools.partial):
         positional = {f"argument {i}": v for i, v in enumerate(value.args)}
@@ -29,11 +29,11 @@ def parts(value: object) -> dict[str, object]:
     if isinstance(value, MethodType):
         return {"owner": value.__self__, "function": value.__func__}
     if isinstance(value, FunctionType):
-        return {**_globals(value), **kept(value)}
+        return {**_globals(value), **function_state(value)}
     return _slots(value) | dict(getattr(value, "__dict__", {}))
 
 
-def kept(function: FunctionType) -> dict[str, object]:
+def function_state(function: FunctionType) -> dict[str, object]:
     """What a function keeps for itself: default values, what it closes over, and its own attributes."""
     own = {f"attribute {name}": value for name, value in vars(function).items()}
     return {**_defaults(function), **_closure(function), **own}

@@ -17,15 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "check_divisible",
-    "from_first",
-    "join",
-    "mean",
-    "rank",
-    "release_batch_norm",
-    "world",
+    "check_divisible", "from_first", "join", "mean", "rank", "release_batch_norm", "world",
     "wrapped",
-]
+]  # fmt: skip
 
 T = TypeVar("T")
 

@@ -402,7 +402,7 @@ def _of_function(value: FunctionType) -> _Parts:
     where, code = value.__globals__.get("__name__"), value.__code__
     name = f"{where}.{code.co_qualname}"
     if _installed(where):
-        return _Parts(name, callables.kept(value))
+        return _Parts(name, callables.function_state(value))
     names = frozenset(name for each in callables.codes(code) for name in each.co_names)
     return _Parts(name, {"__code__": code, **_with_modules(callables.parts(value), names)})
 

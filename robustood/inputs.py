@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MOST", "TOLERANCE", "check_callable", "check_choice", "check_confidence", "check_count",
-    "check_counts", "check_device", "check_flag", "check_generator", "check_images",
+    "MOST", "TOLERANCE", "as_floats", "check_callable", "check_choice", "check_confidence",
+    "check_count", "check_counts", "check_device", "check_flag", "check_generator", "check_images",
     "check_instance", "check_keywords", "check_labels", "check_mapping", "check_model",
     "check_number", "check_path", "check_seed", "check_several", "check_shape", "check_text",
-    "check_values", "entered", "finite", "numbers", "pixels", "reals", "suggest", "taken",
+    "check_values", "checked_inputs", "finite_inputs", "numbers", "pixels", "reals", "suggest",
 ]  # fmt: skip
 
 TOLERANCE = 1e-6
@@ -63,7 +63,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> Tensor:
+def checked_inputs(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> Tensor:
     """Inputs of a public function: 8-bit pixels as floats in [0, 1], anything else checked and unchanged.
 
     With a box other than that of pixels, 8-bit inputs are refused like all integers.
@@ -74,7 +74,7 @@ def taken(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") 
     return x
 
 
-def entered(x: Tensor, name: str = "x") -> Tensor:
+def as_floats(x: Tensor, name: str = "x") -> Tensor:
     """Inputs inside a loop: 8-bit pixels as floats, other integers refused; no value is read."""
     if isinstance(x, Tensor):
         x = pixels(x)
@@ -84,7 +84,7 @@ def entered(x: Tensor, name: str = "x") -> Tensor:
     return x
 
 
-def finite(x: Tensor, name: str = "x") -> Tensor:
+def finite_inputs(x: Tensor, name: str = "x") -> Tensor:
     """Inputs of a public function without a box: 8-bit images as floats in [0, 1], anything else checked for NaN."""
     if isinstance(x, Tensor) and x.ndim == 4:
         x = pixels(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustood.data import Data, pixels
 from robustood.detectors import MSP, RejectClass
 from robustood.inputs import check_choice, check_count, check_instance, check_number, check_values
-from robustood.models import check_finite, declared, frozen
+from robustood.models import check_finite, declared_outputs, frozen
 
 __all__ = ["Mining", "contamination", "margins", "mine", "window"]
 
@@ -37,7 +37,7 @@ def margins(model: nn.Module, pool: Tensor, batch_size: int = 1024) -> _Margins:
     check_instance(model, "model", nn.Module, "a network, such as small_cnn(reject=1)")
     batch_size = check_count(batch_size, "batch_size", low=1)
     check_instance(pool, "pool", Tensor, "a tensor of images")
-    detector = RejectClass(model) if declared(model)[1] else MSP(model)
+    detector = RejectClass(model) if declared_outputs(model)[1] else MSP(model)
     if pool.dtype != torch.uint8:
         check_values(pool, None, "pool")
     device = next(model.parameters()).device

@@ -25,7 +25,7 @@ from robustood.data import Batch, Data
 from robustood.inputs import check_choice, check_count, check_number
 from robustood.losses import cross_entropy, divergence, to_reject, to_uniform
 from robustood.mining import Mining
-from robustood.models import batch_statistics, declared, frozen, read
+from robustood.models import batch_statistics, declared_outputs, frozen, read
 from robustood.perturbations import Ball, Latent, PerturbationSet, as_set
 
 __all__ = [
@@ -396,7 +396,7 @@ def _needed(outliers: Tensor | None) -> Tensor:
 
 def _reject_outputs(model: nn.Module) -> tuple[int, int]:
     """Numbers of classes and of reject outputs, after a check that there are some."""
-    classes, rejects = declared(model)
+    classes, rejects = declared_outputs(model)
     if classes is None or not rejects:
         raise ValueError(
             "model has no reject output; build it with reject=1, or wrap a network from elsewhere in "

@@ -24,8 +24,8 @@ from robustood.inputs import (
     check_number,
     check_several,
     check_text,
+    checked_inputs,
     reals,
-    taken,
 )
 from robustood.metrics import Estimate
 
@@ -95,7 +95,7 @@ def image_grid(
             f"images must be (n, 1 or 3, height, width), got shape {tuple(images.shape)}; "
             "add an axis with images[:, None] for grey images"
         )
-    images = taken(images.detach(), name="images")
+    images = checked_inputs(images.detach(), name="images")
     if titles is not None:
         check_several(titles, "titles", "strings, one per image", 0)
         for title in titles:

@@ -38,7 +38,7 @@ from robustood.inputs import (
     check_seed,
     check_several,
 )
-from robustood.models import declared
+from robustood.models import declared_outputs
 from robustood.objectives import Objective
 from robustood.streams import Stream, Streams
 
@@ -447,7 +447,7 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
         )
     such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
     check_instance(data, "data", Data, such_as)
-    check_trainable(data, declared(model)[0])
+    check_trainable(data, declared_outputs(model)[0])
 
 
 def _made(

@@ -5,7 +5,7 @@ import functools
 import pytest
 from torch import nn
 
-from robustood.callables import codes, kept, modules, parts
+from robustood.callables import codes, function_state, modules, parts
 from robustood.models import frozen, small_cnn
 
 SCALE = 3.0
@@ -51,7 +51,7 @@ def test_a_function_gives_defaults_closure_globals_and_attributes():
     rule.power = 9
     assert parts(rule) == {"power": 2, "factor": 2.0, "late": late, "SCALE": 3.0,
                            "attribute power": 9}  # fmt: skip
-    assert kept(rule) == {"power": 2, "factor": 2.0, "late": late, "attribute power": 9}
+    assert function_state(rule) == {"power": 2, "factor": 2.0, "late": late, "attribute power": 9}
 
 
 def test_what_inner_functions_and_classes_read_counts():

@@ -24,7 +24,7 @@ from robustood.models import (
     Classifier,
     Normalise,
     adapt,
-    declared,
+    declared_outputs,
     densenet_bc,
     mlp,
     preact_resnet18,
@@ -753,8 +753,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_what_a_network_says_of_its_outputs_is_found_through_wrappers(wrap):
-    assert declared(wrap(small_cnn(classes=4, reject=2))) == (4, 2)
-    assert declared(wrap(small_cnn(classes=7))) == (7, 0)
+    assert declared_outputs(wrap(small_cnn(classes=4, reject=2))) == (4, 2)
+    assert declared_outputs(wrap(small_cnn(classes=7))) == (7, 0)
     z = torch.arange(12.0).view(2, 6)
     classes, reject = split(wrap(small_cnn(classes=4, reject=2)), z)
     assert torch.equal(classes, z[:, :4]) and torch.equal(reject, z[:, 4:])
@@ -762,7 +762,7 @@ def test_what_a_network_says_of_its_outputs_is_found_through_wrappers(wrap):
 
 def test_a_network_that_says_nothing_has_classes_alone():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
-    assert declared(plain) == (None, 0)
+    assert declared_outputs(plain) == (None, 0)
     z = torch.arange(10.0).view(2, 5)
     assert torch.equal(split(plain, z)[0], z) and split(plain, z)[1].shape == (2, 0)
     plain.reject = 1  # without the number of classes it follows from the width
@@ -772,10 +772,10 @@ def test_a_network_that_says_nothing_has_classes_alone():
 def test_what_a_wrapper_says_itself_comes_first():
     outer = Holder(small_cnn(classes=4, reject=1))
     outer.classes, outer.reject = 4, 0
-    assert declared(outer) == (4, 0)
+    assert declared_outputs(outer) == (4, 0)
     named = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     named.classes, named.reject = ["cat", "dog", "eel"], True  # names and a switch are no numbers
-    assert declared(named) == (None, 0)
+    assert declared_outputs(named) == (None, 0)
 
 
 def test_outputs_that_contradict_what_is_said_are_refused():
@@ -787,7 +787,7 @@ def test_outputs_that_contradict_what_is_said_are_refused():
         with pytest.raises(ValueError, match=rf"returns {z} outputs.*classes = 10.*models.adapt"):
             split(model, torch.zeros(2, z))
     with pytest.raises(ValueError, match=r"disagree about reject \(\[0, 1\]\).*Twins"):
-        declared(Twins(small_cnn(), small_cnn(reject=1)))
+        declared_outputs(Twins(small_cnn(), small_cnn(reject=1)))
 
 
 # ---- what a network returns --------------------------------------------------------------------
@@ -897,7 +897,7 @@ def test_a_network_that_returns_more_is_adapted():
         model = adapt(outer, head="net.head", reject=1, output=output)
         assert torch.equal(model(X), expected)
         assert torch.equal(model.features(X), net.features(X))
-        assert declared(model) == (10, 1)
+        assert declared_outputs(model) == (10, 1)
 
 
 @pytest.mark.parametrize("kind", ["Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm"])

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from robustood import inputs
 from robustood.attacks._loop import Objective, search
 from robustood.attacks._rules import Rule
-from robustood.inputs import check_choice, check_count, check_labels, taken
+from robustood.inputs import check_choice, check_count, check_labels, checked_inputs
 from robustood.losses import LOSSES, margin
 from robustood.metrics import Estimate, proportion
-from robustood.models import Watch, frozen, reading
+from robustood.models import GradientWatch, frozen, reading
 from robustood.perturbations import Inputs, PerturbationSet, as_set
 
 __all__ = ["fgsm", "pgd", "robust_accuracy"]
@@ -79,11 +79,11 @@ def pgd(
     check_choice(keep, "keep", ("best", "last"))
     inputs.check_model(model)
     within = as_set(within)
-    x = taken(x, within.box)
+    x = checked_inputs(x, within.box)
     if within.box == (0, 1):
         inputs.check_images(x)
     check_labels(y, x)
-    watch = Watch()
+    watch = GradientWatch()
     with torch.inference_mode(False), frozen(model), reading(model) as read:
         y = y.clone() if y.is_inference() else y
         logits = _covering(read, int(y.max()))
@@ -171,7 +171,7 @@ def robust_accuracy(
     inputs.check_confidence(confidence)
     inputs.check_model(model)
     inputs.check_callable(attack or max, "attack", "attack(model, x, y)")
-    x = taken(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
+    x = checked_inputs(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
     right = 0
     with reading(model) as read:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from robustood import inputs
 from robustood.attacks._rules import Ascent, Rule
-from robustood.inputs import check_choice, check_count, check_number, taken
-from robustood.models import slope
+from robustood.inputs import check_choice, check_count, check_number, checked_inputs
+from robustood.models import input_gradient
 from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
 
 __all__ = ["Climb", "Objective", "ascent", "climb_at", "maximise", "search", "value_and_grad"]
@@ -64,7 +64,7 @@ def maximise(
     """
     within = as_set(within)
     return search(
-        objective, taken(x, within.box), within, steps=steps, step_size=step_size,
+        objective, checked_inputs(x, within.box), within, steps=steps, step_size=step_size,
         restarts=restarts, rule=rule, keep=keep, generator=generator,
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def value_and_grad(
     """The perturbed input, the value to climb, the value to judge by, and the gradient of the climb in z."""
     z = z.detach().requires_grad_()
     value, (moved, climb, judge) = climb_at(objective, x, z, within)
-    grad = slope(value, z)
+    grad = input_gradient(value, z)
     return moved.detach(), climb.detach(), judge.detach(), grad
 
 

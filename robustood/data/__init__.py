@@ -47,10 +47,10 @@ from robustood.data._relighting import (
 from robustood.data._sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
-    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "REFERENCE", "SOLIDS", "Augment", "Batch", "Data",
-    "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available", "check", "check_trainable",
-    "compress", "corrupted", "counted_as", "digest", "digits", "draw", "fetch", "folder", "folder_of_views",
-    "glyphs", "hold_out", "light_grid", "load", "noise", "paired", "patches", "perturbed", "pixels",
-    "random_lights", "read_pack", "redrawn", "relit", "render", "root", "scenes", "without_overlap",
-    "write_pack",
+    "FLAT", "FONTS", "HELD_OUT", "LEARNED", "LETTERS", "PHOTOS", "REFERENCE", "SOLIDS", "Augment",
+    "Batch", "Data", "Drawn", "Lights", "Loaded", "Pairs", "Scenes", "Split", "Views", "available",
+    "check", "check_trainable", "compress", "corrupted", "counted_as", "digest", "digits", "draw",
+    "fetch", "folder", "folder_of_views", "glyphs", "hold_out", "light_grid", "load", "noise",
+    "paired", "patches", "perturbed", "pixels", "random_lights", "read_pack", "redrawn", "relit",
+    "render", "root", "scenes", "without_overlap", "write_pack",
 ]  # fmt: skip

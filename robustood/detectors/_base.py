@@ -10,8 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from robustood.inputs import check_choice, check_labels, check_model, entered, finite, pixels
-from robustood.models import check_finite, frozen, networks, read, slope, split, through
+from robustood.inputs import (
+    as_floats,
+    check_choice,
+    check_labels,
+    check_model,
+    finite_inputs,
+    pixels,
+)
+from robustood.models import check_finite, frozen, input_gradient, networks, read, split, through
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -63,15 +70,15 @@ class Detector(nn.Module, ABC):
 
     def logits(self, x: Inputs) -> Tensor:
         """The class outputs (batch, classes)."""
-        return self.class_logits(read(self.model, entered(x)))
+        return self.class_logits(read(self.model, as_floats(x)))
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
         """The network's penultimate features."""
-        return through(self.part("features"), self.model, entered(x))
+        return through(self.part("features"), self.model, as_floats(x))
 
     def stages(self, x: Inputs) -> list[Tensor]:
         """The network's feature map after each stage."""
-        return through(self.part("stages"), self.model, entered(x))
+        return through(self.part("stages"), self.model, as_floats(x))
 
     def part(self, name: str) -> Any:
         """An attribute of the network that not every network has."""
@@ -124,18 +131,18 @@ def signed(values: Tensor, direction: Direction) -> Tensor:
 
 def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:
     """x minus a sign step on a summed loss, with sgn(0) = 1; its gradient is that of the identity."""
-    x = entered(x)
+    x = as_floats(x)
     if step == 0:
         return x
     with torch.inference_mode(False), torch.enable_grad():
         probe = x.detach().clone().requires_grad_()
-        grad = slope(loss(probe), probe)
+        grad = input_gradient(loss(probe), probe)
     return x - step * (2 * (grad >= 0).to(x) - 1)
 
 
 def check_fit(x: Inputs, y: Labels | None, labelled: bool = True) -> int:
     """Refuse empty data, NaN, and missing labels if they are needed; return the number of classes."""
-    finite(x)
+    finite_inputs(x)
     if y is not None:
         check_labels(y, x)
         return int(y.max()) + 1

@@ -22,7 +22,7 @@ from robustood.detectors._base import (
     signed,
 )
 from robustood.detectors._gaussian import Gaussian, Moments
-from robustood.inputs import check_choice, check_count, check_number, finite
+from robustood.inputs import check_choice, check_count, check_number, finite_inputs
 from robustood.losses import log_odds, to_uniform
 
 
@@ -93,7 +93,7 @@ class Mahalanobis(Detector):
     def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
         """Weight the layers by logistic regression of outliers (1) against in-distribution x (0)."""
         self.check_is_fitted()
-        x, outliers = finite(x), finite(outliers, "outliers")
+        x, outliers = finite_inputs(x), finite_inputs(outliers, "outliers")
         if x.shape[1:] != outliers.shape[1:]:
             raise ValueError(
                 f"x and outliers must have samples of the same shape, got {tuple(x.shape[1:])} and "

@@ -17,9 +17,9 @@ from robustood.detectors._base import (
     downhill,
     signed,
 )
-from robustood.inputs import check_number, entered
+from robustood.inputs import as_floats, check_number
 from robustood.losses import log_odds, to_uniform
-from robustood.models import declared, read, split
+from robustood.models import declared_outputs, read, split
 
 
 class MSP(Detector):
@@ -216,7 +216,7 @@ class RejectClass(Detector):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        if not declared(model)[1]:
+        if not declared_outputs(model)[1]:
             raise ValueError(
                 "model must have reject outputs (model.reject of at least 1), got a network with "
                 "class outputs only; build it with reject=1, or wrap a network from elsewhere in "
@@ -225,7 +225,7 @@ class RejectClass(Detector):
 
     def halves(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class outputs, and the LSE of the reject outputs (batch, 1)."""
-        z, reject = split(self.model, read(self.model, entered(x)))
+        z, reject = split(self.model, read(self.model, as_floats(x)))
         return z, reject.logsumexp(1, keepdim=True)
 
     def score(self, x: Inputs) -> Values:
@@ -233,7 +233,7 @@ class RejectClass(Detector):
         return z.logsumexp(1) - reject[:, 0]
 
     def paper_score(self, x: Inputs) -> Values:
-        return -split(self.model, read(self.model, entered(x)).softmax(1))[1].sum(1)
+        return -split(self.model, read(self.model, as_floats(x)).softmax(1))[1].sum(1)
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also each class over rejection, to lower it, the largest class."""

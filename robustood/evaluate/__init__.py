@@ -33,18 +33,7 @@ from robustood.evaluate._report import (
 )
 
 __all__ = [
-    "PAPERS",
-    "Protocol",
-    "Report",
-    "attack_in_turn",
-    "attack_score",
-    "epsilon_curve",
-    "four_sides",
-    "mahalanobis_surrogate",
-    "measure",
-    "ood_report",
-    "paper_attack",
-    "score_objectives",
-    "scores",
+    "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
+    "mahalanobis_surrogate", "measure", "ood_report", "paper_attack", "score_objectives", "scores",
     "surrogate",
 ]  # fmt: skip

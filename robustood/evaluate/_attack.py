@@ -22,10 +22,10 @@ from robustood.inputs import (
     check_instance,
     check_keywords,
     check_several,
-    taken,
+    checked_inputs,
 )
 from robustood.losses import to_uniform
-from robustood.models import Watch, frozen, read, split
+from robustood.models import GradientWatch, frozen, read, split
 from robustood.perturbations import PerturbationSet, as_set, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
@@ -75,7 +75,7 @@ def attack_score(
     """
     check_detector(detector)
     within = as_set(within)
-    x = taken(x, within.box)
+    x = checked_inputs(x, within.box)
     check_choice(direction, "direction", ("raise", "lower"))
     check_generator(generator)
     batch_size = check_count(batch_size, "batch_size", low=1)
@@ -86,7 +86,7 @@ def attack_score(
         search, within=within, steps=steps, restarts=restarts, step_size=step_size,
         rule=rule or APGD(), generator=generator,
     )  # fmt: skip
-    watch = Watch()
+    watch = GradientWatch()
     if not within.differentiable:  # judging each member once is enough
         climbed = watch.over(lambda v: signed(detector.score(v), direction))
         with torch.no_grad(), frozen(detector):
@@ -202,8 +202,8 @@ def paper_attack(
     batch_size = check_count(batch_size, "batch_size", low=1)
     check_generator(generator)
     within = as_set(within)
-    x = taken(x, within.box)
-    plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), Watch()
+    x = checked_inputs(x, within.box)
+    plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), GradientWatch()
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):

@@ -28,10 +28,10 @@ from robustood.inputs import (
     check_path,
     check_seed,
     check_several,
-    finite,
+    checked_inputs,
+    finite_inputs,
     numbers,
     reals,
-    taken,
 )
 from robustood.metrics import Estimate
 from robustood.models import check_finite, frozen
@@ -50,7 +50,7 @@ def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
     check_detector(detector)
     batch_size = check_count(batch_size, "batch_size", low=1)
-    x = finite(x)
+    x = finite_inputs(x)
     with frozen(detector):
         parts = [
             detector.score(part.to(detector.device(part), copy=True))
@@ -233,8 +233,8 @@ class _Bench:
             raise ValueError("x_out is empty; pass at least one set of outliers, {name: images}")
         self.within = None if self.within is None else as_set(self.within)
         box = (0, 1) if self.within is None else self.within.box
-        self.x_in = taken(self.x_in, box, "x_in")
-        self.x_out = {k: taken(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
+        self.x_in = checked_inputs(self.x_in, box, "x_in")
+        self.x_out = {k: checked_inputs(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
         given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
         run = {"seed": self.seed, "batch_size": self.batch_size}
         self.settings = {"detector": type(self.detector).__name__, **given, **run}

@@ -40,8 +40,8 @@ from robustood.generative._quality import (
 )
 
 __all__ = [
-    "Basis", "Bottleneck", "ConditionalVAE", "Diagonal", "Encoder", "Entered", "Guarantee", "Painted", "Plain",
-    "Radii", "Resampled", "SetMetrics", "Variational", "Warp", "basis_cvae", "distances", "divergence", "guarantee",
-    "largest_ratio", "log_ratio_bound", "plain_cvae", "radii", "residual_cvae", "set_metrics",
-    "warp_cvae",
+    "Basis", "Bottleneck", "ConditionalVAE", "Diagonal", "Encoder", "Entered", "Guarantee",
+    "Painted", "Plain", "Radii", "Resampled", "SetMetrics", "Variational", "Warp", "basis_cvae",
+    "distances", "divergence", "guarantee", "largest_ratio", "log_ratio_bound", "plain_cvae",
+    "radii", "residual_cvae", "set_metrics", "warp_cvae",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 Every model maps inputs in [0, 1] to logits and exposes its parts: ``model.stages(x)``, the feature
 map after each stage; ``model.features(x)``, the penultimate features; ``model.head``, the last
 linear layer; ``model.classes`` and ``model.reject``, the numbers of outputs that are classes and
-that reject outliers, which :func:`declared` finds through wrappers.
+that reject outliers, which :func:`declared_outputs` finds through wrappers.
 """
 
 from __future__ import annotations
@@ -26,43 +26,20 @@ from robustood.models._base import (
 )
 from robustood.models._dense import densenet_bc
 from robustood.models._reading import (
-    Watch,
+    GradientWatch,
     check_finite,
-    declared,
+    declared_outputs,
+    input_gradient,
     read,
     reading,
-    slope,
     split,
     through,
 )
 from robustood.models._residual import STATISTICS, preact_resnet18, resnet, wide_resnet
 
 __all__ = [
-    "STATISTICS",
-    "Adapted",
-    "CCUModel",
-    "Classifier",
-    "Mixture",
-    "Normalise",
-    "Watch",
-    "adapt",
-    "batch_statistics",
-    "ccu_model",
-    "check_finite",
-    "declared",
-    "densenet_bc",
-    "frozen",
-    "mlp",
-    "networks",
-    "preact_resnet18",
-    "read",
-    "reading",
-    "readout",
-    "resnet",
-    "seeded",
-    "slope",
-    "small_cnn",
-    "split",
-    "through",
-    "wide_resnet",
+    "STATISTICS", "Adapted", "CCUModel", "Classifier", "GradientWatch", "Mixture", "Normalise",
+    "adapt", "batch_statistics", "ccu_model", "check_finite", "declared_outputs", "densenet_bc",
+    "frozen", "input_gradient", "mlp", "networks", "preact_resnet18", "read", "reading", "readout",
+    "resnet", "seeded", "small_cnn", "split", "through", "wide_resnet",
 ]  # fmt: skip

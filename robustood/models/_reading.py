@@ -1,7 +1,7 @@
 """What a network declares about its outputs, also through wrappers, and one place that reads its outputs.
 
 Shapes and types are checked at every call. Values are checked once, at the end of a public function (:func:`reading`,
-:class:`Watch`): the check waits for the device, which a loop must not do.
+:class:`GradientWatch`): the check waits for the device, which a loop must not do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # as of robustoo
 T = TypeVar("T")
 
 
-def declared(model: object) -> tuple[int | None, int]:
+def declared_outputs(model: object) -> tuple[int | None, int]:
     """How many outputs are classes (None: not declared, so all that do not reject) and how many reject.
 
     A wrapper such as ``nn.Sequential(normalise, net)``, ``DataParallel(net)`` or ``lambda x: net(x)`` has what the
@@ -62,7 +62,7 @@ def split(model: object, z: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if their number is not what the model, or a network inside it, declares.
     """
-    classes, reject = declared(model)
+    classes, reject = declared_outputs(model)
     width = z.shape[1]
     classes = width - reject if classes is None else classes
     if classes + reject != width or classes < 1:
@@ -175,7 +175,7 @@ def reading(model: Model) -> Generator[Model]:
 # --- its gradient
 
 
-def slope(value: Tensor, z: Tensor) -> Tensor:
+def input_gradient(value: Tensor, z: Tensor) -> Tensor:
     """The gradient of a value.
 
     Raises:
@@ -190,7 +190,7 @@ def slope(value: Tensor, z: Tensor) -> Tensor:
     return found
 
 
-class Watch:
+class GradientWatch:
     """Whether an attack saw only finite values, and a gradient other than zero; checked once, by ``close``.
 
     A gradient that is exactly zero at every step from every initial point is not small but hidden.

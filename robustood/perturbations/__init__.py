@@ -24,20 +24,6 @@ from robustood.perturbations._latent import ImageGenerator, Latent
 from robustood.perturbations._spatial import Spatial
 
 __all__ = [
-    "L2",
-    "Ball",
-    "Compose",
-    "Corruption",
-    "FiniteSubset",
-    "ImageGenerator",
-    "Inputs",
-    "Latent",
-    "Linf",
-    "PerturbationSet",
-    "Random",
-    "Spatial",
-    "as_set",
-    "norms",
-    "per_sample",
-    "sized",
+    "L2", "Ball", "Compose", "Corruption", "FiniteSubset", "ImageGenerator", "Inputs", "Latent",
+    "Linf", "PerturbationSet", "Random", "Spatial", "as_set", "norms", "per_sample", "sized",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ from robustood.evaluate import (
 )
 from robustood.evaluate._report import plain
 from robustood.identity import identity
-from robustood.models import declared
+from robustood.models import declared_outputs
 from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.recipes.images import Root, classes, divided, everywhere, passed, to_test
 from robustood.recipes.recipe import Evaluation, Recipe
@@ -107,7 +107,7 @@ def measure(
 
 def _detectors_of(wanted: Sequence[str], model: nn.Module) -> list[str]:
     """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
-    reject = declared(model)[1]
+    reject = declared_outputs(model)[1]
     alone = "RejectClass" if reject else "MSP"
     by_network = [alone] if reject else ["MSP", "ODIN"]
     return [alone if name == "auto" else name for name in wanted or by_network]

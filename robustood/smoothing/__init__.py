@@ -44,6 +44,6 @@ from robustood.smoothing._intervals import (
 __all__ = [
     "ABSTAIN", "CertifiedScore", "CertifiedVote", "IntervalOutliers", "Noise", "Smoothed",
     "certified_accuracy", "certified_score", "certify", "guaranteed_auroc", "interval_bounds",
-    "interval_score", "lower_bound", "margin_bounds", "mean_bound", "predict", "propagate", "sigma_for", "votes",
-    "worst_cross_entropy",
+    "interval_score", "lower_bound", "margin_bounds", "mean_bound", "predict", "propagate",
+    "sigma_for", "votes", "worst_cross_entropy",
 ]  # fmt: skip

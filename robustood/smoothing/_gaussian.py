@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from robustood import inputs, rng
-from robustood.inputs import check_count, check_labels, check_number, check_values, taken
+from robustood.inputs import check_count, check_labels, check_number, check_values, checked_inputs
 from robustood.metrics import Estimate, auroc, confidence_interval, proportion
-from robustood.models import declared, frozen, read, reading
+from robustood.models import declared_outputs, frozen, read, reading
 from robustood.perturbations import Inputs, Linf, PerturbationSet, as_set
 
 Model = Callable[[Tensor], Tensor]
@@ -83,7 +83,7 @@ class Noise:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Sum of f over n noisy copies of each input, ``batch_size`` copies at a time: (batch, ...)."""
-        x = taken(x, self.within.box)
+        x = checked_inputs(x, self.within.box)
         n, batch_size = check_count(n, "n", low=1), check_count(batch_size, "batch_size", low=1)
         inputs.check_generator(generator)
         if z is not None:
@@ -189,7 +189,7 @@ def certify(
     _check_alpha(alpha)
     inputs.check_model(model)
     inputs.check_generator(generator)
-    x = taken(x, Noise(within, sigma).within.box)
+    x = checked_inputs(x, Noise(within, sigma).within.box)
     check_count(n0, "n0", low=1)
     _check_draws(n, alpha)
     generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -434,7 +434,7 @@ class Smoothed(nn.Module):
         inputs.check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
         draws, seed = check_count(draws, "draws", low=1), inputs.check_seed(seed)
         self.model, self.noise, self.draws, self.seed = model, Noise(within, sigma), draws, seed
-        self.classes, self.reject = declared(model)
+        self.classes, self.reject = declared_outputs(model)
 
     def forward(self, x: Inputs, z: Tensor | None = None) -> Float[Tensor, "batch outputs"]:
         """Log-probabilities at the parameters z (default: those of x itself)."""

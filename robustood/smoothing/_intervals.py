@@ -26,10 +26,10 @@ from robustood.inputs import (
     check_instance,
     check_labels,
     check_number,
-    finite,
-    taken,
+    checked_inputs,
+    finite_inputs,
 )
-from robustood.models import Adapted, Classifier, Normalise, declared, read
+from robustood.models import Adapted, Classifier, Normalise, declared_outputs, read
 
 Inputs = Float[Tensor, "batch *shape"]
 Outputs = Float[Tensor, "batch outputs"]
@@ -59,7 +59,7 @@ def interval_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Out
 def _check_bounds(model: nn.Module, lower: Inputs, upper: Inputs) -> tuple[Inputs, Inputs]:
     """Refuse anything but a network and a valid box."""
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
-    lower, upper = finite(lower, "lower"), finite(upper, "upper")
+    lower, upper = finite_inputs(lower, "lower"), finite_inputs(upper, "upper")
     if lower.shape != upper.shape or bool((lower > upper).any()):
         raise ValueError(
             f"lower and upper must have the same shape with lower <= upper, got {tuple(lower.shape)} and "
@@ -119,7 +119,7 @@ def interval_score(model: nn.Module, x: Inputs, eps: float) -> tuple[Values, Val
     Raises:
         ValueError: unless the network has one reject output, and as :func:`interval_bounds`.
     """
-    x = taken(x)
+    x = checked_inputs(x)
     check_images(x)
     check_number(eps, "eps", 0, 1, "a radius in pixels, such as 0.02")
     lower, upper = _check_bounds(model, *_box(x, eps))
@@ -233,7 +233,7 @@ def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     """The index of the one output that rejects, for each input."""
-    classes, rejects = declared(model)
+    classes, rejects = declared_outputs(model)
     if classes is None or rejects != 1:
         raise ValueError(
             f"model must have one reject output, got {rejects}; build it with reject=1, or wrap a network from "

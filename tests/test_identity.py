@@ -327,7 +327,7 @@ def test_code_of_another_python_asks_for_a_name(net, sets, tmp_path, monkeypatch
     shrink = lambda d, x, within, **how: x * 0.5
     run = partial(ood_report, MSP(net), *sets, Linf(0.1), side="out", attack=shrink)
     named, bare = (run(run_dir=tmp_path / n, name=n or None) for n in ("n", ""))
-    monkeypatch.setattr(module, "COMPILER", "another-1")
+    monkeypatch.setattr(module, "_COMPILER", "another-1")
     with pytest.raises(ValueError, match=r"another Python compiled it: with a name the run would"):
         run(run_dir=tmp_path)
     assert run(run_dir=tmp_path / "n", name="n").rows == named.rows == bare.rows
@@ -746,8 +746,8 @@ def test_it_is_the_same_in_every_process():
 def test_a_large_network_is_read_once(monkeypatch):
     """However often it is met: each tensor is hashed one time."""
     model, hashed = preact_resnet18(), []
-    read = module.array
-    monkeypatch.setattr(module, "array", lambda t: (hashed.append(id(t)), read(t))[1])
+    read = module._array
+    monkeypatch.setattr(module, "_array", lambda t: (hashed.append(id(t)), read(t))[1])
     identity(detectors=[MSP(model), MSP(model)])
     assert sorted(hashed) == sorted(id(t) for t in [*model.parameters(), *model.buffers()])
     told = identity(model=model, detector=MSP(model))

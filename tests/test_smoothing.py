@@ -626,7 +626,7 @@ def test_a_bound_without_absolute_values_is_caught(book, monkeypatch):
     def careless(layer, radius):
         return layer(radius) - layer(torch.zeros_like(radius))
 
-    monkeypatch.setattr(intervals, "magnitude", careless)
+    monkeypatch.setattr(intervals, "_magnitude", careless)
     with pytest.raises(AssertionError):
         test_ten_thousand_points_and_none_outside_the_bounds(CHAINS["cnn"], book)
 

@@ -324,12 +324,12 @@ def test_images_outside_the_box_and_strange_outliers_are_refused(data):
             epochs=1,
         )
     wide = torch.rand(10, 1, 9, 9)
-    with pytest.raises(ValueError, match=r"data\.outliers must be shaped like data\.train\.x"):
+    with pytest.raises(ValueError, match=r"data\.outliers must have samples shaped like those of data\.train\.x"):
         fit(small_cnn(), Standard(), dataclasses.replace(data, outliers=wide), epochs=1)
 
 
 def test_a_split_of_unequal_lengths_is_refused(data):
-    with pytest.raises(ValueError, match="x and y must be of one length, got 320 and 3"):
+    with pytest.raises(ValueError, match="x and y must have the same length, got 320 and 3"):
         Split(data.train.x, data.train.y[:3])
 
 
@@ -345,7 +345,7 @@ def test_a_network_that_returns_a_tuple_is_not_trained(book):
     net = small_cnn()
     hidden = net.forward
     net.forward = lambda x: (hidden(x), x)
-    with pytest.raises(TypeError, match=r"tuple; take one out of it by models.adapt.*output=0"):
+    with pytest.raises(TypeError, match=r"tuple; extract it with models\.adapt.*output=0"):
         fit(net, Standard(), book, epochs=1)
 
 

@@ -21,10 +21,14 @@ from robustood.artefacts import Json
 from robustood.recipes import learned_sets, reports
 from robustood.recipes.composing import names, plans, read
 from robustood.recipes.images import Root, data
-from robustood.recipes.recipe import Recipe
+from robustood.recipes.reading import Bounds
+from robustood.recipes.recipe import Evaluation, Images, Method, Recipe, Settings, Training
 from robustood.recipes.runs import Tell, silent, train
 
-__all__ = ["Recipe", "data", "evaluate", "names", "plans", "read", "train"]
+__all__ = [
+    "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "data", "evaluate",
+    "names", "plans", "read", "train",
+]  # fmt: skip
 
 
 def evaluate(

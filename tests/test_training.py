@@ -324,7 +324,9 @@ def test_images_outside_the_box_and_strange_outliers_are_refused(data):
             epochs=1,
         )
     wide = torch.rand(10, 1, 9, 9)
-    with pytest.raises(ValueError, match=r"data\.outliers must have samples shaped like those of data\.train\.x"):
+    with pytest.raises(
+        ValueError, match=r"data\.outliers must have samples shaped like those of data\.train\.x"
+    ):
         fit(small_cnn(), Standard(), dataclasses.replace(data, outliers=wide), epochs=1)
 
 

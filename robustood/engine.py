@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import distributed
-from robustood.attacks import Objective, ascent, climb_at
+from robustood.attacks import AttackObjective, ascent, climb_at
 from robustood.data import Batch
 from robustood.inputs import (
     check_choice,
@@ -118,7 +118,7 @@ class Running(nn.Module):
             return getattr(self.module, name)
 
     def compiled_ascent(
-        self, objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
+        self, objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
     ) -> tuple[Tensor, Tensor]:
         """:func:`robustood.attacks.ascent`, compiled on balls, where the network's statistics stay as they are."""
         if not isinstance(within, Ball) or self.module.training:
@@ -137,7 +137,7 @@ class Running(nn.Module):
 
 
 def _traceable(
-    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+    objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`robustood.attacks.value_and_grad` in the form that a compiler can trace."""
     total = lambda z: climb_at(objective, x, z, within)

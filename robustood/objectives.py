@@ -104,7 +104,7 @@ class InnerMax:
         self,
         model: nn.Module,
         x: Tensor,
-        objective: attacks.Objective,
+        objective: attacks.AttackObjective,
         batch: Batch,
         parts: Sequence[int] | None = None,
     ) -> Tensor:

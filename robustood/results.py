@@ -22,7 +22,6 @@ from robustood.metrics import Estimate
 
 __all__ = ["detector", "learned_cells", "load", "pooled", "table"]
 
-Run = Json
 _DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
 _COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
@@ -40,7 +39,7 @@ METRICS: dict[str, tuple[str, int]] = {
 }
 
 
-def load(folder: str | Path | None = None) -> list[Run]:
+def load(folder: str | Path | None = None) -> list[Json]:
     """The runs in a folder, sorted by recipe and seed.
 
     A run is what :func:`robustood.recipes.train` and ``evaluate`` wrote: ``{"folder", "run", "report",
@@ -60,7 +59,7 @@ def load(folder: str | Path | None = None) -> list[Run]:
         places = [Path(folder).expanduser()]
         if not places[0].is_dir():
             raise ValueError(f"no folder {folder}; runs are made by robustood train")
-    found: dict[str, Run] = {}
+    found: dict[str, Json] = {}
     for place in places:
         for file in [place / "run.json", *sorted(place.glob("*/run.json"))]:
             if file.is_file():
@@ -111,7 +110,7 @@ def pooled(
     return inside, np.concatenate([each[at] for each, at in zip(outside, spread)])
 
 
-def table(runs: Sequence[Run], markdown: bool = False) -> str:
+def table(runs: Sequence[Json], markdown: bool = False) -> str:
     """One line per run: accuracy, mean AUROC over new outliers by the deployed detector, and the price.
 
     A run is called by its folder, as by ``robustood evaluate``. The detector is the reject class where there is
@@ -134,7 +133,7 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
     return "\n\n".join(tables.text(part, markdown) for part in parts)
 
 
-def learned_cells(runs: Sequence[Run]) -> list[list[str]]:
+def learned_cells(runs: Sequence[Json]) -> list[list[str]]:
     """Head, and one line for each kind of pairs of each learned set."""
     lines = [["run", "seed", "pairs", "longest", *METRICS]]
     for run in runs:
@@ -145,13 +144,13 @@ def learned_cells(runs: Sequence[Run]) -> list[list[str]]:
     return lines
 
 
-def detector(run: Run) -> str:
+def detector(run: Json) -> str:
     """The detector of a run's row."""
     measured = [m["detector"] for m in (run["report"] or {}).get("means", [])]
     return next((d for d in (*_DEPLOYED, *measured) if d in measured), "")
 
 
-def _cells(run: Run) -> list[str]:
+def _cells(run: Json) -> list[str]:
     """A run's row. Rows of one attack, its radius and the side that it changes, compare."""
     own, report, shown = run["run"], run["report"] or {}, detector(run)
     settings, speed = report.get("settings", {}), own.get("speed", {})

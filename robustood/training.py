@@ -3,7 +3,7 @@
 What differs between methods is the objective (:mod:`robustood.objectives`). The loop, :meth:`Run.train`, draws
 batches, takes steps and keeps the books. A run is a function of its arguments: the data order and all
 randomness of an epoch come from the seed and the epoch's number (:mod:`robustood.streams`), and the learning rate
-from the step's. With a ``run_dir`` it can therefore stop anywhere and go on as if it had not.
+from the step's. With a ``run_dir`` it can therefore be interrupted anywhere and resumed with identical results.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class History:
     """What a run recorded.
 
     Attributes:
-        rows: one dict an epoch: ``epoch``, ``loss`` (mean over its steps), ``lr`` (at its end),
+        rows: one dict per epoch: ``epoch``, ``loss`` (mean over its steps), ``lr`` (at its end),
             ``seconds`` (of the run so far), and what the monitor adds.
         finished: False where the run stopped early on its time budget.
-        speed: of a run with an engine: images a second, operations a step, and how many times the floor's
-            time a step takes (:mod:`robustood.engine`).
+        speed: of a run with an engine: images per second, operations per step, and the time of a step relative to
+            that of its bare forwards and backwards (:mod:`robustood.engine`).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -73,7 +73,7 @@ class History:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run and the learning rate of each: linear warm-up, then down to zero, or down in drops.
+    """The steps of a run and the learning rate of each: linear warm-up, then down to zero, or stepwise.
 
     Attributes:
         epochs: of the run.
@@ -144,10 +144,10 @@ def fit(
         objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``. Where it has
             ``prepare(model, data, epoch, generator)``, that chooses the data of each epoch.
         data: ``data.train`` and ``data.outliers`` are used.
-        epochs: passes over the training set; each leaves out the samples of a last batch that is
-            not full, other ones each time.
-        batch_size: samples a step, at most the size of the training set.
-        outlier_batch_size: auxiliary outliers a step, where the data have any.
+        epochs: passes over the training set; each drops an incomplete last batch; which
+            samples are in it varies by epoch.
+        batch_size: samples per step, at most the size of the training set.
+        outlier_batch_size: auxiliary outliers per step, where the data have any.
         lr: peak learning rate, reached after the warm-up and left on a half cosine.
         weight_decay: passed to the optimiser.
         warmup: share of the run with a rising learning rate.
@@ -163,7 +163,7 @@ def fit(
         run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
             on from it, with the same result bit for bit on one machine's CPU, if model, objective, data and all
             else are the same down to their code (:mod:`robustood.identity`).
-        name: stands for what cannot be identified in them, such as an open file; needed with a ``run_dir`` alone.
+        name: stands for a part that cannot be identified, such as an open file; used with a ``run_dir`` only.
         minutes: stop in time to keep this budget; the state is written first. A monitor is
             not interrupted.
 
@@ -308,7 +308,7 @@ class Run(_Progress):
         return chosen
 
     def open_epoch(self, network: nn.Module, data: Data) -> Iterator[Batch]:
-        """The batches that are left of an epoch, and every generator where the next of them needs it."""
+        """The remaining batches of an epoch, with every generator in the state that the next one needs."""
         if self.engine and not self.meter:
             batch = next(self.draw(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
             self.meter = Meter.read(self.model, network, self.objective, batch)
@@ -321,7 +321,7 @@ class Run(_Progress):
         return batches
 
     def batches(self, network: nn.Module, data: Data) -> Iterator[Batch]:
-        """Those that are left of the epoch, until the next step might end after the deadline."""
+        """The remaining batches, while another step fits the time budget."""
         batches, climb = self.open_epoch(network, data), getattr(network, "climb", None)
         first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
         while self.step < self.schedule.steps:
@@ -344,7 +344,7 @@ class Run(_Progress):
         return bool(distributed.mean(torch.tensor(late, device=self.streams.device)) > 0)
 
     def check_finite(self) -> None:
-        """Stop where a loss or a weight is not finite: one look per epoch, for which alone a GPU is waited for."""
+        """Stop where a loss or a weight is not finite; checked once per epoch, when alone the loop waits for a GPU."""
         losses = distributed.mean(torch.stack(self.losses)) if self.losses else torch.zeros(0)
         self.losses = list(losses)
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
@@ -391,7 +391,7 @@ class Run(_Progress):
             write_table(self.checkpoint.path.with_name("log.csv"), self.rows)
 
     def identity(self, name: str | None, made_by: object) -> dict[str, str]:
-        """What tells the run from another, down to code and tensors (:mod:`robustood.identity`)."""
+        """The fingerprint of the run, down to code and tensors (:mod:`robustood.identity`)."""
         train, parameters = self.data.train, self.model.named_parameters()
         return identity(
             name,
@@ -409,7 +409,7 @@ class Run(_Progress):
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Keep the run there, and go on from what it holds."""
+        """Use this checkpoint, and resume from what it holds."""
         self.checkpoint = checkpoint
         if (state := checkpoint.state) is None:
             return
@@ -420,7 +420,7 @@ class Run(_Progress):
         self.losses = [loss.to(self.streams.device) for loss in self.losses]
 
     def history(self, images: int) -> History:
-        """Leave the model ready for use, and say how fast a step of so many images was."""
+        """Leave the model ready for use, and report the speed of steps of so many images."""
         self.model.eval()
         found = History(self.rows, self.epoch == self.schedule.epochs)
         if self.engine and self.meter and self.paces:

@@ -16,10 +16,17 @@ depend on the rest of the batch.
 from __future__ import annotations
 
 from robustood.attacks._classifier import fgsm, pgd, robust_accuracy
-from robustood.attacks._loop import Objective, ascent, climb_at, maximise, search, value_and_grad
+from robustood.attacks._loop import (
+    AttackObjective,
+    ascent,
+    climb_at,
+    maximise,
+    search,
+    value_and_grad,
+)
 from robustood.attacks._rules import APGD, Ascent, Rule
 
 __all__ = [
-    "APGD", "Ascent", "Objective", "Rule", "ascent", "climb_at", "fgsm", "maximise", "pgd",
+    "APGD", "Ascent", "AttackObjective", "Rule", "ascent", "climb_at", "fgsm", "maximise", "pgd",
     "robust_accuracy", "search", "value_and_grad",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from robustood import inputs
-from robustood.attacks._loop import Objective, search
+from robustood.attacks._loop import AttackObjective, search
 from robustood.attacks._rules import Rule
 from robustood.inputs import check_choice, check_count, check_labels, checked_inputs
 from robustood.losses import LOSSES, margin
@@ -116,7 +116,7 @@ def _covering(model: Model, highest: int) -> Model:
     return forward
 
 
-def _untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
+def _untargeted_objective(model: Model, y: Labels, loss: str) -> AttackObjective:
     """Maximise a loss, judge by the margin; both from one forward pass."""
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,14 +126,16 @@ def _untargeted_objective(model: Model, y: Labels, loss: str) -> Objective:
     return objective
 
 
-def _targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[Objective]:
+def _targeted_objectives(
+    model: Model, x: Inputs, y: Labels, most: int = 9
+) -> list[AttackObjective]:
     """One objective per wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
     with torch.no_grad():
         logits = model(x)
     own = nn.functional.one_hot(y, logits.shape[1]).bool()
     order = logits.masked_fill(own, -torch.inf).argsort(1, descending=True)
 
-    def objective(target: Tensor) -> Objective:
+    def objective(target: Tensor) -> AttackObjective:
         def towards(x: Tensor) -> tuple[Tensor, Tensor]:
             z = model(x)
             return (z.gather(1, target) - z.gather(1, y[:, None]))[:, 0], margin(z, y)
@@ -159,7 +161,8 @@ def robust_accuracy(
 
     Args:
         model: inputs to logits.
-        x, y: inputs (samples, ...) and labels (samples,).
+        x: inputs (samples, ...).
+        y: labels (samples,).
         attack: ``attack(model, x, y)`` returns perturbed inputs, such as ``partial(pgd,
             within=Linf(0.1))``; ``None`` measures clean accuracy.
 

@@ -14,15 +14,15 @@ from robustood.inputs import check_choice, check_count, check_number, checked_in
 from robustood.models import input_gradient
 from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
 
-__all__ = ["Climb", "Objective", "ascent", "climb_at", "maximise", "search", "value_and_grad"]
+__all__ = ["AttackObjective", "Climb", "ascent", "climb_at", "maximise", "search", "value_and_grad"]
 
-Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+AttackObjective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 Climb = Callable[..., tuple[Tensor, Tensor]]
 Gradient = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def maximise(
-    objective: Objective | Sequence[Objective],
+    objective: AttackObjective | Sequence[AttackObjective],
     x: Inputs,
     within: PerturbationSet | float,
     *,
@@ -70,7 +70,7 @@ def maximise(
 
 
 def search(
-    objective: Objective | Sequence[Objective],
+    objective: AttackObjective | Sequence[AttackObjective],
     x: Inputs,
     within: PerturbationSet,
     *,
@@ -83,7 +83,7 @@ def search(
     parts: Sequence[int] | None = None,
     climb: Climb | None = None,
 ) -> Inputs:
-    """:func:`maximise` for inputs that have been checked; it never waits for the device.
+    """:func:`maximise` for inputs that have been checked, without host-device synchronisation.
 
     Args:
         parts: sizes of the batches that x was concatenated from; each draws its own initial points, as if
@@ -120,7 +120,7 @@ def search(
 
 
 def ascent(
-    objective: Objective,
+    objective: AttackObjective,
     x: Tensor,
     z: Tensor,
     within: PerturbationSet,
@@ -151,7 +151,7 @@ def ascent(
 
 
 def value_and_grad(
-    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+    objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The perturbed input, the value to climb, the value to judge by, and the gradient of the climb in z."""
     z = z.detach().requires_grad_()
@@ -161,9 +161,9 @@ def value_and_grad(
 
 
 def climb_at(
-    objective: Objective, x: Tensor, z: Tensor, within: PerturbationSet
+    objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The climb summed over the batch, and (inputs, climb, judge)."""
+    """The value to climb, summed over the batch; with it (inputs, value to climb, value to judge by)."""
     moved = within.apply(x, z)
     climb, judge = _pair(objective(moved.clone()), len(x))  # a model may overwrite its input
     return climb.sum(), (moved, climb, judge)

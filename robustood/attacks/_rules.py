@@ -20,11 +20,13 @@ Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Rule(Protocol):
-    """How an attack moves: ``begin`` returns, for one restart, a function (z, value, grad) -> next z."""
+    """How an attack moves from one point to the next."""
 
     def begin(
         self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
-    ) -> Propose: ...
+    ) -> Propose:
+        """Start one restart: a function of parameters, values and gradients gives the next parameters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class APGD:
     r"""Ascent with momentum and a step size that adapts to each sample (Croce and Hein 2020).
 
     $u = \Pi(z_k + a\,g)$, then $z_{k+1} = \Pi(z_k + \alpha (u - z_k) + (1 - \alpha)(z_k -
-    z_{k-1}))$. At checkpoints that become more frequent, a sample whose value rose in at most a
-    share $\rho$ of the steps, or whose best value and step size have not changed, halves $a$ and
-    returns to its best point (section 3 and algorithm 1). The first step is ``step_size``, by default
+    z_{k-1}))$. At checkpoints that become more frequent, where the value rose in at most a
+    share $\rho$ of the steps, or where best value and step size have not changed, a sample's $a$ is halved and
+    it goes back to its best point (section 3 and algorithm 1). The first step is ``step_size``, by default
     twice the radius. Initial points are those of the set, not on the surface of the ball.
 
     Attributes:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import APGD, Ascent, Objective, Rule, search
+from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
 from robustood.detectors._base import signed
 from robustood.inputs import (
@@ -112,7 +112,7 @@ def check_detector(detector: Detector) -> None:
 
 def score_objectives(
     detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
-) -> list[Objective]:
+) -> list[AttackObjective]:
     """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
     with torch.no_grad():
         clean = detector.attack_objectives(x, direction)
@@ -121,7 +121,7 @@ def score_objectives(
     always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
     columns = torch.cat([always, order], 1)
 
-    def objective(column: Tensor) -> Objective:
+    def objective(column: Tensor) -> AttackObjective:
         def climb(v: Tensor) -> tuple[Tensor, Tensor]:
             values = detector.attack_objectives(v, direction)
             return values.gather(1, column)[:, 0], values[:, 0]

@@ -1,8 +1,8 @@
-"""What ships with the project: results, the scores behind them, and weights, in a checkout or an installed package.
+"""The files that ship with the project: results, the scores behind them, and weights.
 
 A checkout holds ``data/results/NAME.json``, ``data/scores/NAME.npz`` and ``data/weights/NAME.safetensors``; an
-installed package the first two. The folder of a run (:func:`robustood.recipes.train`) is saved there by
-:func:`save`, and :func:`restore` makes such a folder again.
+installed package has the first two. :func:`save` copies the folder of a run (:func:`robustood.recipes.train`) to
+these places, and :func:`restore` rebuilds the folder from them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from robustood.inputs import check_choice, check_path, check_text, suggest
 
 __all__ = ["check_whole", "find", "names", "read_run", "restore", "result", "save", "scores"]
 
-Json = dict[str, Any]  # what a JSON file holds
-Scores = Float32[np.ndarray, " _"]  # each set has a size of its own
+Json = dict[str, Any]  # the value in a JSON file
+Scores = Float32[np.ndarray, " _"]  # sets differ in size
 _HERE = Path(__file__).parent
 FOLDERS = (_HERE.parent / "data", _HERE / "shipped")  # in a checkout; in an installed package
 _ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
@@ -37,14 +37,14 @@ def names(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> Path:
-    """The file of a result, of scores, or of weights (whose card lies beside them).
+    """The file of a result, of scores, or of weights (with their card beside it).
 
     Args:
         kind: "results", "scores" or "weights".
-        name: such as "aloe_cifar10_cpu"; of scores under a further plan "aloe_cifar10_cpu.strong".
+        name: such as "aloe_cifar10_cpu"; for scores under another plan, such as "aloe_cifar10_cpu.strong".
 
     Raises:
-        ValueError: if it does not ship with the project; the message says what does.
+        ValueError: if it does not ship with the project; the message lists what does.
     """
     check_choice(kind, "kind", list(_ENDINGS))
     check_text(name, "name")
@@ -58,23 +58,23 @@ def find(kind: str, name: str) -> Path:
 
 
 def result(name: str) -> Json:
-    """A result that ships with the project: what one experiment or run measured.
+    """A result that ships with the project: the measurements of one experiment or run.
 
     Raises:
-        ValueError: if there is no such result; the message says which there are.
+        ValueError: if there is no such result; the message lists those that exist.
     """
     return read_json(find("results", name), fix="fetch it again")
 
 
 def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
-    """The score of each image of a shipped run, float32, by "detector attack set"; "in" is in-distribution.
+    """The float32 scores of all images of a shipped run, by "detector attack set"; the set "in" is in-distribution.
 
     Args:
-        name: of the run, such as "aloe_cifar10_cpu".
-        plan: of the evaluation, such as "strong"; default the one of the run's own recipe.
+        name: that of the run, such as "aloe_cifar10_cpu".
+        plan: that of the evaluation, such as "strong"; default: the one in the run's own recipe.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no such scores.
     """
     check_text(name, "name")
     if plan is not None:
@@ -84,10 +84,10 @@ def scores(name: str, plan: str | None = None) -> dict[str, Scores]:
 
 
 def read_run(folder: Path) -> Json:
-    """What the folder of a run has on record: ``{"run", "report", "plans"}``.
+    """The records in the folder of a run: ``{"run", "report", "plans"}``.
 
     Raises:
-        ValueError: for a damaged file, naming it.
+        ValueError: for a damaged file; the message names it.
     """
     report = folder / "report.json"
     return {
@@ -106,7 +106,7 @@ def check_whole(
     """Refuse a record whose run or report lacks some keys, by default those that the table needs.
 
     Raises:
-        ValueError: naming the file and the keys.
+        ValueError: if keys are missing; the message names the file and the keys.
     """
     for part, keys in {"run": run, "report": report}.items():
         held = record[part]
@@ -118,13 +118,13 @@ def check_whole(
 
 
 def save(folder: str | Path) -> Path:
-    """Save a finished run among what ships with the project: numbers, scores and weights, under its folder's name.
+    """Add a finished run to the files that ship with the project: results, scores and weights, named like its folder.
 
     Returns:
-        The JSON file of its numbers.
+        The JSON file with its results.
 
     Raises:
-        ValueError: for a run that is not finished, a report on other weights, or outside a checkout.
+        ValueError: if the run is not finished, if a report measured other weights, or outside a checkout.
     """
     check_path(folder, "folder")
     folder, place = Path(folder).expanduser().resolve(), FOLDERS[0]
@@ -132,15 +132,15 @@ def save(folder: str | Path) -> Path:
     if not place.is_dir():
         raise ValueError(f"no folder {place}; runs are saved into a checkout of the repository")
     if not record["run"]["finished"]:
-        raise ValueError(f"{folder} is not finished; give its robustood train command again")
+        raise ValueError(f"{folder} is not finished; run its robustood train command again")
     weights = read_json(folder / "weights.json", ("sha256",))["sha256"]
     reports = {"": record["report"], **{f"_{plan}": r for plan, r in record["plans"].items()}}
     for plan, report in reports.items():
         if report and report["weights"] != weights:
-            raise ValueError(f"{folder}: report{plan} measured other weights; evaluate again")
+            raise ValueError(f"{folder}: report{plan} measured other weights; evaluate it again")
     copies = {f"weights/{folder.name}{end}": f"weights{end}" for end in (".safetensors", ".json")}
     for plan, report in reports.items():
-        if report and report.get("rows"):  # a curve has none, and a learned set neither
+        if report and report.get("rows"):  # neither a curve nor a learned set has scores
             copies[f"scores/{folder.name}{plan.replace('_', '.', 1)}.npz"] = f"scores{plan}.npz"
     for kind in _ENDINGS:
         (place / kind).mkdir(exist_ok=True)
@@ -151,14 +151,14 @@ def save(folder: str | Path) -> Path:
 
 
 def restore(name: str, folder: str | Path) -> Path:
-    """Put a shipped run back into a folder of its own, so that it can be measured again.
+    """Rebuild the folder of a shipped run, so that it can be evaluated again.
 
     Args:
-        name: of the run.
-        folder: gets ``recipe.json``, ``run.json``, the weights with their card, and the reports.
+        name: that of the run.
+        folder: receives ``recipe.json``, ``run.json``, the weights with their card, and the reports.
 
     Raises:
-        ValueError: if the run or its weights are not there.
+        ValueError: if the run or its weights are missing.
     """
     check_path(folder, "folder")
     file, weights = find("results", name), find("weights", name)
@@ -167,7 +167,7 @@ def restore(name: str, folder: str | Path) -> Path:
     check_whole(file, record, ("recipe", "about", "settings"), ("settings",))
     run, report = record["run"], record["report"]
     recipe = {"name": run["recipe"], "about": run["about"], **run["settings"]}
-    if report:  # measured as it was
+    if report:  # evaluate as before
         recipe["evaluation"] = report["settings"]
     folder.mkdir(parents=True, exist_ok=True)
     for ending in (".safetensors", ".json"):

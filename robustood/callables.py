@@ -1,7 +1,7 @@
-"""What a callable holds: what it closes over, is bound to, or carries as attributes.
+"""The objects inside a callable: its closure, the object it is bound to, and its attributes.
 
-A model handed over as ``lambda x: net(x)``, an attack as ``functools.partial(pgd, steps=7)``, a rule as a bound
-method: each has parts that matter, such as a network whose mode must be set, or a number that tells two runs apart.
+A model may be passed as ``lambda x: net(x)``, an attack as ``functools.partial(pgd, steps=7)``, a rule as a bound
+method. Each has parts that matter, such as a network whose mode must be set, or a number in which two runs differ.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["codes", "function_state", "modules", "parts"]
 
 
 def parts(value: object) -> dict[str, object]:
-    """The named things inside a callable or an object, one level deep; empty for what cannot be opened.
+    """The objects inside a callable or an object by name, one level deep; empty if there are none.
 
-    Functions give what they keep (:func:`function_state`) and the globals that their code reads; bound methods
-    their owner and function; ``functools.partial`` its function and arguments; other objects attributes and slots.
+    For functions: their own state (:func:`function_state`) and the globals that their code reads; for bound methods:
+    owner and function; for ``functools.partial``: function and arguments; for other objects: attributes and slots.
     """
     if isinstance(value, functools.partial):
         positional = {f"argument {i}": v for i, v in enumerate(value.args)}
@@ -34,15 +34,15 @@ def parts(value: object) -> dict[str, object]:
 
 
 def function_state(function: FunctionType) -> dict[str, object]:
-    """What a function keeps for itself: default values, what it closes over, and its own attributes."""
+    """The state of a function: default values, closure and attributes."""
     own = {f"attribute {name}": value for name, value in vars(function).items()}
     return {**_defaults(function), **_closure(function), **own}
 
 
 def modules(value: object) -> list[nn.Module]:
-    """The outermost networks inside a callable or an object, each once; itself if it is one."""
+    """The outermost networks inside a callable or an object, each once; the object itself if it is one."""
     found: dict[int, nn.Module] = {}
-    seen: dict[int, object] = {}  # holds what it has seen, so that no address is used twice
+    seen: dict[int, object] = {}  # keeps the objects alive, so that no id is reused
     todo = [value]
     while todo:
         each = todo.pop()
@@ -62,7 +62,7 @@ def modules(value: object) -> list[nn.Module]:
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
+    """The code of a function and of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -70,7 +70,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _slots(value: object) -> dict[str, object]:
-    """Filled slots, by the names that Python keeps them under: a private one is known by its class too."""
+    """The values of filled slots by name; the name of a private slot includes its class."""
     found = {}
     for kind in reversed(type(value).__mro__):
         for name, slot in vars(kind).items() if "__slots__" in vars(kind) else ():
@@ -87,7 +87,7 @@ def _defaults(function: FunctionType) -> dict[str, object]:
 
 
 def _globals(function: FunctionType) -> dict[str, object]:
-    """The globals that a function's code reads; an attribute of the same name is not one."""
+    """The globals that a function's code reads; attributes with the same names do not count."""
     names = {
         step.argval
         for code in codes(function.__code__)

@@ -1,9 +1,9 @@
-"""Weights that load or say why not, and checkpoints that survive a crash.
+"""Weight files that are verified when they are loaded, and checkpoints that survive a crash.
 
-Weights are safetensors with a JSON card beside them: recipe, seed, data, versions, metrics and the
-sha256 of the file. A :class:`Checkpoint` holds what a stopped computation needs to go on, such as a run's weights
-and optimiser, and what tells it from another one. Its state is written whole or not at all, and read without
-executing anything (``weights_only``). The last state but one stays beside the last.
+Weights are saved as safetensors with a JSON card beside them: recipe, seed, data, versions, metrics and the
+sha256 of the file. A :class:`Checkpoint` holds what a stopped computation needs to resume, such as the weights
+and the optimiser state of a run, and a fingerprint of the computation. Its state is written completely or not at
+all, and read without executing code (``weights_only``). The previous state is kept as a backup.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def save_weights(path: str | Path, model: nn.Module, **card: object) -> Path:
     """Write a model's weights and their card.
 
     Args:
-        path: ends in ``.safetensors``; the card goes beside it with the ending ``.json``.
-        model: all parameters and persistent buffers are kept.
-        card: what a reader should know: recipe, seed, data, metrics. Must fit into JSON.
+        path: must end in ``.safetensors``; the card is written beside it, with the suffix ``.json``.
+        model: all its parameters and persistent buffers are saved.
+        card: what a reader should know, as JSON values: recipe, seed, data, metrics.
 
     Returns:
         The path of the weights.
 
     Raises:
-        ValueError: for another ending, or a card that JSON cannot hold.
+        ValueError: for another suffix, or a card that JSON cannot represent.
     """
     path = _weights_path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(model).items()}
@@ -67,12 +67,12 @@ def save_weights(path: str | Path, model: nn.Module, **card: object) -> Path:
 
 
 def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -> Json:
-    """Read weights into a model of the same architecture; the model is changed only if all is well.
+    """Read weights into a model of the same architecture; the model is changed only if everything is valid.
 
     Args:
         path: file written by :func:`save_weights`.
         model: receives the weights, on its own device.
-        keys: that the card must have besides those that describe the weights.
+        keys: further keys that the card must have.
 
     Returns:
         The card.
@@ -83,16 +83,16 @@ def load_weights(path: str | Path, model: nn.Module, keys: Sequence[str] = ()) -
     """
     path = _weights_path(path)
     needed = ("architecture", "sha256", *keys)
-    again = "fetch or save it again, with its weights"
+    again = "fetch or save it again, together with its weights"
     card = read_json(file := path.with_suffix(".json"), needed, again)
     if not isinstance(card["sha256"], str) or not isinstance(card["architecture"], dict):
-        raise ValueError(f"{file} is damaged (sha256 is a text, architecture a table); {again}")
+        raise ValueError(f"{file} is damaged (sha256: a string, architecture: an object); {again}")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != card["sha256"]:
         raise ValueError(
             f"{path.name} has sha256 {found[:12]}…, its card says {card['sha256'][:12]}…; "
-            "the file is damaged or not the one described: fetch it again"
+            "the file is damaged or belongs to another card; fetch it again"
         )
     wanted, offered = _architecture(model), card["architecture"]
     if wanted != offered:
@@ -117,7 +117,7 @@ def _weights_path(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"path must end in .safetensors, got {path.name!r}; pickled weights can run code when "
-            "they are opened, so convert them first"
+            "they are loaded, so convert them first"
         )
     return path
 
@@ -132,7 +132,7 @@ def _architecture(model: nn.Module) -> dict[str, list[int | str]]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by ``content`` or leave it as it was, also through a crash or a full disk."""
+    """Replace the content of a file, or leave the file unchanged after a crash or on a full disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -146,12 +146,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a file by a value as JSON, or leave it as it was."""
+    """Write a value as JSON, or leave the file unchanged."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as CSV, with a column for every name that one of them has."""
+    """Write rows as CSV, with one column for each name that occurs in any row."""
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     table = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -161,21 +161,21 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def as_json(value: object, name: str) -> str:
-    """A value as JSON that every reader takes; numbers of NumPy are written as Python's.
+    """A value as standard JSON; NumPy numbers are written as Python numbers.
 
     Raises:
-        ValueError: for what JSON cannot hold, NaN and infinity among it.
+        ValueError: for what JSON cannot represent, including NaN and infinity.
     """
     try:
         return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=_number)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} must fit into JSON: {error}; pass finite numbers, strings and lists"
+            f"{name} must be valid as JSON: {error}; pass finite numbers, strings and lists"
         ) from error
 
 
 def _number(value: object) -> int | float:
-    """A number of NumPy as Python's."""
+    """A NumPy number as a Python number."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -184,15 +184,15 @@ def _number(value: object) -> int | float:
 
 
 def from_json(text: str, keys: Sequence[str] = ()) -> Any:
-    """What a JSON text holds; NaN and infinity, which Python's reader takes, are no JSON.
+    """The value of a JSON text. NaN and infinity are refused: Python's parser takes them, but JSON does not.
 
     Raises:
-        ValueError: for another text, or one without these keys.
+        ValueError: for text that is not JSON, or lacks one of the keys.
     """
 
     def number(word: str) -> float:
         if not math.isfinite(found := float(word)):
-            raise ValueError(f"it holds {word}, which JSON does not know")
+            raise ValueError(f"it contains {word}, which is not valid JSON")
         return found
 
     if not text.strip():
@@ -208,15 +208,16 @@ def from_json(text: str, keys: Sequence[str] = ()) -> Any:
 def read_json(
     path: Path, keys: Sequence[str] = (), fix: str = "delete it or choose another folder"
 ) -> Any:
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Args:
-        path: of the file.
-        keys: that must be in it.
-        fix: what the message advises.
+        path: the file.
+        keys: those that it must have.
+        fix: advice that ends the error message.
 
     Raises:
-        ValueError: for a damaged file, or one without these keys, naming it.
+        FileNotFoundError: if there is no such file.
+        ValueError: for a damaged file, or one that lacks one of the keys; the message names the file.
     """
     check_path(path, "path")
     check_text(fix, "fix")
@@ -225,7 +226,7 @@ def read_json(
         check_text(key, "keys: each")
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path {path} is no file; a run's folder holds its JSON files")
+        raise FileNotFoundError(f"no file {path}; pass a JSON file of a run, such as run.json")
     try:
         return from_json(path.read_text("utf-8-sig"), keys)
     except (ValueError, RecursionError) as error:
@@ -233,19 +234,19 @@ def read_json(
 
 
 class Checkpoint:
-    """The state of a computation, from which the same computation alone goes on.
+    """The state of a computation, from which only the same computation can resume.
 
     Args:
-        path: of the file; its folder is made.
-        kind: what the computation is called in messages, such as "run".
-        identity: of all that it depends on (:func:`robustood.identity.identity`).
+        path: the file; its folder is created.
+        kind: what messages call the computation, such as "run".
+        identity: fingerprint of everything that it depends on (:func:`robustood.identity.identity`).
 
     Attributes:
-        state: what was found; None where nothing was.
+        state: the saved state; None if there is none.
 
     Raises:
-        ValueError: if the folder holds another computation, or a damaged state; if what is to begin cannot be
-            identified and has no name.
+        ValueError: if the folder holds another computation or only damaged states, or if a new computation
+            cannot be identified and has no name.
     """
 
     def __init__(self, path: Path, kind: str, identity: dict[str, str]):
@@ -254,12 +255,12 @@ class Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, state: Json) -> None:
-        """Replace the state, or leave the old one as it was."""
+        """Replace the state, or leave the old one unchanged."""
         write_state(self.path, {"identity": self.identity, **state})
 
 
 def write_state(path: Path, state: Json) -> None:
-    """Write a run's state; the one before it stays beside it as ``NAME.previous``."""
+    """Write a run's state; the previous one is kept beside it as ``NAME.previous``."""
     buffer = io.BytesIO()
     torch.save(_plain(state), buffer)
     payload = buffer.getvalue()
@@ -271,7 +272,7 @@ def write_state(path: Path, state: Json) -> None:
 
 
 def _plain(value: Any) -> object:
-    """A state with the numbers of NumPy as Python's, which alone are read back."""
+    """A state with NumPy numbers as Python numbers, because only those can be read back."""
     if type(value) is dict:
         return {key: _plain(held) for key, held in value.items()}
     if type(value) in (list, tuple):
@@ -281,12 +282,12 @@ def _plain(value: Any) -> object:
 
 
 def read_state(path: Path) -> Json | None:
-    """The last whole state, or None where there is none yet.
+    """The last undamaged state, or None if there is none yet.
 
-    A damaged file is reported with a warning and the one before it is used.
+    For a damaged file a warning is issued and the previous one is used.
 
     Raises:
-        ValueError: if states exist and none is whole.
+        ValueError: if states exist and all are damaged.
     """
     damaged = []
     for candidate in (path, _previous(path)):
@@ -298,12 +299,12 @@ def read_state(path: Path) -> Json | None:
             return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         damaged.append(candidate.name)
         warnings.warn(
-            f"{candidate} is damaged ({len(content)} bytes, wrong sha256) and was left aside",
+            f"{candidate} is damaged ({len(content)} bytes, wrong sha256) and was skipped",
             stacklevel=2,
         )
     if damaged:
         raise ValueError(
-            f"no whole checkpoint in {path.parent}: {', '.join(damaged)} are damaged; "
+            f"no intact checkpoint in {path.parent}; damaged: {', '.join(damaged)}; "
             "delete them to start the run again"
         )
     return None
@@ -314,12 +315,12 @@ def _previous(path: Path) -> Path:
 
 
 def check_same(kept: Json, wanted: Json, holder: str) -> None:
-    """Refuse to go on with what other settings began.
+    """Refuse to resume what was started with other settings.
 
     Args:
-        kept: settings of what was found.
-        wanted: settings of now.
-        holder: how the message begins, such as "run_dir 'x' holds a run".
+        kept: the saved settings.
+        wanted: the current settings.
+        holder: the beginning of the message, such as "run_dir 'x' holds a run".
     """
     for name, value in wanted.items():
         if kept.get(name) != value:

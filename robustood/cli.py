@@ -1,4 +1,4 @@
-"""The command line: train, evaluate and tabulate recipes, and fetch, check and pack images."""
+"""The command line: train and evaluate recipes, show tables of runs, and fetch, check and pack images."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ examples:
   robustood data pack photos/ --name mine:test
   torchrun --nproc-per-node 4 -m robustood train oe_cifar10_fast
 
-A run that was stopped goes on with the same command. Exit codes: 0 done, 2 an error (one line says
-which), 3 the time given by --minutes ran out, 130 interrupted. ROBUSTOOD_DATA names the folder of the
-images. ROBUSTOOD_DEBUG=1 shows where an error arose.
+To resume a run that was stopped, repeat its command. Exit codes: 0 done, 2 error (explained in one line),
+3 the time given by --minutes ran out, 130 interrupted. ROBUSTOOD_DATA names the folder that holds the
+images. ROBUSTOOD_DEBUG=1 shows the traceback of an error.
 """
 
 
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: default those of the process.
+        arguments: default: those of the process.
 
     Returns:
-        The exit code, which is 0 for done, 2 for an error, 3 for out of time and 130 for interrupted.
+        The exit code: 0 done, 2 error, 3 out of time, 130 interrupted.
     """
     given = parser().parse_args(arguments)
     try:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 distributed.join()
             return given.command(given)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last state")
+        _say("interrupted; the same command resumes from the last saved state")
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("ROBUSTOOD_DEBUG"):
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Terminable:
-    """Context in which SIGTERM, as from a cluster's scheduler, stops a run as Ctrl-C does."""
+    """Context in which SIGTERM, such as from the scheduler of a cluster, stops a run as Ctrl-C does."""
 
     def __enter__(self) -> None:
         try:
             self.before = signal.signal(signal.SIGTERM, self.stop)
-        except ValueError:  # not the main thread: signals are another's business
+        except ValueError:  # not the main thread, which alone can handle signals
             self.before = None
 
     def __exit__(self, *_: object) -> None:
@@ -86,25 +86,25 @@ class _Terminable:
 
 
 def _explained(error: Exception) -> str:
-    """One line about an error, with what to do where the system's own words do not say it."""
+    """One line about an error, with advice if it comes from the operating system."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and ";" not in error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return (
-            f"{error.strerror}{where}; nothing that was written before is lost: mend this (robustood train takes "
-            "another folder by --folder), then give the same command"
+            f"{error.strerror}{where}; nothing written before is lost: fix the cause (or choose another folder for "
+            "robustood train by --folder), then repeat the command"
         )
     return text
 
 
 def _say(line: str) -> None:
-    """Print a line at once, by the first process alone."""
+    """Print a line at once, in the first process only."""
     if distributed.rank() != 0:
         return
     try:
-        tqdm.write(line)  # above a progress bar, where there is one
+        tqdm.write(line)  # above the progress bar, if there is one
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody listens any more, as after "| head": a run goes on in silence
+    except BrokenPipeError:  # the reader is gone, as after "| head": continue without output
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -112,7 +112,7 @@ def _say(line: str) -> None:
 
 
 def _train(given: argparse.Namespace) -> int:
-    """Train by a recipe."""
+    """Train a recipe."""
     recipe = recipes.read(given.recipe, given.set)
     folder = given.run or Path("runs") / recipe.name
     device = _chosen(given.device)
@@ -121,65 +121,65 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    """Measure a finished run."""
+    """Evaluate a finished run."""
     for change in given.set:
         if not change.strip().startswith("evaluation."):
             raise ValueError(
-                f"--set {change}: weights are measured as they were trained; only evaluation.* may "
-                "change here"
+                f"--set {change}: a finished run keeps the settings of its training; change only "
+                "evaluation.* here"
             )
     shipped = {run["folder"] for run in results.load()}
     if not given.run.exists() and str(given.run) in shipped:
         name, given.run = str(given.run), Path("runs") / "shipped" / given.run
         if not given.run.exists():
             _say(
-                f"the weights that ship with the project go to {artefacts.restore(name, given.run)}"
+                f"the run that ships with the project is copied to {artefacts.restore(name, given.run)}"
             )
     file = given.run / "recipe.json"
     if not file.is_file():
         raise ValueError(
-            f"no run in {given.run}: it holds no recipe.json; robustood train makes one, and the runs "
-            f"that ship with the project are {', '.join(sorted(shipped))}"
+            f"no run in {given.run}: there is no recipe.json; make a run with robustood train, or take one "
+            f"that ships with the project: {', '.join(sorted(shipped))}"
         )
     recipe = recipes.read(file, given.set, given.plan)
-    if distributed.rank() == 0:  # several processes would measure the same
+    if distributed.rank() == 0:  # all processes would measure the same
         device = _chosen(given.device)
         report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=_say)
         if not given.plan:
             _say(results.table(results.load(given.run)))
         ending = f"_{given.plan}" if given.plan else ""
-        beside = f", scores: scores{ending}.npz beside it" if report["rows"] else ""
-        _say(f"in full: {given.run / f'report{ending}.json'}{beside}")
+        beside = f", scores in scores{ending}.npz beside it" if report["rows"] else ""
+        _say(f"full report: {given.run / f'report{ending}.json'}{beside}")
     return 0
 
 
 def _table(given: argparse.Namespace) -> int:
-    """One line per run."""
+    """Show one row per run."""
     folders = given.runs or ([Path("runs")] if Path("runs").is_dir() else [])
     runs = [run for folder in folders for run in results.load(folder)]
-    if not given.runs:  # a run's own folder knows more than what was saved of it
+    if not given.runs:  # the folder of a run takes precedence over its saved results
         own = {run["folder"]: run["run"] for run in runs}
         for shipped in results.load():
             name = shipped["folder"]
             if name not in own:
                 runs.append(shipped)
-            elif shipped["run"] != own[name]:  # another run by the same name
+            elif shipped["run"] != own[name]:  # another run of the same name
                 runs.append({**shipped, "folder": f"{name} (shipped)"})
     if not runs:
-        raise ValueError("no runs here; make one by robustood train RECIPE")
+        raise ValueError("no runs here; make one with robustood train RECIPE")
     _say(results.table(runs, markdown=given.markdown))
     return 0
 
 
 def _save(given: argparse.Namespace) -> int:
-    """Save finished runs among the results that ship with the project."""
+    """Add finished runs to the results that ship with the project."""
     for run in given.runs:
         _say(str(artefacts.save(run)))
     return 0
 
 
 def _list_recipes(given: argparse.Namespace) -> int:
-    """The recipes with what they are about."""
+    """List the recipes, with a line about each."""
     width = max(map(len, recipes.names()))
     for name in recipes.names():
         _say(f"{name:{width}}  {recipes.read(name).about}")
@@ -187,7 +187,7 @@ def _list_recipes(given: argparse.Namespace) -> int:
 
 
 def _fetch(given: argparse.Namespace) -> int:
-    """Download sets and keep them as packs."""
+    """Download sets of images and store them as packs."""
     for name in given.names:
         made = data.fetch(name, root=given.data)
         _say(f"{name}: {', '.join(str(path) for path in made)}")
@@ -195,7 +195,7 @@ def _fetch(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    """Read sets in full, compare them with their checksums, and say what they hold."""
+    """Read whole sets, verify their checksums, and report their content."""
     there = data.available(given.data)
     for asked in given.names or there:
         for name in [s for s in there if s.split(":")[0] == asked] or [asked]:
@@ -211,7 +211,7 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _pack(given: argparse.Namespace) -> int:
-    """Make a pack of a folder of images."""
+    """Make a pack from a folder of images."""
     name, _, split = given.name.partition(":")
     made = data.folder(given.folder, name, given.size, given.data, split or None)
     called = f"{name}{given.size if given.size != 32 else ''}{':' if split else ''}{split}"
@@ -222,16 +222,16 @@ def _pack(given: argparse.Namespace) -> int:
 
 
 def _chosen(device: str | None) -> torch.device | None:
-    """The device that was asked for; of several processes on GPUs each takes its own."""
+    """The requested device; of several processes with GPUs, each takes its own."""
     own = os.environ.get("LOCAL_RANK")
     if device is None:
         return torch.device(f"cuda:{own}") if own and torch.cuda.is_available() else None
     found = torch.device(device)
-    if own and found.type == "cuda":  # one GPU a process, whatever index was asked for
+    if own and found.type == "cuda":  # one GPU per process, whatever index was requested
         found = torch.device(f"cuda:{own}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {device}: torch sees no CUDA device here; leave it out for a CPU"
+            f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU"
         )
     return found
 
@@ -255,62 +255,62 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(command=work)
         return added
 
-    trains = command(_train, "train", "train by a recipe, or go on with a run that was stopped")
-    measures = command(_evaluate, "evaluate", "measure a finished run, clean and under attack")
+    trains = command(_train, "train", "train a recipe, or resume a run that was stopped")
+    measures = command(_evaluate, "evaluate", "evaluate a finished run, clean and under attack")
     _add_run_options(trains, measures)
-    tables = command(_table, "table", "one line per run: accuracy, AUROC clean and attacked, price")
+    tables = command(_table, "table", "show one row per run: accuracy, AUROC, cost")
     tables.add_argument(
         "runs", nargs="*", type=_place, metavar="RUN_DIR",
         help="folders of runs (default: runs/* and the results that ship with the project)",
     )  # fmt: skip
-    tables.add_argument("--markdown", action="store_true", help="with bars, for a text file")
+    tables.add_argument("--markdown", action="store_true", help="print a Markdown table")
     command(_list_recipes, "recipes", "list the recipes")
-    saves = command(_save, "save", "save finished runs in the data/ of a checkout, to ship with it")
+    saves = command(_save, "save", "save finished runs in data/ of a checkout, to ship with it")
     saves.add_argument("runs", nargs="+", type=_place, metavar="RUN_DIR", help="folders of runs")
-    loads = command(_fetch, "fetch", "download sets and keep them as packs", actions)
+    loads = command(_fetch, "fetch", "download sets of images and store them as packs", actions)
     loads.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10 or svhn:train")
-    checks = command(_check, "check", "read packs in full and say what they hold", actions)
+    checks = command(_check, "check", "verify packs and report their content", actions)
     checks.add_argument("names", nargs="*", metavar="NAME", help="default: all in the folder")
-    packs = command(_pack, "pack", "make a pack of a folder of images of your own", actions)
+    packs = command(_pack, "pack", "make a pack from a folder of your own images", actions)
     packs.add_argument(
-        "folder", type=_place, metavar="FOLDER", help="one folder per class inside it"
+        "folder", type=_place, metavar="FOLDER", help="folder with one subfolder per class"
     )
-    packs.add_argument("--name", required=True, help="what recipes call it, such as mine:test")
+    packs.add_argument("--name", required=True, help="its name in recipes, such as mine:test")
     packs.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
-    where = "folder of the packs (default: ROBUSTOOD_DATA)"
+    where = "folder that holds the packs (default: ROBUSTOOD_DATA)"
     for added in (trains, measures, loads, checks, packs):
         added.add_argument("--data", type=_place, metavar="DIR", help=where)
     return top
 
 
 def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
-    """The options of the two commands that compute."""
+    """Add the options of train and evaluate."""
     trains.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
-    budget = "stop in time to keep this budget (exit code 3); the same command goes on"
+    budget = "stop before these minutes are over (exit code 3); the same command resumes"
     trains.add_argument("--minutes", type=_minutes, default=math.inf, help=budget)
-    folder = "of the run (default: runs/RECIPE); torchrun takes --run for an option of its own"
+    folder = "folder of the run (default: runs/RECIPE); under torchrun, write --folder"
     trains.add_argument("--folder", "--run", dest="run", type=_place, metavar="DIR", help=folder)
     run = "folder of the run, or the name of one that ships with the project"
     measures.add_argument("run", type=_place, metavar="RUN_DIR", help=run)
-    plan = f"a further evaluation beside the recipe's own: {', '.join(recipes.plans())}"
+    plan = f"another evaluation than the recipe's own: {', '.join(recipes.plans())}"
     measures.add_argument("--plan", default="", metavar="PLAN", help=plan)
     change = (
-        "change one key of the recipe, such as training.epochs=3; may be repeated; evaluate changes "
-        "evaluation.* alone"
+        "change one key of the recipe, such as training.epochs=3; may be repeated; for evaluate, only "
+        "evaluation.* keys"
     )
-    device = 'such as "cpu" or "cuda:1" (default: CUDA where there is one)'
+    device = 'such as "cpu" or "cuda:1" (default: CUDA if available)'
     for added in (trains, measures):
         added.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
         added.add_argument("--device", help=device)
 
 
 def _place(text: str) -> Path:
-    """A file or a folder; a shell does not see the ``~`` in ``--data=~/packs``."""
+    """A file or a folder; shells do not expand the ``~`` in ``--data=~/packs``."""
     return Path(text).expanduser()
 
 
 def _minutes(text: str) -> float:
-    """A number of minutes, or a clear refusal."""
+    """A number of minutes."""
     try:
         value = float(text)
     except ValueError:

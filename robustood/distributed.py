@@ -1,6 +1,6 @@
-"""Several processes that train as one, each on its part of every batch; the result is that of one up to rounding.
+"""Training with several processes, each on its part of every batch; the result equals that of one up to rounding.
 
-Without other processes every function is the trivial one, so that code does not ask whether there are any.
+With a single process every function does the trivial thing, so that callers need not check whether there are others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def join() -> int:
-    """Join the processes that ``torchrun`` started, if it did; returns the rank."""
+    """Join the processes that ``torchrun`` started, if any; returns the rank."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
@@ -35,17 +35,17 @@ def join() -> int:
 
 
 def rank() -> int:
-    """Number of this process; 0 without others."""
+    """The number of this process, counted from 0; 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean over the processes; it may be written into ``values``."""
+    """The mean over the processes; ``values`` may be overwritten."""
     if world() > 1:
         dist.all_reduce(values)
         values = values / world()
@@ -69,11 +69,11 @@ def check_divisible(size: int, name: str, parts: int = 1) -> None:
 
 
 def wrapped(model: nn.Module) -> nn.Module:
-    """The model whose gradients and batch statistics are those of all processes; itself without others."""
+    """The model with gradients and batch statistics shared by all processes; the model itself if there is only one."""
     if world() == 1:
         return model
     _synchronise_batch_norm(model)
-    # The wrapper would send the buffers at each forward; they are equal already.
+    # The wrapper would send the buffers at each forward pass, though they are equal already.
     known = inspect.signature(DistributedDataParallel).parameters
     sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     how: dict[str, Any] = {sent: False}
@@ -84,9 +84,9 @@ def wrapped(model: nn.Module) -> nn.Module:
 
 
 def _synchronise_batch_norm(model: nn.Module) -> None:
-    """Let batch normalisation see the batch of all processes, on any device.
+    """Make batch normalisation use the batches of all processes, on any device.
 
-    torch's own synchronised layer needs a GPU; this one is the formula.
+    torch's own synchronised layer needs a GPU; this one computes the formula directly.
     """
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and "forward" not in vars(layer):
@@ -101,7 +101,7 @@ def release_batch_norm(model: nn.Module) -> None:
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over the processes, through which gradients flow back to all."""
+    """The sum over the processes, with gradients for all of them."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _shared_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
     if steps is not None and means is not None and variances is not None:
         with torch.no_grad():
             steps += 1
-            momentum = layer.momentum or 1 / float(steps)  # None: a plain mean
+            momentum = layer.momentum or 1 / float(steps)  # None: the mean over all steps
             means.lerp_(centre, momentum)
             variances.lerp_(variance * count / (count - 1), momentum)
     scale = layer.weight * (variance + layer.eps).rsqrt()

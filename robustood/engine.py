@@ -1,13 +1,15 @@
-r"""How a network is run fast, and how far a run is from the floor.
+r"""How to run a network fast, and how close a training run comes to its minimum time.
 
-An :class:`Engine` says in which number format and memory layout a network computes and whether it is
-compiled; images, perturbations, losses and weights stay float32. The *floor* of a training step is what its
-passes must cost: k steps of an attack are k forwards and k backwards to the input, the update one
-forward and a backward to input and weights, which is twice as dear, $(2k + 3) F$ an image for a forward
-of $F$ floating-point operations. (A choice of the best iterate is one forward more.) The operations of a run's
-step are counted as it takes them; tests hold them to the formula. The time of the floor is measured, not
-taken from a data sheet: what these operations take at the rate of the bare update of the same network in the
-same engine.
+An :class:`Engine` sets the number format and memory layout in which a network computes and whether it is
+compiled; images, perturbations, losses and weights stay float32.
+
+The *floor* of a training step is its minimum time: the time of its forward and backward passes alone. A forward
+pass costs $F$ floating-point operations per image, and so does a backward pass to the input only; a backward pass to
+input and weights costs $2F$. An attack of k steps takes k forward and k backward passes to the input, the update one
+forward pass and one backward pass to input and weights, together $(2k + 3) F$ per image. (Choosing the best iterate
+takes one more forward pass.) The operations of a step are counted while it runs; tests compare the count with the
+formula. The floor divides this count by a measured rate, not one from a data sheet: the operations per second
+of a bare update, one forward and one backward pass of the same network in the same engine.
 """
 
 from __future__ import annotations
@@ -47,12 +49,12 @@ __all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchron
 
 Precision = Literal["float32", "bf16"]
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-# Dense bf16 operations a second of data-centre GPUs, from their makers' data sheets.
+# Peak dense bf16 operations per second of data-centre GPUs, from the manufacturers' data sheets.
 _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
 
 def _check_backend(compile: bool | str) -> None:
-    """Refuse what is neither a flag nor the name of a backend."""
+    """Refuse a value that is neither a bool nor the name of a backend."""
     if isinstance(compile, str):
         check_choice(compile, "compile", torch.compiler.list_backends(exclude_tags=()))
     else:
@@ -64,12 +66,12 @@ class Engine:
     """How a network is run.
 
     Attributes:
-        precision: of the network's own arithmetic; ``"bf16"`` by autocast, with float32 weights, inputs
-            and outputs.
-        channels_last: memory layout of the network and of what enters it.
+        precision: number format inside the network; ``"bf16"`` uses autocast and keeps weights, inputs and
+            outputs in float32.
+        channels_last: use this memory layout for the network and its inputs.
         compile: compile the network, and each attack on a norm ball in eval mode as one graph; a string
             names a backend of ``torch.compile``.
-        measured: images a second of forward and backward that led to the choice (:func:`choose`).
+        measured: images per second of forward and backward passes, on which the choice was based (:func:`choose`).
     """
 
     precision: Precision = "float32"
@@ -81,17 +83,17 @@ class Engine:
         check_choice(self.precision, "precision", _PRECISIONS)
         check_flag(self.channels_last, "channels_last")
         _check_backend(self.compile)
-        check_mapping(self.measured, "measured", "{name: images a second}")
+        check_mapping(self.measured, "measured", "{name: images per second}")
         for name, rate in self.measured.items():
             check_number(rate, f"measured[{name!r}]", 0)
 
     def run(self, model: nn.Module) -> nn.Module:
-        """The model as training calls it; itself where nothing is to be done."""
+        """The model wrapped for training; the model itself if there is nothing to wrap."""
         return model if self == Engine() and distributed.world() == 1 else Running(model, self)
 
 
 class Running(nn.Module):
-    """A network inside an engine. Anything that is no forward is the network's own."""
+    """A network run by an engine. All attributes but ``forward`` are those of the network."""
 
     def __init__(self, model: nn.Module, engine: Engine):
         super().__init__()
@@ -99,7 +101,7 @@ class Running(nn.Module):
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         network = distributed.wrapped(model)
-        # In a dictionary, where nn.Module does not find a second network.
+        # In a dictionary, so that nn.Module does not register a second network.
         self.calls: dict[str, Callable[..., Any]] = {"update": network}
         self.climb = self.compiled_ascent if engine.compile else None
         if engine.compile:
@@ -120,11 +122,11 @@ class Running(nn.Module):
     def compiled_ascent(
         self, objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
     ) -> tuple[Tensor, Tensor]:
-        """:func:`robustood.attacks.ascent`, compiled on balls, where the network's statistics stay as they are."""
+        """:func:`robustood.attacks.ascent`, compiled for norm balls if the network is in eval mode."""
         if not isinstance(within, Ball) or self.module.training:
             return ascent(objective, x, z, within, *how)
         found, values = self.calls["ascent"](objective, x, z, within, *how, gradient=_traceable)
-        return found.clone(), values.clone()  # a replayed graph writes over what it returned before
+        return found.clone(), values.clone()  # the next replay of the graph overwrites its outputs
 
     def forward(self, x: Tensor) -> Tensor:
         attacked = not any(p.requires_grad for p in self.module.parameters())
@@ -139,7 +141,7 @@ class Running(nn.Module):
 def _traceable(
     objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`robustood.attacks.value_and_grad` in the form that a compiler can trace."""
+    """:func:`robustood.attacks.value_and_grad` in a form that the compiler can trace."""
     total = lambda z: climb_at(objective, x, z, within)
     grad, (moved, climb, judge) = torch.func.grad(total, has_aux=True)(z)
     return moved.detach(), climb.detach(), judge.detach(), grad
@@ -147,7 +149,7 @@ def _traceable(
 
 @contextmanager
 def running(model: nn.Module, engine: Engine) -> Generator[nn.Module]:
-    """The model as training calls it; afterwards it is as its owner knows it, also after an error."""
+    """The model wrapped for training; on exit, also after an error, layout and layers are restored."""
     try:
         yield engine.run(model)
     finally:
@@ -155,11 +157,11 @@ def running(model: nn.Module, engine: Engine) -> Generator[nn.Module]:
         model.to(memory_format=torch.contiguous_format)
 
 
-# --- what a step costs
+# --- the cost of a step
 
 
 def flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of a call, two a multiply-add.
+    """Floating-point operations of the matrix products and convolutions in a call; a multiply-add counts as two.
 
     >>> flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
     60
@@ -170,16 +172,16 @@ def flops(step: Callable[[], object]) -> int:
 
 
 def synchronised_time(device: torch.device) -> float:
-    """The time, after the device has done what it was asked."""
+    """The time in seconds, read after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
-    """Median time of a call, after one to warm up; of as many as take ``least`` seconds together.
+    """Median time of a call: one call to warm up, then as many as take ``least`` seconds in total.
 
-    Several processes make the same number of calls, because a call may wait for the others.
+    Several processes make the same number of calls, because one call may wait for the others.
     """
     call()
     took: list[float] = []
@@ -191,7 +193,7 @@ def _median_seconds(call: Callable[[], object], device: torch.device, least: flo
 
 
 def _bare_update(model: nn.Module, x: Tensor) -> None:
-    """One forward and one backward with weights; the gradients are thrown away."""
+    """One forward and one backward pass to the weights; the gradients are discarded."""
     logits = model(x)
     cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64, device=x.device)).backward()
     for p in model.parameters():
@@ -207,17 +209,17 @@ def choose(
     compile: bool | Literal["auto"] = "auto",
     batch_size: int = 64,
 ) -> Engine:
-    """The engine that pays on this machine, by a measurement of some seconds on a CPU.
+    """The fastest engine for this machine; on a CPU it is found by a measurement of a few seconds.
 
-    bf16 makes some chips six times as fast and others ten times as slow; it is chosen where it gains at
-    least a fifth. A GPU gets bf16, channels_last and compilation, if it knows bf16.
+    bf16 makes some chips six times as fast and others ten times slower; on a CPU it is chosen if it is at least
+    20 % faster. A GPU gets channels_last and compilation, and bf16 if it supports it.
 
     Args:
-        model: left as it is.
+        model: not changed.
         shape: of one input, such as (3, 32, 32).
-        device: default the model's.
-        precision, channels_last, compile: "auto", or a choice that is not to be measured.
-        batch_size: of the measurement.
+        device: default: the model's.
+        precision, channels_last, compile: "auto", or a fixed choice that is used without a measurement.
+        batch_size: number of images per batch in the measurement.
     """
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
     check_several(shape, "shape", "whole numbers, those of one input such as (3, 32, 32)")
@@ -231,7 +233,7 @@ def choose(
         "compile": compile,
     }
     given = {name: v for name, v in given.items() if not (isinstance(v, str) and v == "auto")}
-    plain = Engine(**given)  # which refuses what is given wrongly
+    plain = Engine(**given)  # refuses invalid values
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -254,11 +256,11 @@ def choose(
 
 @dataclass
 class Meter:
-    """Operations and bare rate of a run's step, measured once at its start.
+    """Operations of a training step and their rate in a bare update, measured once at the start of a run.
 
     Attributes:
-        flops: of one step, on this process: attack, forward, backward.
-        bare: operations a second of the bare update.
+        flops: operations of one step in this process: attack, forward and backward pass.
+        bare: operations per second of a bare update.
     """
 
     flops: int
@@ -272,19 +274,19 @@ class Meter:
         objective: Callable[[nn.Module, Batch], Tensor],
         batch: Batch,
     ) -> Meter:
-        """Take one step and some bare updates; weights, buffers and gradients are put back.
+        """Measure one step and some bare updates; weights and buffers are restored, gradients cleared.
 
         Args:
             model: the network.
-            running: the same in its engine.
-            objective: of the run.
-            batch: as many inputs and outliers as a step sees.
+            running: the same network in its engine.
+            objective: that of the run.
+            batch: as many inputs and outliers as in a step.
         """
         x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
         climbing = replace(batch, climb=getattr(running, "climb", None))
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         model.train()
-        objective(running, climbing).backward()  # what has to be compiled is compiled here
+        objective(running, climbing).backward()  # compiles what has to be compiled
         whole = flops(lambda: objective(model, batch).backward())
         update = flops(lambda: _bare_update(model, x))
         took = _median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
@@ -294,11 +296,11 @@ class Meter:
         return cls(whole, update / took)
 
     def report(self, engine: Engine, per_step: float, images: int, device: torch.device) -> dict:
-        """What a run's record says of its speed.
+        """The speed of a run, as its record keeps it.
 
         Args:
-            per_step: measured seconds a step.
-            images: in-distribution images a step, of all processes.
+            per_step: measured seconds per step.
+            images: in-distribution images per step, over all processes.
         """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         floor = self.flops / self.bare

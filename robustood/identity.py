@@ -1,13 +1,13 @@
-"""What tells one run from another, so that nothing comes back that belongs to another run.
+"""Fingerprints of runs, so that a run resumes only from its own state.
 
-An object is its class, its attributes, all the way down, and its tensors. A function is its code, its default
-values, what it closes over and the globals that it reads. What an installed library defines is known by its
-name; a class or a function of one's own by its code. What cannot be told apart by looking, such as an open file
-or a generator, is refused until the caller names it.
+The fingerprint of an object covers its class and, recursively, its attributes and tensors. That of a function covers
+its code, its default values, its closure and the globals that it reads. Classes and functions of installed
+libraries count by name, those of the user by their code. An object whose content cannot be inspected, such as an open
+file or a generator, is refused unless the caller passes a name that stands for it.
 
-Three limits. Code is compared as compiled: another Python version asks for a run that has a name, or for a new
-folder. What a function imports while it runs, or finds by a name made up on the way, is not seen. In a
-dataclass, a field with ``compare=False`` does not count, as its author said.
+There are three limits. Code is compared in compiled form, so under another Python version a run resumes only if it
+has a name; otherwise it needs a new folder. Modules that a function imports while it runs, and objects whose names
+it computes, are not covered. In a dataclass, fields with ``compare=False`` do not count.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ __all__ = ["check_identity", "describe", "identity"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _COMPILER = sys.implementation.cache_tag or sys.version.split()[0]
-_OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables, looked at one by one
-_UNKNOWN = " that cannot be told from another by looking"
-_TOLD = 200  # characters of a plain value that are told in full
-_AS = "as "  # how what was told before is told again
+_OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables: read one by one
+_UNKNOWN = " that cannot be identified"
+_TOLD = 200  # a plain value is written in full below this number of characters
+_AS = "as "  # begins the text of a part that equals an earlier one
 
 
 def identity(name: str | None = None, **things: object) -> dict[str, str]:
-    """What these things are, down to their last part: the same text in every process, another for another thing.
+    """The fingerprint of some objects and all their parts: equal in every process, different for different objects.
 
     Args:
-        name: stands for what cannot be identified.
-        things: by the names that messages call them.
+        name: stands for parts that cannot be identified.
+        things: the objects, by the names that messages use.
 
     Returns:
-        Texts by the path of each part, such as ``{"detector.temperature": "1.0"}``. Equal parts are told once.
+        A text for the path of each part, such as ``{"detector.temperature": "1.0"}``. Of equal parts, all but the
+        first refer to the first.
     """
     found, places = {"name": repr(name)}, {}
     for label, value in things.items():
@@ -73,25 +74,25 @@ def identity(name: str | None = None, **things: object) -> dict[str, str]:
 
 
 def check_identity(state: dict[str, Any] | None, wanted: dict[str, str], holder: str) -> None:
-    """Refuse to go on with what other things began, or to begin with what cannot be identified.
+    """Refuse to resume another run, or to start a run that cannot be identified.
 
     Args:
-        state: of the run that was found, with its ``"identity"``; None where there is none.
-        wanted: identity of now.
-        holder: how the message begins, such as "run_dir 'x' holds a run".
+        state: the saved state with its ``"identity"``; None if there is none.
+        wanted: the fingerprint of the current run.
+        holder: the beginning of the message, such as "run_dir 'x' holds a run".
     """
     if state is None:
         for path, text in wanted.items():
             if text.endswith(_UNKNOWN):
                 raise ValueError(
-                    f"{path} is a {text}, so a later call could not know its run again; pass "
-                    'name="...", which stands for it, and another name when it changes'
+                    f"{path} is a {text}, so a later call could not recognise its run; pass "
+                    'name="..." to stand for it, and another name when it changes'
                 )
         return
     if (kept := state.get("identity")) is None:
         raise ValueError(
-            f"{holder} of an earlier version, which did not keep all that tells runs apart; choose "
-            "another folder or delete this one"
+            f"{holder} of an earlier version, whose state has no fingerprint; choose another folder "
+            "or delete this one"
         )
     todo, compared = [*dict.fromkeys([*wanted, *kept])], set()
     for path in todo:
@@ -99,12 +100,12 @@ def check_identity(state: dict[str, Any] | None, wanted: dict[str, str], holder:
         before, now = (each.get(place, "nothing") for each, place in zip((kept, wanted), places))
         other_python = before != now and _compiler(before) != _compiler(now)
         if before != now and not (other_python and wanted["name"] != "None"):
-            hint = " (another Python compiled it: with a name the run would go on)" * other_python
+            hint = " (compiled by another Python; a run with a name would resume)" * other_python
             raise ValueError(
-                f"{holder} with {path} = {before}, not {now}{hint}; go on with the former, choose "
-                "another folder or delete this one"
+                f"{holder} with {path} = {before}, not {now}{hint}; use the former, choose another "
+                "folder or delete this one"
             )
-        if places[0] != places[1] and places not in compared:  # told elsewhere in one of the two
+        if places[0] != places[1] and places not in compared:  # equal to another part
             compared.add(places)
             for each, place in zip((kept, wanted), places):
                 inside = (k for k in each if k.startswith((f"{place}.", f"{place}[")))
@@ -112,9 +113,9 @@ def check_identity(state: dict[str, Any] | None, wanted: dict[str, str], holder:
 
 
 def describe(value: object) -> str:
-    """One line about a thing for people: without addresses, and the same in every process.
+    """A readable line about an object: without memory addresses, and the same in every process.
 
-    Functions are named, dataclasses taken apart; a digest stands for what is longer.
+    Functions are given by name, dataclasses field by field, larger objects by a digest.
     """
     if is_dataclass(value) and not isinstance(value, type):
         told = [f.name for f in fields(value) if f.compare]
@@ -130,12 +131,12 @@ def describe(value: object) -> str:
     return f"{node.text} {node.digest[:16]}" if node.inner else node.text
 
 
-# --- how the parts are told
+# --- from objects to texts
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A part: what it is, and the parts inside it."""
+    """A part: its text, and the parts inside it."""
 
     text: str
     inner: dict[str, _Node]
@@ -157,7 +158,7 @@ def _tell(label: str, node: _Node, found: dict[str, str], places: dict[str, str]
 
 
 def _place(found: dict[str, str], path: str) -> str:
-    """Where the text of a path stands: there, or at the equal part that was told before; "" for nowhere."""
+    """The path under which the text of a part is kept: its own, or that of an equal part; "" if there is none."""
     while path not in found or found[path].startswith(_AS):
         heads = (h for h in _heads(path) if found.get(h, "").startswith(_AS))
         if (head := next(heads, None)) is None:
@@ -167,18 +168,18 @@ def _place(found: dict[str, str], path: str) -> str:
 
 
 def _heads(path: str) -> Iterator[str]:
-    """The path and the paths above it."""
+    """A path and all paths above it, the longest first."""
     ends = [i for i, letter in enumerate(path) if letter in ".["]
     yield from (path[:end] for end in [len(path), *reversed(ends)])
 
 
 def _compiler(text: str) -> str:
-    """Of a function's code, the Python that compiled it; of anything else nothing that counts."""
+    """The Python version that compiled a function's code; the current one for any other text."""
     return text.split()[1] if text.startswith("code ") else _COMPILER
 
 
 class _Parts(NamedTuple):
-    """What something is in words, and what it holds by name."""
+    """The text of an object, and the objects inside it by name."""
 
     text: str
     inner: Mapping[str, object] = MappingProxyType({})
@@ -186,21 +187,21 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Used:
-    """A module of the user's own, of which a function's code can reach these names."""
+    """A module of the user, and the names that a function's code can reach in it."""
 
     module: ModuleType
     names: frozenset[str]
 
 
 class _Look:
-    """One look through an object; what is met twice is opened once."""
+    """One traversal of an object, which opens each part only once."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[_Node, object]] = {}  # with the thing: no id is used twice
+        self.seen: dict[int, tuple[_Node, object]] = {}  # the objects: no id is reused
         self.above: list[object] = []
 
     def at(self, value: object) -> _Node:
-        """The part and all inside it."""
+        """The node of an object, with everything inside it."""
         if type(value) in _PLAIN:
             return _Node(_plain(value), {})
         if id(value) in self.seen:
@@ -218,7 +219,7 @@ class _Look:
         return node
 
     def open(self, value: Any) -> _Parts:
-        """What something is, one level deep."""
+        """The text and the parts of an object, one level deep."""
         kind = type(value)
         if isinstance(value, (Tensor, np.ndarray)):
             return _array(value)
@@ -263,7 +264,7 @@ class _Look:
         return self.thing(value)
 
     def pairs(self, value: dict[object, object]) -> _Parts:
-        """A dictionary, whose order counts: whoever goes through it meets the first entry first."""
+        """A dictionary; its order counts, because iteration depends on it."""
         keys = {key: self.at(key) for key in value}
         names = [node.digest[:16] if node.inner else node.text for node in keys.values()]
         inner = {f"[{n}]": part for n, part in zip(names, value.values(), strict=True)}
@@ -272,7 +273,7 @@ class _Look:
         return _Parts(order if len(order) < _TOLD else f"dict {_digest(order)}", inner)
 
     def network(self, value: nn.Module) -> _Parts:
-        """A network: own attributes, children in their order, tensors, hooks, and which tensors are one."""
+        """A network: its own attributes, children in order, tensors, hooks and tied tensors."""
         kind, tables = type(value), vars(value)
         text = (
             f"{_called(kind)} of {', '.join(value._modules)}" if value._modules else _called(kind)
@@ -282,7 +283,7 @@ class _Look:
         own = {k: v for k, v in _attributes(value).items() if k not in _OF_EVERY_NETWORK}
         held = {k: v for t in ("_modules", "_parameters", "_buffers") for k, v in tables[t].items()}
         hooks: dict[str, object] = {
-            table: [*hooks.values()]  # by numbers that differ from process to process
+            table: [*hooks.values()]  # without their keys, which differ between processes
             for table, hooks in tables.items()
             if table in _OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
         }
@@ -297,11 +298,11 @@ class _Look:
         return _Parts(text, {**_own_class(kind), **own, **held, **hooks})
 
     def thing(self, value: object) -> _Parts:
-        """object other object: by its attributes, or by what it would be made from again (as in ``pickle``)."""
+        """Any other object: by its attributes, or by what ``pickle`` would rebuild it from."""
         kind = type(value)
         if isinstance(getattr(value, "__qualname__", None), str) and _of_library(value):
             return _Parts(_called(value))
-        made = "__wrapped__" in getattr(value, "__dict__", {})  # a cache around a function
+        made = "__wrapped__" in getattr(value, "__dict__", {})  # a function with a cache
         library = _installed(_module_of(kind))
         again = (
             kind.__reduce_ex__ is not object.__reduce_ex__
@@ -312,7 +313,7 @@ class _Look:
         try:
             reduce: Any = copyreg.dispatch_table.get(kind)
             recipe: Any = reduce(value) if reduce else value.__reduce_ex__(4)
-        except Exception:  # whatever a class raises that does not want to be copied
+        except Exception:  # a class may refuse to be copied with any error
             return _Parts(_called(kind) + _UNKNOWN)
         if isinstance(recipe, str):
             return _Parts(f"{_called(kind)} {getattr(value, '__module__', '')}.{recipe}")
@@ -322,7 +323,7 @@ class _Look:
         return _Parts(_called(kind), inner | {k: v for k, v in listed.items() if v})
 
     def compiled(self, code: CodeType) -> str:
-        """Digest of a function's code and of the code inside it; not of where it stands."""
+        """Digest of a function's code and of the code inside it, whatever file and line it comes from."""
         constants = [
             self.compiled(each) if isinstance(each, CodeType) else self.at(each).digest
             for each in code.co_consts
@@ -337,14 +338,14 @@ def _digest(text: str) -> str:
 
 
 def _plain(value: object) -> str:
-    """A number or a text in full, a long one by a digest."""
+    """A plain value in full, or shortened with a digest if it is long."""
     long = type(value) is int and value.bit_length() > _TOLD  # too long for repr
     text = f"{value:x} in base 16" if long else repr(value)
     return text if len(text) < _TOLD else f"{text[:40]}… {_digest(text)[:16]}"
 
 
 def _array(value: Tensor | np.ndarray) -> _Parts:
-    """A tensor or an array by its type, its shape and a digest of its numbers, on any device."""
+    """A tensor or an array: type, shape and a digest of the numbers, whatever its device."""
     own = dict(getattr(value, "__dict__", {}))
     try:
         if isinstance(value, Tensor):
@@ -354,14 +355,14 @@ def _array(value: Tensor | np.ndarray) -> _Parts:
             return _Parts(f"array {value.shape}", {"items": value.tolist(), **own})
         else:
             kind, numbers = value.dtype.str, np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    except (RuntimeError, TypeError, ValueError):  # sparse, without numbers, not yet shaped
+    except (RuntimeError, TypeError, ValueError):  # sparse, without numbers, or without a shape yet
         return _Parts(_called(type(value)) + _UNKNOWN)
     seen = hashlib.sha256(numbers.data).hexdigest()[:16]
     return _Parts(f"{kind} {tuple(value.shape)} {seen}", own)
 
 
 def _attributes(value: object) -> dict[str, object]:
-    """An object's own attributes, without those that are worked out from the others and kept."""
+    """An object's own attributes, without cached properties and fields with ``compare=False``."""
     kind, idle = type(value), set()
     if is_dataclass(value):
         idle = {f.name for f in fields(value) if not f.compare}
@@ -377,18 +378,18 @@ def _attributes(value: object) -> dict[str, object]:
 
 
 def _called(value: Any) -> str:
-    """The full name of a class or of a module's function."""
+    """The full name of a class or of a function in a module."""
     return f"{_module_of(value)}.{value.__qualname__}"
 
 
 def _module_of(value: object) -> str:
-    """Name of the module that defines it; what is written in C does not always say."""
+    """The module that defines an object; "builtins" for objects written in C that do not say."""
     module = getattr(value, "__module__", None)
     return module if isinstance(module, str) else "builtins"
 
 
 def _of_library(value: Any) -> bool:
-    """Whether an installed library has it under its name."""
+    """Whether an installed library holds this object under its own name."""
     found: object = sys.modules.get(_module_of(value))
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -396,7 +397,7 @@ def _of_library(value: Any) -> bool:
 
 
 def _of_function(value: FunctionType) -> _Parts:
-    """A library's function by its name, with what it closes over; one's own by its code too."""
+    """A library's function by its name and its state; a function of the user by its code too."""
     if _of_library(value):
         return _Parts(_called(value))
     where, code = value.__globals__.get("__name__"), value.__code__
@@ -408,7 +409,7 @@ def _of_function(value: FunctionType) -> _Parts:
 
 
 def _with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, object]:
-    """The same, with the user's own modules cut down to these names."""
+    """The same objects, with the user's own modules reduced to these names."""
     return {
         name: _Used(part, names)
         if isinstance(part, ModuleType) and not _installed(part.__name__)
@@ -418,7 +419,7 @@ def _with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, 
 
 
 def _of_class(value: type) -> _Parts:
-    """A library's class by its name; one's own by its bases, its methods and its attributes."""
+    """A library's class by its name; a class of the user by its bases, methods and attributes."""
     if _in_c(value) or _of_library(value):
         return _Parts(_called(value))
     inner: dict[str, object] = {"__bases__": [*value.__bases__]}
@@ -434,18 +435,18 @@ def _of_class(value: type) -> _Parts:
 
 
 def _own_class(kind: type) -> dict[str, type]:
-    """The class where its name does not say it all."""
+    """The class as a part, if its name alone does not identify it."""
     return {"__class__": kind} if _of_class(kind).inner else {}
 
 
 def _in_c(kind: type) -> bool:
     """Whether a class is written in C."""
-    heap, fixed = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, as Python makes them; _IMMUTABLETYPE, never
+    heap, fixed = 1 << 9, 1 << 8  # HEAPTYPE: all classes made in Python; IMMUTABLETYPE: none
     return not kind.__flags__ & heap or bool(kind.__flags__ & fixed)
 
 
 def _hides(kind: type) -> bool:
-    """Whether objects are larger than what their attributes and slots take: the rest is C's (as in ``copyreg``)."""
+    """Whether objects are larger than their attributes and slots, hence hold data in C (as in ``copyreg``)."""
     slots = (vars(base) for base in kind.__mro__ if "__slots__" in vars(base))
     filled = sum(isinstance(each, MemberDescriptorType) for own in slots for each in own.values())
     filled += (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)

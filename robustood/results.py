@@ -1,4 +1,4 @@
-"""What the runs gave: read what they left on record, and put it into one table."""
+"""The results of runs: read their records, and put them into one table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from robustood.metrics import Estimate
 
 __all__ = ["detector", "learned_cells", "load", "pooled", "table"]
 
-_DEPLOYED = ("RejectClass", "ODIN")  # the detector of a row, by the first that was measured
+_DEPLOYED = ("RejectClass", "ODIN")  # a row shows the first of these that was measured
 _COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
     "adaptive", "seen", "seen, adaptive", "minutes", "images/s", "x floor",
 ]  # fmt: skip
-# of a learned set: key in the report, and what it counts in
+# of a learned set: key in the report, and the factor by which it is shown
 METRICS: dict[str, tuple[str, int]] = {
     "doing nothing": ("doing_nothing_per_pixel", 1000),
     "encoder": ("encoder_error_per_pixel", 1000),
@@ -43,11 +43,11 @@ def load(folder: str | Path | None = None) -> list[Json]:
     """The runs in a folder, sorted by recipe and seed.
 
     A run is what :func:`robustood.recipes.train` and ``evaluate`` wrote: ``{"folder", "run", "report",
-    "plans"}``, where the report is None before the evaluation and the plans are the further reports by name.
+    "plans"}``. The report is None before the evaluation; the plans are the reports of further evaluations by name.
 
     Args:
-        folder: of one run, of many, or of saved results, one JSON file each with "run" and "report"; default
-            the results that ship with the project.
+        folder: that of one run, of many runs, or of saved results, one JSON file per run with "run" and "report";
+            default: the results that ship with the project.
 
     Raises:
         ValueError: for a folder that does not exist.
@@ -76,19 +76,19 @@ def load(folder: str | Path | None = None) -> list[Json]:
 def pooled(
     scores: Mapping[str, Scores], detector: str, attack: str, sets: Sequence[str]
 ) -> tuple[Scores, Scores]:
-    """In-distribution scores, and those of several sets of outliers as one, equally many of each.
+    """In-distribution scores, and scores of several sets of outliers pooled, equally many of each set.
 
-    AUROC and false positive rate are linear in the distribution of the outliers. So these scores give the
-    unweighted mean over sets of one size, with an interval (:func:`robustood.metrics.confidence_interval`). Of a
-    larger set every so many images are taken, so that no class drops out of a set that is sorted by class.
+    AUROC and false positive rate are linear in the distribution of the outliers. These scores therefore give the
+    unweighted mean over the sets, with an interval (:func:`robustood.metrics.confidence_interval`). Of larger
+    sets evenly spaced images are taken, so that a set sorted by class keeps all its classes.
 
     Args:
-        scores: of one run, from :func:`robustood.artefacts.scores`.
-        detector, attack: as in its report.
+        scores: those of one run, from :func:`robustood.artefacts.scores`.
+        detector, attack: named as in its report.
         sets: names of sets of outliers.
 
     Raises:
-        ValueError: for what was not measured.
+        ValueError: if one of these was not measured.
     """
     check_mapping(scores, "scores", "artefacts.scores(name)")
     for name, value in (("detector", detector), ("attack", attack)):
@@ -103,7 +103,7 @@ def pooled(
         )
     for name in names:
         if numbers(scores[name], f"scores[{name!r}]").ndim != 1:
-            raise ValueError(f"scores[{name!r}] must have one axis, one score an image")
+            raise ValueError(f"scores[{name!r}] must have one axis, with one score per image")
     inside, *outside = (scores[name] for name in names)
     fewest = min(map(len, outside))
     spread = (np.linspace(0, len(each) - 1, fewest).astype(int) for each in outside)
@@ -111,15 +111,16 @@ def pooled(
 
 
 def table(runs: Sequence[Json], markdown: bool = False) -> str:
-    """One line per run: accuracy, mean AUROC over new outliers by the deployed detector, and the price.
+    """One row per run: accuracy, mean AUROC of the deployed detector over unseen outlier sets, and cost.
 
-    A run is called by its folder, as by ``robustood evaluate``. The detector is the reject class where there is
-    one, else ODIN, else the first that was measured. What was not measured is left empty. Learned perturbation
-    sets stand below, in a table of their own: one line for each kind of pairs, squared errors per 1000 pixels.
+    A run has the name of its folder, as for ``robustood evaluate``. The detector is the reject class if there is
+    one, else ODIN, else the first that was measured. Values that were not measured are left empty. Learned
+    perturbation sets follow in a table of their own: one row per kind of pairs, squared errors per 1000 pixels.
+    "x floor" is the time of a training step relative to its minimum time (:mod:`robustood.engine`).
 
     Args:
         runs: from :func:`load`.
-        markdown: with bars, for a text file.
+        markdown: as a Markdown table.
     """
     check_several(runs, "runs", "runs, such as results.load() gives", 0)
     for run in runs:
@@ -134,7 +135,7 @@ def table(runs: Sequence[Json], markdown: bool = False) -> str:
 
 
 def learned_cells(runs: Sequence[Json]) -> list[list[str]]:
-    """Head, and one line for each kind of pairs of each learned set."""
+    """A header, and one row per kind of pairs of each learned set."""
     lines = [["run", "seed", "pairs", "longest", *METRICS]]
     for run in runs:
         start, report = [run["folder"], str(run["run"]["seed"])], run["report"]
@@ -145,13 +146,13 @@ def learned_cells(runs: Sequence[Json]) -> list[list[str]]:
 
 
 def detector(run: Json) -> str:
-    """The detector of a run's row."""
+    """The detector that the row of a run shows."""
     measured = [m["detector"] for m in (run["report"] or {}).get("means", [])]
     return next((d for d in (*_DEPLOYED, *measured) if d in measured), "")
 
 
 def _cells(run: Json) -> list[str]:
-    """A run's row. Rows of one attack, its radius and the side that it changes, compare."""
+    """The row of a run. Rows with the same attack, radius and attacked side can be compared."""
     own, report, shown = run["run"], run["report"] or {}, detector(run)
     settings, speed = report.get("settings", {}), own.get("speed", {})
     means = {

@@ -1,7 +1,7 @@
-"""The random numbers of a run: each use draws from a seed of its own, made of the run's seed and the epoch.
+"""The random numbers of a run: each use has its own generator, seeded from the run's seed and the epoch.
 
-An epoch therefore draws the same numbers whether or not the run was stopped before it, and a use that draws more
-leaves the others as they were.
+An epoch therefore draws the same numbers whether or not the run was stopped before it, and drawing more numbers for
+one use does not change the others.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _STRIDE = 1_000_003  # between the seeds of two runs; a prime far above the numb
 
 
 class Stream(IntEnum):
-    """What the numbers of an epoch are for, by the distance of their seeds."""
+    """The uses of random numbers in an epoch, with the offsets of their seeds."""
 
     BATCHES = 0  # order of the data, augmentation, random starts of attacks
-    CHOICE = 250_000  # data that an objective chooses for the epoch
-    LAYERS = 500_000  # dropout and its like
+    CHOICE = 250_000  # the choice of an epoch's data by an objective
+    LAYERS = 500_000  # random layers, such as dropout
 
 
 class Streams:
     """The generators of a run, and their states inside an epoch.
 
     Args:
-        seed: of the run.
-        device: where it computes.
+        seed: that of the run.
+        device: that of the run.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -47,7 +47,7 @@ class Streams:
         return generator
 
     def begin(self, epoch: int) -> SharedGenerator:
-        """Start an epoch: seed what layers draw from, and give the generator of the batches."""
+        """Start an epoch: seed the generators that layers use, and return the generator of the batches."""
         layers = stream_seed(self.seed, epoch, Stream.LAYERS)
         torch.default_generator.manual_seed(layers)
         if self.device.type == "cuda":
@@ -57,14 +57,14 @@ class Streams:
         return self.batches
 
     def state(self) -> dict[str, Tensor]:
-        """Where all generators are now."""
+        """The current states of all generators."""
         states = {"own": self.batches.get_state(), "cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def restore(self, states: dict[str, Tensor]) -> None:
-        """Put all generators back to where :meth:`state` saw them."""
+        """Restore the states that :meth:`state` returned."""
         self.batches.set_state(states["own"])
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Tables of text: for a terminal, for Markdown, and for a notebook.
+"""Text tables for a terminal, for Markdown and for a notebook.
 
 >>> print(text([["outliers", "AUROC"], ["letters", "0.9"]]))
 outliers  AUROC
@@ -18,11 +18,11 @@ Cells = Sequence[Sequence[str]]
 
 
 def text(cells: Cells, markdown: bool = False) -> str:
-    """Cells under each other, the first line as the head.
+    """A table with aligned columns; its first row is the header.
 
     Args:
-        cells: lines of equal length.
-        markdown: with bars.
+        cells: rows of equal length.
+        markdown: as a Markdown table.
     """
     check_flag(markdown, "markdown")
     lines = _lines(cells)
@@ -35,7 +35,7 @@ def text(cells: Cells, markdown: bool = False) -> str:
 
 
 def html(cells: Cells) -> str:
-    """The same as HTML, such as a notebook shows."""
+    """The same table as HTML, for a notebook."""
     head, *body = [[markup.escape(cell) for cell in line] for line in _lines(cells)]
     rows = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body]
     top = "".join(f"<th>{cell}</th>" for cell in head)

@@ -1,9 +1,9 @@
 """One training loop for every method of the book.
 
-What differs between methods is the objective (:mod:`robustood.objectives`). The loop, :meth:`Run.train`, draws
-batches, takes steps and keeps the books. A run is a function of its arguments: the data order and all
-randomness of an epoch come from the seed and the epoch's number (:mod:`robustood.streams`), and the learning rate
-from the step's. With a ``run_dir`` it can therefore be interrupted anywhere and resumed with identical results.
+Methods differ in their objective (:mod:`robustood.objectives`). The loop, :meth:`Run.train`, draws batches, takes
+steps and records the history. A run is a function of its arguments: the data order and all randomness of an epoch
+are derived from the seed and the epoch number (:mod:`robustood.streams`), the learning rate from the step number.
+With a ``run_dir``, a run can therefore be interrupted anywhere and resumed with identical results.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class History:
 
     Attributes:
         rows: one dict per epoch: ``epoch``, ``loss`` (mean over its steps), ``lr`` (at its end),
-            ``seconds`` (of the run so far), and what the monitor adds.
-        finished: False where the run stopped early on its time budget.
-        speed: of a run with an engine: images per second, operations per step, and the time of a step relative to
-            that of its bare forwards and backwards (:mod:`robustood.engine`).
+            ``seconds`` (elapsed in the run so far), and the monitor's numbers.
+        finished: False if the run stopped early because its time budget ran out.
+        speed: for a run with an engine: images per second, operations per step, and the time of a step relative to
+            its minimum time (:mod:`robustood.engine`).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -66,21 +66,21 @@ class History:
     speed: dict[str, Any] = field(default_factory=dict)
 
     def column(self, name: str) -> list[float]:
-        """One entry of every row."""
+        """The values of one entry, one per row."""
         check_choice(name, "name", list(self.rows[0]) if self.rows else [])
         return [row[name] for row in self.rows]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run and the learning rate of each: linear warm-up, then down to zero, or stepwise.
+    """The steps of a run and their learning rates: linear warm-up, then a decay to zero or in steps.
 
     Attributes:
-        epochs: of the run.
-        steps: of an epoch.
-        lr: the peak, from which the rate falls on a half cosine (Loshchilov and Hutter 2017).
-        warmup: share of the run in which it rises.
-        milestones: shares of the run at which it falls tenfold, in place of the cosine.
+        epochs: number of epochs in the run.
+        steps: number of steps in an epoch.
+        lr: peak learning rate, followed by a half-cosine decay (Loshchilov and Hutter 2017).
+        warmup: share of the run during which the rate rises linearly.
+        milestones: shares of the run at which the rate is divided by ten, instead of the cosine decay.
     """
 
     epochs: int
@@ -99,11 +99,11 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Steps of the run."""
+        """Number of steps in the run."""
         return self.epochs * self.steps
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step; steps are counted from 0."""
         peak, done = float(self.lr), (step + 1) / self.total
         if done < self.warmup:
             return peak * done / self.warmup
@@ -139,44 +139,44 @@ def fit(
     """Train a model in place and leave it in eval mode.
 
     Args:
-        model: the network; it stays on ``device``. Where it has ``parameter_groups()``, a group's ``scale``
-            multiplies the learning rate.
-        objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``. Where it has
-            ``prepare(model, data, epoch, generator)``, that chooses the data of each epoch.
+        model: the network; it is moved to ``device`` and stays there. If it has ``parameter_groups()``, a group's
+            ``scale`` multiplies the learning rate.
+        objective: maps (model, batch) to a scalar, such as ``Adversarial(8/255)``. If it has a method
+            ``prepare(model, data, epoch, generator)``, that method chooses the data of each epoch.
         data: ``data.train`` and ``data.outliers`` are used.
-        epochs: passes over the training set; each drops an incomplete last batch; which
-            samples are in it varies by epoch.
+        epochs: passes over the training set; each leaves out an incomplete last batch, made of different samples in
+            every epoch.
         batch_size: samples per step, at most the size of the training set.
-        outlier_batch_size: auxiliary outliers per step, where the data have any.
-        lr: peak learning rate, reached after the warm-up and left on a half cosine.
+        outlier_batch_size: auxiliary outliers per step, if the data have any.
+        lr: peak learning rate, reached after the warm-up and followed by a half-cosine decay.
         weight_decay: passed to the optimiser.
-        warmup: share of the run with a rising learning rate.
-        optimiser: ``optimiser(parameters, lr=..., weight_decay=...)``.
-        milestones: shares of the run at which the learning rate falls tenfold, in place of the cosine.
+        warmup: share of the run during which the learning rate rises.
+        optimiser: called as ``optimiser(parameters, lr=..., weight_decay=...)``.
+        milestones: shares of the run at which the learning rate is divided by ten, instead of the cosine decay.
         augment: applied to inputs and outliers of a batch, such as :class:`robustood.data.Augment`.
-        engine: how the network is run (:func:`robustood.engine.choose`). Where one is given, a step is
-            measured before the first, and the history says how fast the run was.
-        seed: of the data order and of every random start.
-        device: default the model's.
-        monitor: called after each epoch in eval mode; its numbers join the history.
-        on_epoch: called with each row of the history after it is kept, such as ``print``.
-        run_dir: where ``state.pt`` and ``log.csv`` are kept. A run that finds its state there goes
-            on from it, with the same result bit for bit on one machine's CPU, if model, objective, data and all
-            else are the same down to their code (:mod:`robustood.identity`).
+        engine: how the network is run (:func:`robustood.engine.choose`). If one is given, the cost of a step is
+            measured before training, and the history reports how fast the run was.
+        seed: determines the data order and every random start.
+        device: default: the model's.
+        monitor: called after each epoch in eval mode; its numbers are added to the history.
+        on_epoch: called with each new row of the history after it is saved, such as ``print``.
+        run_dir: folder for ``state.pt`` and ``log.csv``. A run that finds its state there resumes from it, with
+            bitwise the same result on one machine's CPU, if model, objective, data and everything else are the same
+            down to their code (:mod:`robustood.identity`).
         name: stands for a part that cannot be identified, such as an open file; used with a ``run_dir`` only.
-        minutes: stop in time to keep this budget; the state is written first. A monitor is
-            not interrupted.
+        minutes: time budget; the run saves its state and stops before the budget is exceeded. A monitor is not
+            interrupted.
 
     Returns:
-        The history. The same arguments give the same weights bit for bit on one machine's CPU. With
-        several processes (:func:`robustood.distributed.join`) batch sizes are those of all together, the result is
-        that of one process up to rounding, and the first process writes.
+        The history. The same arguments give bitwise the same weights on one machine's CPU. With several processes
+        (:func:`robustood.distributed.join`), batch sizes are totals over all processes, the result is that of one
+        process up to rounding, and the first process writes the files.
 
     Raises:
-        ValueError: for parts of the wrong kind, invalid data or settings, a ``run_dir`` of another run, or one
-            without a ``name`` where it is needed, before any step; for a monitor that gives no numbers.
-        FloatingPointError: when the loss is not finite; the message names the step, and the model
-            holds the weights of the last good epoch.
+        ValueError: before any step, for parts of the wrong kind, invalid data or settings, a ``run_dir`` of another
+            run, or a missing ``name``; later, for a monitor that does not return numbers.
+        FloatingPointError: if the loss is not finite; the message names the step, and the model holds the weights
+            from the start of that epoch.
     """
     _check_parts(model, objective, data, optimiser)
     check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
@@ -218,16 +218,16 @@ def fit(
 
 @dataclass(kw_only=True)
 class _Progress:
-    """How far a run is: what its checkpoint keeps beside weights and optimiser.
+    """The progress of a run: what its checkpoint keeps besides weights and optimiser state.
 
     Attributes:
-        epoch: that is under way, counted from 0.
-        losses: of its steps so far.
-        start: the weights that it began with.
-        noise: where the random streams are.
-        rows: one for each finished epoch.
-        paces: seconds per step of each epoch, or of its parts where it was stopped inside.
-        seconds: that the run took before this call.
+        epoch: the current epoch, counted from 0.
+        losses: of the steps taken in this epoch.
+        start: the weights at the start of this epoch.
+        noise: states of the random generators.
+        rows: one row for each finished epoch.
+        paces: seconds per step, one entry for each uninterrupted part of an epoch.
+        seconds: duration of the run before this call.
     """
 
     epoch: int = 0
@@ -241,12 +241,12 @@ class _Progress:
 
 @dataclass(kw_only=True)
 class Run(_Progress):
-    """A training run: what it works with, and how far it is.
+    """A training run: its parts and its progress.
 
     Attributes:
-        draw: the batches of an epoch, from data and a generator.
-        deadline: by the clock of ``time.monotonic``.
-        meter: what a step costs, once it is measured.
+        draw: makes the batches of an epoch from data and a generator.
+        deadline: when to stop, on the clock of ``time.monotonic``.
+        meter: the cost of a step, once it is measured.
     """
 
     model: nn.Module
@@ -265,7 +265,7 @@ class Run(_Progress):
     def train(
         self, network: nn.Module, bar: tqdm, monitor: Monitor | None, on_epoch: OnEpoch | None
     ) -> None:
-        """Every epoch that is left, or as many steps as the time allows."""
+        """Run the remaining epochs, or as many steps as the time budget allows."""
         while self.epoch < self.schedule.epochs:
             data = self.prepare()
             for batch in self.batches(network, data):
@@ -279,23 +279,23 @@ class Run(_Progress):
                 self.losses.append(loss.detach())
                 bar.update()
             self.check_finite()
-            if self.step < self.schedule.steps:  # the time is up
+            if self.step < self.schedule.steps:  # out of time
                 self.save()
                 return
             self.close_epoch(data.notes, monitor, on_epoch)
 
     @property
     def step(self) -> int:
-        """The number of the epoch's next step."""
+        """Number of the next step within the epoch, counted from 0."""
         return len(self.losses)
 
     @property
     def done(self) -> int:
-        """Steps that the run has taken."""
+        """Number of steps taken so far."""
         return self.epoch * self.schedule.steps + self.step
 
     def prepare(self) -> Data:
-        """The epoch's data, chosen by the weights that the epoch began with, also after a stop inside it."""
+        """The data of the epoch, always chosen with the weights from its start, even if resumed in mid-epoch."""
         now = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.start = self.start or now
         choose = getattr(self.objective, "prepare", None)
@@ -308,12 +308,12 @@ class Run(_Progress):
         return chosen
 
     def open_epoch(self, network: nn.Module, data: Data) -> Iterator[Batch]:
-        """The remaining batches of an epoch, with every generator in the state that the next one needs."""
+        """The remaining batches of an epoch, after setting every generator to the state for the next one."""
         if self.engine and not self.meter:
             batch = next(self.draw(data, generator=self.streams.of(self.epoch, Stream.BATCHES)))
             self.meter = Meter.read(self.model, network, self.objective, batch)
         batches = self.draw(data, generator=self.streams.begin(self.epoch))
-        for _ in range(self.step):  # the order is drawn anew, what was done is skipped
+        for _ in range(self.step):  # the order is drawn again, finished steps are skipped
             next(batches)
         if self.step:
             self.streams.restore(self.noise)
@@ -321,12 +321,12 @@ class Run(_Progress):
         return batches
 
     def batches(self, network: nn.Module, data: Data) -> Iterator[Batch]:
-        """The remaining batches, while another step fits the time budget."""
+        """Yield the remaining batches while another step fits into the time budget."""
         batches, climb = self.open_epoch(network, data), getattr(network, "climb", None)
         first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
         while self.step < self.schedule.steps:
             start = time.monotonic()
-            if self.out_of_time(start, slowest):  # asked before a batch is drawn
+            if self.out_of_time(start, slowest):  # checked before a batch is drawn
                 break
             progress = self.done / self.schedule.total
             yield replace(next(batches), progress=progress, climb=climb)
@@ -335,7 +335,7 @@ class Run(_Progress):
             self.paces.append((synchronised_time(self.streams.device) - began) / taken)
 
     def out_of_time(self, now: float, slowest: float) -> bool:
-        """Whether the next step would be too late; several processes agree, and ask at every eighth step."""
+        """Whether the next step would miss the deadline; several processes decide together, every eighth step."""
         if distributed.world() == 1:
             return now + 2 * slowest > self.deadline
         if math.isinf(self.deadline) or self.step % 8:
@@ -344,7 +344,7 @@ class Run(_Progress):
         return bool(distributed.mean(torch.tensor(late, device=self.streams.device)) > 0)
 
     def check_finite(self) -> None:
-        """Stop where a loss or a weight is not finite; checked once per epoch, when alone the loop waits for a GPU."""
+        """Raise if a loss or a weight is not finite; once per epoch, the only time the loop waits for a GPU."""
         losses = distributed.mean(torch.stack(self.losses)) if self.losses else torch.zeros(0)
         self.losses = list(losses)
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
@@ -356,18 +356,18 @@ class Run(_Progress):
         what = f"the loss is {float(losses[bad[0]])}" if bad else "weights are not finite"
         step = self.epoch * self.schedule.steps + (bad[0] if bad else self.step - 1)
         raise FloatingPointError(
-            f"{what} at step {step} (epoch {self.epoch}); the model holds the weights of the last "
-            "good epoch. Lower lr or lengthen warmup"
+            f"{what} at step {step} (epoch {self.epoch}); the model holds the weights from the "
+            "start of this epoch. Lower lr or lengthen warmup"
         )
 
     def close_epoch(self, notes: Row, monitor: Monitor | None, on_epoch: OnEpoch | None) -> None:
-        """A row of history, the log and the checkpoint."""
+        """Finish an epoch: add a row to the history, write log and checkpoint."""
         loss, lr = torch.stack(self.losses).mean(), self.optimiser.param_groups[0]["lr"]
         row = {"epoch": self.epoch, "loss": float(loss), "lr": lr, **notes}
         self.model.eval()
         seen = _numbers(monitor(self.model)) if monitor else {}
         if clash := seen.keys() & {*row, "seconds"}:
-            raise ValueError(f"monitor must choose other names than {sorted(clash)}")
+            raise ValueError(f"monitor must return other names than {sorted(clash)}")
         row |= seen | {"seconds": self.elapsed()}
         self.rows.append(row)
         self.epoch, self.losses, self.start = self.epoch + 1, [], {}
@@ -376,7 +376,7 @@ class Run(_Progress):
             on_epoch(row)
 
     def elapsed(self) -> float:
-        """Seconds of the run so far, in all calls."""
+        """Duration of the run so far in seconds, over all calls."""
         return self.seconds + time.monotonic() - self.began
 
     def save(self) -> None:
@@ -409,7 +409,7 @@ class Run(_Progress):
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Use this checkpoint, and resume from what it holds."""
+        """Save to this checkpoint from now on, and resume from the state it holds."""
         self.checkpoint = checkpoint
         if (state := checkpoint.state) is None:
             return
@@ -420,7 +420,7 @@ class Run(_Progress):
         self.losses = [loss.to(self.streams.device) for loss in self.losses]
 
     def history(self, images: int) -> History:
-        """Leave the model ready for use, and report the speed of steps of so many images."""
+        """Set the model to eval mode and return the history, with the speed for this many images per step."""
         self.model.eval()
         found = History(self.rows, self.epoch == self.schedule.epochs)
         if self.engine and self.meter and self.paces:
@@ -430,7 +430,7 @@ class Run(_Progress):
 
 
 def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: object) -> None:
-    """Refuse what cannot be trained, or not be trained by, before any work."""
+    """Refuse parts that training cannot use, before any work is done."""
     check_instance(model, "model", nn.Module, "a torch.nn.Module")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -442,7 +442,7 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
         raise ValueError(f"objective must be an instance such as {name}(...), got {objective!r}")
     if isinstance(optimiser, Optimizer) or not callable(optimiser):
         raise ValueError(
-            "optimiser must make an optimiser of the parameters, such as torch.optim.SGD or "
+            "optimiser must be a callable that makes an optimiser, such as torch.optim.SGD or "
             f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
         )
     such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
@@ -453,7 +453,7 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
 def _made(
     optimiser: Callable[..., Optimizer], model: nn.Module, lr: float, weight_decay: float
 ) -> Optimizer:
-    """The optimiser of the model's parameters, or of the groups that it puts them in; fused on a GPU."""
+    """The optimiser for the model's parameters or parameter groups; fused on a GPU if possible."""
     on_gpu = next(model.parameters()).is_cuda
     fused = {"fused": True} if on_gpu and "fused" in signature(optimiser).parameters else {}
     groups = getattr(model, "parameter_groups", model.parameters)()
@@ -461,7 +461,7 @@ def _made(
 
 
 def _check_gradient(loss: Tensor) -> None:
-    """Refuse a loss that no optimiser could follow."""
+    """Refuse a loss without a gradient."""
     if not loss.requires_grad:
         raise RuntimeError(
             "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
@@ -469,10 +469,10 @@ def _check_gradient(loss: Tensor) -> None:
 
 
 def _numbers(found: object) -> Row:
-    """What a monitor returned, as numbers by name."""
+    """The result of a monitor as floats by name."""
     try:
         return {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f'monitor must return numbers by name, such as {{"accuracy": 0.9}}, got {found!r}'
+            f'monitor must return a dict of numbers, such as {{"accuracy": 0.9}}, got {found!r}'
         ) from error

@@ -79,7 +79,7 @@ def test_what_does_not_ship_is_named_with_what_does(store):
 
 def test_a_run_is_saved_whole_or_not_at_all(store, folder, monkeypatch, capsys):
     (folder / "run.json").write_text(json.dumps({**RUN, "finished": False}))
-    with pytest.raises(ValueError, match="mine is not finished; give its robustood train command"):
+    with pytest.raises(ValueError, match="mine is not finished; run its robustood train command"):
         artefacts.save(folder)
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "report_strong.json").write_text(json.dumps({**REPORT, "weights": "other"}))

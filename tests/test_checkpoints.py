@@ -76,7 +76,7 @@ def test_pickles_and_strange_cards_are_refused(tmp_path):
     refused(tmp_path / "net.pt", small_cnn(), r"must end in \.safetensors, got 'net\.pt'.*run code")
     with pytest.raises(ValueError, match="must end in"):
         save_weights(tmp_path / "net.pkl", small_cnn())
-    with pytest.raises(ValueError, match="must fit into JSON"):
+    with pytest.raises(ValueError, match="must be valid as JSON"):
         save_weights(tmp_path / "net.safetensors", small_cnn(), metric=torch.ones(1))
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "none.safetensors", small_cnn())
@@ -92,11 +92,11 @@ def test_pickles_and_strange_cards_are_refused(tmp_path):
         ("3", "it lacks architecture, sha256"),
         ('{"sha256": "a"}', "it lacks architecture"),
         ('{"architecture": {}}', "it lacks sha256"),
-        ('{"architecture": {}, "sha256": 3}', "sha256 is a text, architecture a table"),
-        ('{"architecture": [], "sha256": "a"}', "sha256 is a text, architecture a table"),
+        ('{"architecture": {}, "sha256": 3}', "sha256: a string, architecture: an object"),
+        ('{"architecture": [], "sha256": "a"}', "sha256: a string, architecture: an object"),
         (
             '{"architecture": {}, "sha256": "a", "lr": NaN}',
-            "it holds NaN, which JSON does not know",
+            "it contains NaN, which is not valid JSON",
         ),
         ('{"architecture": {}, "sha256": "a", "lr": -Infinity}', "it holds -Infinity"),
         ('{"architecture": {}, "sha256": "a", "lr": 1e999}', "it holds 1e999"),
@@ -130,7 +130,7 @@ def test_numbers_of_numpy_go_into_cards_and_states_and_nan_does_not(tmp_path):
     card = load_weights(path, small_cnn())
     assert {key: card[key] for key in plain} == plain
     for wrong in (float("nan"), np.float32("inf"), {"deep": [float("-inf")]}, np.bool_(True)):
-        with pytest.raises(ValueError, match=r"card must fit into JSON: .* pass finite numbers"):
+        with pytest.raises(ValueError, match=r"card must be valid as JSON: .* pass finite numbers"):
             save_weights(tmp_path / "net.safetensors", small_cnn(), metric=wrong)
     write_state(tmp_path / "state.pt", own | {"x": torch.ones(2), "flag": True})
     state = read_state(tmp_path / "state.pt")
@@ -164,7 +164,7 @@ def test_the_last_whole_state_is_used_and_the_damage_reported(tmp_path):
     (tmp_path / "state.pt.previous").write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="no whole checkpoint"),
+        pytest.raises(ValueError, match="no intact checkpoint"),
     ):
         read_state(path)
 

@@ -244,7 +244,7 @@ def test_plans_stand_beside_the_report(finished, packs, tiny, tmp_path, monkeypa
     assert weights(folder) == weights(finished)
     assert checkpoints.read_json(folder / "report.json") == record["report"]
     said = capsys.readouterr().out
-    assert said.count("weights that ship with the project go to runs/shipped/tiny") == 1
+    assert said.count("run that ships with the project is copied to runs/shipped/tiny") == 1
     own = recipes.read(finished / "recipe.json").settings.evaluation
     assert budgets == {(4, 2, None), (own.steps, own.restarts, own.targets)}
     assert reports.STRONG.keys() == {"steps", "restarts", "targets"}  # and stays what it is
@@ -413,7 +413,7 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_weights(
     tiny, finished, monkeypatch, capsys
 ):
     assert tiny("train", "--minutes", "0") == cli.UNFINISHED == 3
-    assert "time is up after 0 of 2 epochs; the same command goes on" in capsys.readouterr().out
+    assert "time is up after 0 of 2 epochs; the same command resumes" in capsys.readouterr().out
     assert Path("runs/tiny/state.pt").exists()
     assert tiny("train", "--minutes", "1e-9") == 3  # reading the images counts
     assert "give more, or no step is ever taken" in capsys.readouterr().out
@@ -425,7 +425,7 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_weights(
         assert not run["finished"] and not run["history"]
     assert tiny("evaluate") == 2
     assert (
-        "the run is not finished; give its robustood train command again" in capsys.readouterr().err
+        "the run is not finished; run its robustood train command again" in capsys.readouterr().err
     )
     assert tiny("train") == 0
     assert weights("runs/tiny") == weights(finished)
@@ -496,7 +496,7 @@ def test_a_signal_leaves_a_run_that_goes_on(number, tiny, finished, monkeypatch,
         patch.setattr(training.Run, "out_of_time", hit)
         assert tiny("train") == cli.INTERRUPTED == 130
     signal.signal(signal.SIGINT, heard)
-    assert "interrupted; the same command goes on" in capsys.readouterr().out
+    assert "interrupted; the same command resumes" in capsys.readouterr().out
     assert tiny("train") == 0
     said = capsys.readouterr().out
     assert "epoch 1" not in said and "epoch 2 of 2" in said  # the first one was kept
@@ -521,7 +521,7 @@ def test_ctrl_c_in_a_process_of_its_own(packs, finished, tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "interrupted; the same command goes on" in out and "Traceback" not in err
+    assert "interrupted; the same command resumes" in out and "Traceback" not in err
     assert recipes.train(recipes.read(packs / "tiny.toml"), tmp_path, root=packs, device="cpu")[
         "finished"
     ]
@@ -593,7 +593,7 @@ def test_classes_have_names_from_the_folder_to_the_report(named, capsys):
     assert "does not have: 'left'; known are: 'across', 'down', 'up'" in said
     data.write_pack(folder / "stripes_test.npz", test.x, test.y + 9)
     assert cli.main(["evaluate", "runs/tiny"]) == 2
-    assert "stripes:test has the label 10, and the network 3 classes" in capsys.readouterr().err
+    assert "stripes:test has the label 10, but the network has 3 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_a_text_that_is_no_report_is_refused(untyped, text, said):
 def test_settings_of_numpy_go_into_a_report():
     kept = Report({"tpr": np.float32(0.5), "seed": np.int64(3)}, []).to_json()
     assert Report.from_json(kept).settings == {"tpr": 0.5, "seed": 3}
-    with pytest.raises(ValueError, match="report must fit into JSON"):
+    with pytest.raises(ValueError, match="report must be valid as JSON"):
         Report({"tpr": float("nan")}, []).to_json()
 
 

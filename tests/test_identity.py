@@ -143,7 +143,7 @@ DETECTORS = {
 def test_another_detector_never_reads_the_first_one_s_scores(net, sets, tmp_path, case):
     first, second, words = DETECTORS[case]
     one = ood_report(first(net), *sets, run_dir=tmp_path / "a")
-    with pytest.raises(ValueError, match=rf"^run_dir 'a' holds a report with {words}; go on with"):
+    with pytest.raises(ValueError, match=rf"^run_dir 'a' holds a report with {words}; use"):
         ood_report(second(net), *sets, run_dir=tmp_path / "a")
     two = ood_report(second(net), *sets, run_dir=tmp_path / "b")
     assert two.rows == ood_report(second(net), *sets).rows
@@ -278,9 +278,9 @@ def test_refused_named_and_resumed(net, sets, tmp_path, kind):
     assert not folder.exists()
     first = run(name="quiet")
     assert run(name="quiet") == first
-    with pytest.raises(ValueError, match="with name = 'quiet', not 'loud'; go on with the former"):
+    with pytest.raises(ValueError, match="with name = 'quiet', not 'loud'; use the former"):
         run(name="loud")
-    with pytest.raises(ValueError, match="with name = 'quiet', not None; go on with the former"):
+    with pytest.raises(ValueError, match="with name = 'quiet', not None; use the former"):
         run()
     with pytest.raises(
         ValueError, match=r"detector\.slope = 1\.0, not 2\.0"
@@ -315,9 +315,7 @@ def test_what_the_run_itself_changed_can_be_set_back(net, sets, tmp_path):
         ood_report, MSP(net), *sets, Linf(0.1), side="out", attack=attack, run_dir=tmp_path
     )
     first = run()
-    with pytest.raises(
-        ValueError, match=r"attack\.calls = \[\], not \[30\]; go on with the former"
-    ):
+    with pytest.raises(ValueError, match=r"attack\.calls = \[\], not \[30\]; use the former"):
         run()
     calls.clear()
     assert run().rows == first.rows and calls == []
@@ -328,7 +326,7 @@ def test_code_of_another_python_asks_for_a_name(net, sets, tmp_path, monkeypatch
     run = partial(ood_report, MSP(net), *sets, Linf(0.1), side="out", attack=shrink)
     named, bare = (run(run_dir=tmp_path / n, name=n or None) for n in ("n", ""))
     monkeypatch.setattr(module, "_COMPILER", "another-1")
-    with pytest.raises(ValueError, match=r"another Python compiled it: with a name the run would"):
+    with pytest.raises(ValueError, match=r"compiled by another Python; a run with a name would"):
         run(run_dir=tmp_path)
     assert run(run_dir=tmp_path / "n", name="n").rows == named.rows == bare.rows
 

@@ -234,7 +234,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("training.lr='1e400'", r"training\.lr must be a finite number"),
         ("data.ood=svhn", r"data\.ood must be a list of values, got 'svhn'; use \[\.\.\] for one"),
         ("data.ood=['svhn','svhn']", r"name each set once"),
-        ("data.outliers=''", r"ALOE learns from outliers; name a set"),
+        ("data.outliers=''", r"ALOE learns from outliers, but data.outliers is empty; name a set"),
         ("evaluation.detectors=['MPS']", r"evaluation\.detectors: each must be one of 'MSP', .*got 'MPS'; or write"),
         ("evaluation.detectors=['RejectClass']", r"needs a reject output"),
         ("evaluation.sets=['svn:train']", r"no set 'svn:train'.* did you mean 'svhn:train'"),
@@ -290,10 +290,10 @@ def test_unknown_recipes_and_missing_keys(tmp_path):
         read("aloe_cifar10_cp")
     with pytest.raises(ValueError, match=r"no recipe file nowhere\.toml"):
         read("nowhere.toml")
-    with pytest.raises(ValueError, match="is not TOML"):
+    with pytest.raises(ValueError, match="is not valid TOML"):
         read(write(tmp_path, "broken", "[training\n"))
     (tmp_path / "latin.toml").write_bytes('about = "café"'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"recipe .*latin\.toml is not TOML: .*utf-8"):
+    with pytest.raises(ValueError, match=r"recipe .*latin\.toml is not valid TOML: .*utf-8"):
         read(tmp_path / "latin.toml")
     with pytest.raises(ValueError, match="cvae_cifar10c learns a perturbation set; plans are for"):
         read("cvae_cifar10c", plan="atom")

@@ -362,10 +362,10 @@ def test_a_network_that_returns_a_tuple_is_not_trained(book):
         ({"data": [(0, 1)]}, r"data.Data, such as Data\(train=Split.*got list"),
         ({"data": torch.utils.data.DataLoader([0, 1])}, r"data.Data, such as .* got DataLoader"),
         ({"optimiser": torch.optim.SGD(small_cnn().parameters(), 0.1)}, r"partial.*got SGD"),
-        ({"optimiser": "adam"}, "optimiser must make an optimiser.*got str"),
-        ({"monitor": lambda model: None}, r"monitor must return numbers by name.*got None"),
-        ({"monitor": lambda model: 0.9}, r"numbers by name.*got 0\.9"),
-        ({"monitor": lambda model: {"a": "high"}}, r"numbers by name.*got \{'a': 'high'\}"),
+        ({"optimiser": "adam"}, "optimiser must be a callable.*got str"),
+        ({"monitor": lambda model: None}, r"monitor must return a dict of numbers.*got None"),
+        ({"monitor": lambda model: 0.9}, r"a dict of numbers.*got 0\.9"),
+        ({"monitor": lambda model: {"a": "high"}}, r"a dict of numbers.*got \{'a': 'high'\}"),
     ],
 )  # fmt: skip
 def test_parts_of_the_wrong_kind_are_refused_with_what_to_pass(untyped, book, changed, message):

@@ -1,10 +1,10 @@
-"""Recipes: whole experiments as short texts, from the images' names to the table.
+"""Recipes: complete experiments as short text files, from the names of the images to the evaluation.
 
 A recipe is a TOML file with the sections ``[data]``, ``[model]``, ``[objective]``, ``[training]`` and
-``[evaluation]``. It may extend others, which are merged key by key in the order named, the later one
-winning. Every key is checked before any data are read (``recipe.py`` lists them). The recipes of
-the papers and their smaller versions are products of a method, a set of images and a scale, whose files lie beside
-this one; ``composing.py`` says how.
+``[evaluation]``. It may extend others, which are merged key by key in the order named; later ones take precedence.
+Every key is checked before any data are read (``recipe.py`` lists them). The recipes of the papers and their
+smaller versions combine a method, a set of images and a scale, whose files lie beside this one
+(``composing.py``).
 
 >>> recipe = read("aloe_cifar10_fast", ["training.epochs=3"])
 >>> recipe.settings.training.epochs
@@ -39,18 +39,18 @@ def evaluate(
     root: Root = None,
     tell: Tell = silent,
 ) -> Json:
-    """Measure the weights in a run's folder: a classifier, or a learned perturbation set.
+    """Evaluate the weights in the folder of a run: a classifier, or a learned perturbation set.
 
     Args:
         recipe: the one that trained the weights; its ``[evaluation]`` and its plan may differ.
-        folder: of the run; gets ``report.json`` and the scores of each image, of a plan ``report_PLAN.json`` and
-            ``scores_PLAN.npz``; a learned set has no scores.
-        device: default CUDA where there is one.
-        root: folder of the packs; default as in :func:`robustood.data.load`.
-        tell: called with a line for each part.
+        folder: that of the run. Receives ``report.json`` and ``scores.npz``, the scores of all images; under a plan
+            ``report_PLAN.json`` and ``scores_PLAN.npz``. A learned set has no scores.
+        device: default: CUDA if available.
+        root: folder that holds the packs; default as in :func:`robustood.data.load`.
+        tell: called with one line of text for each part of the evaluation.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
         ValueError: if the weights belong to another recipe, or the run is not finished.

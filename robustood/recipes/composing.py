@@ -1,8 +1,8 @@
-"""Recipes from files: parts that are merged, files that extend others, and changes from a command line.
+"""Recipes from files: merged parts, files that extend others, and changes from the command line.
 
-Most recipes are a product: ``aloe_cifar10_fast`` is the method ``methods/aloe.toml`` on the images of
-``sets/cifar10.toml`` at the scale ``scales/fast.toml``, measured by the plan that the method names. A table
-such as ``[scales.paper.objective]`` in one of these parts holds where it is merged with that other part.
+Most recipes combine several parts: ``aloe_cifar10_fast`` is the method ``methods/aloe.toml`` on the images of
+``sets/cifar10.toml`` at the scale ``scales/fast.toml``, evaluated by the plan that the method names. A table such as
+``[scales.paper.objective]`` in a part applies only if the part is merged with ``scales/paper.toml``.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
 
 
 def names() -> list[str]:
-    """The recipes that ship with the library."""
+    """The names of the recipes that ship with the library."""
     return sorted([*_products(), *(file.stem for file in FOLDER.glob("*.toml"))])
 
 
 def plans() -> list[str]:
-    """The evaluations by which any classifier can be measured beside its own."""
+    """The names of the evaluation plans, which apply to any classifier besides its own evaluation."""
     return parts("plans")
 
 
 def parts(kind: str) -> list[str]:
-    """The parts of one kind."""
+    """The names of the parts of one kind."""
     return sorted(file.stem for file in (FOLDER / kind).glob("*.toml"))
 
 
 @cache
 def _products() -> dict[str, Table]:
-    """Each recipe that is a method on a set at a scale, as a file would say it."""
+    """Each recipe that combines a method, a set and a scale, as the content of a file."""
     found = {}
     for method, images, scale in product(parts("methods"), parts("sets"), parts("scales")):
         own = load(f"methods/{method}")
@@ -60,14 +60,13 @@ def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") 
     """Read and check a recipe; no data are loaded.
 
     Args:
-        name_or_path: one of :func:`names`, or a file that ends in ``.toml``, or in ``.json`` as a run's
-            folder holds it.
-        changes: such as ``"training.epochs=3"``; the value is TOML, a bare word is a text.
+        name_or_path: one of :func:`names`, a ``.toml`` file, or the ``recipe.json`` in the folder of a run.
+        changes: such as ``"training.epochs=3"``; values are TOML, and a bare word is a string.
         plan: one of :func:`plans`, whose evaluation is merged into the recipe's.
 
     Raises:
-        ValueError: for an unknown recipe, section, key or name, or a wrong value; the message says
-            which recipe and key, what was seen and what there is.
+        ValueError: for an unknown recipe, section, key or name, or an invalid value; the message names recipe,
+            key and value, and the known alternatives.
     """
     check_path(name_or_path, "name_or_path")
     check_several(changes, "changes", 'texts such as "training.epochs=3"', 0)
@@ -77,7 +76,7 @@ def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") 
     path = Path(name_or_path).expanduser()
     whole = path.suffix == ".json"
     if whole and not path.is_file():
-        raise ValueError(f"no recipe file {path}; a run's folder holds its recipe.json")
+        raise ValueError(f"no recipe file {path}; pass the recipe.json in the folder of a run")
     merged = read_json(path, ("data",)) if whole else _gather(str(name_or_path))
     name, about = str(merged.pop("name", path.stem)), merged.pop("about", "")
     if not isinstance(about, str):
@@ -99,16 +98,16 @@ def read(name_or_path: str | Path, changes: Sequence[str] = (), plan: str = "") 
 def _gather(
     name: str, beside: Path | None = None, above: tuple[str, ...] = (), met: Sequence[str] = ()
 ) -> Table:
-    """A recipe with those that it extends merged in, first to last, then itself.
+    """A recipe merged with those that it extends, first to last, then the recipe itself.
 
     Args:
-        name: of one that ships with the library, or of a part, or a path.
-        beside: the folder that a path is relative to.
-        above: the recipes that extend this one.
-        met: the parts that it is merged with.
+        name: that of a shipped recipe or part, or a path.
+        beside: the folder to which a path is relative.
+        above: the chain of recipes that extend this one.
+        met: the parts that this one is merged with.
     """
     if name in above:
-        raise ValueError(f"recipe {name} extends itself: {' -> '.join([*above, name])}; cut one")
+        raise ValueError(f"recipe {name} extends itself: {' -> '.join([*above, name])}; remove one")
     path = None if name in _products() else _find(name, beside)
     own = dict(_products()[name]) if path is None else load(name, path)
     if path and path.parent.parent == FOLDER:
@@ -126,7 +125,7 @@ def _gather(
 
 
 def _holding(part: Table, met: Sequence[str]) -> Table:
-    """The sections of a part, with what holds only among the parts that it is merged with."""
+    """The sections of a part, including those that apply only together with the other merged parts."""
     own = {section: part[section] for section in SECTIONS if section in part}
     for kind, name in (other.split("/") for other in met if other.count("/") == 1):
         if name in part.get(kind, {}):
@@ -135,30 +134,30 @@ def _holding(part: Table, met: Sequence[str]) -> Table:
 
 
 def _find(name: str, beside: Path | None) -> Path:
-    """The file of a recipe or a part: a path, or a name that ships with the library."""
+    """The file of a recipe or a part, given by a path or by the name of one that ships with the library."""
     if name.endswith(".toml"):
         path = Path(name).expanduser() if beside is None else beside / name
         if not path.is_file():
-            raise ValueError(f"no recipe file {name}; the shipped ones are named without .toml")
+            raise ValueError(f"no recipe file {name}; names of shipped recipes do not end in .toml")
         return path
     known = [file.relative_to(FOLDER).with_suffix("") for file in FOLDER.rglob("*.toml")]
     if Path(name) in known:
         return FOLDER / f"{name}.toml"
     kind = name.split("/")[0]
     near = [f"{kind}/{part}" for part in parts(kind)] if kind in KINDS else names()
-    raise ValueError(f"no recipe {name!r}; {suggest(name, near)}. A file of your own ends in .toml")
+    raise ValueError(f"no recipe {name!r}; {suggest(name, near)}. Your own files must end in .toml")
 
 
 def load(name: str, path: Path | None = None) -> Table:
-    """What a file says; by default that of a part."""
+    """The content of a file; by default that of a part."""
     try:
         return tomllib.loads((path or FOLDER / f"{name}.toml").read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {name} is not TOML: {error}") from error
+        raise ValueError(f"recipe {name} is not valid TOML: {error}") from error
 
 
 def _merge(base: Table, own: Table) -> Table:
-    """Tables key by key, anything else replaced."""
+    """Merge two tables: their subtables key by key, other values replaced."""
     both = {
         key: {**base[key], **own[key]}
         for key in base.keys() & own.keys()
@@ -168,7 +167,7 @@ def _merge(base: Table, own: Table) -> Table:
 
 
 def _parse(change: str) -> Table:
-    """``section.key=value`` as a piece of a recipe."""
+    """``section.key=value`` as a part of a recipe."""
     key, equals, text = change.partition("=")
     section, dot, key = key.strip().partition(".")
     if not (equals and dot and key):
@@ -184,5 +183,5 @@ def _parse(change: str) -> Table:
     except tomllib.TOMLDecodeError:
         value = {"value": text.strip()}
     if list(value) != ["value"]:
-        raise ValueError(f"--set takes one value, got {change!r}")
+        raise ValueError(f"--set takes a single value, got {change!r}; repeat --set for more keys")
     return {section: {key: value["value"]}}

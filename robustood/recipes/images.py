@@ -1,4 +1,4 @@
-"""The images that a recipe names: to train on, to hold out, and to test with."""
+"""The images that a recipe names: for training, validation and tests."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = [
 ]  # fmt: skip
 
 Root = str | Path | None
-Card = Json  # what a record says of a set of images
+Card = Json  # the record of a set of images
 S = TypeVar("S", bound=Split)
-_PASSED = "passed through JPEG"  # on the card of a set: at which quality, after it was read
+_PASSED = "passed through JPEG"  # key on the card of a set: the quality
 _RTS = Spatial(rotation=45, translation=7, scale=0.3)  # of Wong and Kolter (2021), section 6
 
 
 def data(recipe: Recipe, root: Root = None) -> Data:
-    """All images of a recipe, in 8 bits; the seen distribution stands first in ``ood``.
+    """All images of a recipe, in 8 bits; the seen distribution comes first in ``ood``.
 
     Args:
-        recipe: names them.
-        root: the folder of the packs; default as in :func:`robustood.data.load`.
+        recipe: the recipe.
+        root: folder that holds the packs; default as in :func:`robustood.data.load`.
 
     Raises:
-        ValueError: for an unknown or unfitting set, or a pool that is smaller than the recipe demands.
+        ValueError: for an unknown or unsuitable set, or a pool that is smaller than the recipe requires.
     """
     found, cards = to_train(recipe, root)
     test, outside, _ = to_test(recipe, root, names=classes(cards["train"]))
@@ -45,10 +45,10 @@ def data(recipe: Recipe, root: Root = None) -> Data:
 
 
 def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
-    """Training and held-out images, and the outliers where the objective looks at them; no test images.
+    """Training and held-out images, and the outliers if the objective uses them; no test images.
 
     Raises:
-        ValueError: for an unknown or unfitting set, or a pool that is smaller than the recipe demands.
+        ValueError: for an unknown or unsuitable set, or a pool that is smaller than the recipe requires.
     """
     want, objective = recipe.settings.data, recipe.objective()
     if want.pairs:
@@ -90,9 +90,9 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
 def to_test(
     recipe: Recipe, root: Root, only: Sequence[str] = (), names: Sequence[str] = ()
 ) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
-    """Test images, and test outliers by name with the seen distribution first; of ``only`` these, if any.
+    """Test images, and test outliers by name with the seen distribution first; only the sets in ``only``, if any.
 
-    The test images' labels count the classes in the order of ``names``, where these are known.
+    The labels of the test images number the classes in the order of ``names``, if these are given.
     """
     want = recipe.settings.data
     outliers = [name for name in want.outlier_sets() if not only or name in only]
@@ -111,38 +111,38 @@ def to_test(
 
 
 def card(name: str, loaded: Loaded) -> Card:
-    """What identifies a set of images: name, size, sha256 of its pixels, and its JPEG quality."""
+    """The record that identifies a set of images: name, size, sha256 of the pixels, JPEG quality."""
     return {"name": name, "n": len(loaded), "sha256": digest(loaded.x), "jpeg": loaded.jpeg}
 
 
 def classes(trained: Card) -> list[str]:
-    """Names of the classes on the card of a training set; none where it or its pack has none."""
+    """The class names on the card of a training set; empty if its pack has none."""
     return trained.get("classes", [])
 
 
 def _check_there(names: Sequence[str], root: Root) -> None:
-    """Refuse sets that are not in the folder before others are read."""
+    """Refuse missing sets before any other set is read."""
     there = sets.available(root)
     for name in names:
         if name not in there:
-            sets.load(name, root=root)  # which says what is there, and how to get this one
+            sets.load(name, root=root)  # its error says how to get this one
 
 
 def _check_pool(recipe: Recipe, found: int) -> None:
-    """Refuse a pool of outliers that is smaller than a recipe of a paper demands."""
+    """Refuse a pool of outliers that is smaller than the recipe requires."""
     want = recipe.settings.data
     if found < want.pool_minimum:
         other = recipe.name.replace("_paper", "_fast")
         fast = f"take the recipe {other}, or " if other != recipe.name else ""
         raise ValueError(
             f"recipe {recipe.name}: the paper mines a pool of {want.pool_minimum:,} outliers, and "
-            f"{want.outliers} has {found:,}; {fast}go on with the smaller pool by "
+            f"{want.outliers} has {found:,}; {fast}use the smaller pool with "
             "--set data.pool_minimum=0"
         )
 
 
 def divided(inside: S, want: Images) -> tuple[S, S]:
-    """Images to train on and images held out, as a recipe says."""
+    """Split images into those for training and those held out, as a recipe says."""
     if want.hold_out == "by class":
         return sets.hold_out(inside, want.validation)
     kept = len(inside) - want.validation
@@ -150,31 +150,31 @@ def divided(inside: S, want: Images) -> tuple[S, S]:
 
 
 def plain(loaded: Split) -> Split:
-    """Images and labels alone."""
+    """The images and labels only."""
     return Split(loaded.x, loaded.y)
 
 
 def _copies_quality(wanted: int | str, outliers: Loaded | None) -> int:
-    """JPEG quality of the training images' copies; 0 for none. Without outliers nothing can leak."""
+    """JPEG quality of the copies of training images; 0 for no copies. Without outliers nothing can leak."""
     if wanted != "auto":
         return int(wanted)
     return 0 if outliers is None else outliers.jpeg or 0
 
 
 def everywhere(want: Images) -> int:
-    """JPEG quality that every image of a recipe passes through; 0 for none."""
+    """JPEG quality with which every image of a recipe is compressed; 0 for no compression."""
     return int(want.jpeg) if want.jpeg_everywhere else 0
 
 
 def passed(images: S, quality: int | None, said: Card) -> S:
-    """Lossless images through JPEG, once, with a note on their card; those that were JPEG stay as they are."""
+    """Compress lossless images once, with a note on their card; images that were JPEG are not changed."""
     if not quality or said["jpeg"] or _PASSED in said:
         return images
     said[_PASSED] = quality
     return replace(images, x=sets.compress(images.x, quality))
 
 
-# --- pairs, to learn a perturbation set from
+# --- pairs, from which a perturbation set is learned
 
 
 def _pairs_to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
@@ -186,7 +186,7 @@ def _pairs_to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
 
 
 def paired_images(recipe: Recipe, root: Root) -> tuple[Split, Split, dict[str, Card]]:
-    """Labelled images to make the pairs of training and of validation from."""
+    """The labelled images from which training and validation pairs are made."""
     want = recipe.settings.data
     inside, held = sets.load(want.train, root=root), want.validation
     count = len(inside) - held if want.images is None else want.images
@@ -203,10 +203,10 @@ def paired_images(recipe: Recipe, root: Root) -> tuple[Split, Split, dict[str, C
 
 
 def pairs(kind: str | None, split: Split, seed: int, names: tuple[str, ...] = LEARNED) -> Pairs:
-    """The pairs that a recipe means by ``data.pairs``.
+    """The pairs that ``data.pairs`` stands for.
 
-    ``"rts"``: turned, shifted and resized images, padded by 7, fresh at each epoch. ``"corruptions"``:
-    corrupted copies at severity 5, drawn anew at each epoch from one copy of each kind.
+    ``"rts"``: rotated, shifted and resized images, padded by 7 pixels and drawn again in each epoch.
+    ``"corruptions"``: corrupted copies at severity 5; each epoch chooses among one copy of each kind.
     """
     if kind == "rts":
         return perturbed(split, Random(_RTS), torch.Generator().manual_seed(seed), border=7)

@@ -1,4 +1,4 @@
-"""How a learned perturbation set is measured: radii, and the six metrics on test pairs."""
+"""Evaluation of a learned perturbation set: radii, and the six metrics on test pairs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def measure(
     root: Root,
     tell: Callable[[str], None],
 ) -> Json:
-    """Measure a learned set: radii from validation pairs, the six metrics on test pairs at the largest.
+    """Evaluate a learned set: radii from validation pairs, then the six metrics on test pairs at the largest radius.
 
-    Writes ``report.json``. A set learned from corruptions is also measured on pairs of held-out corruptions, one
-    by one. Arguments and errors as in :func:`robustood.recipes.evaluate`.
+    Writes ``report.json``. A set learned from corruptions is also evaluated on each of the held-out corruptions.
+    Arguments and errors as in :func:`robustood.recipes.evaluate`.
     """
     began = time.monotonic()
     model, written, device = trained(recipe, folder, device)
@@ -41,7 +41,7 @@ def measure(
     want, test = settings.data, sets.load(settings.data.test, root=root)
     some = plain(test[: settings.evaluation.n_in])
     val = pairs(want.pairs, paired_images(recipe, root)[1], settings.training.seed + 1)
-    tell("radii of the validation pairs")
+    tell("radii from the validation pairs")
     found = generative.radii(model, *_both(val, device))
     report: Json = {
         **origin(recipe, written, device),
@@ -76,7 +76,7 @@ def _measured(
     settings: Settings,
     device: torch.device,
 ) -> Json:
-    """The six metrics on pairs, and what doing nothing would cost."""
+    """The six metrics on pairs, and the error of leaving the input unchanged."""
     x, y = _both(test, device)
     distance = settings.objective.distance or "squared error"
     found = generative.set_metrics(

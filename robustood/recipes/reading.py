@@ -1,8 +1,8 @@
-"""Values of a file, checked against the annotations of the dataclass or function that takes them.
+"""Values from a file, checked against the annotations of the dataclass or function that takes them.
 
-A file writes what TOML can: ``Annotated[int, Bounds(1)]`` is a whole number of at least 1, ``float`` a number or a
-fraction as text such as "8/255", ``Literal["auto"] | bool`` that word or true or false. ``None`` stands for a key that
-is left out.
+Files hold TOML values: for ``Annotated[int, Bounds(1)]`` a whole number of at least 1, for ``float`` a number or a
+fraction as a string such as "8/255", for ``Literal["auto"] | bool`` the string "auto", true or false. ``None`` stands
+for a key that is left out.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from robustood.inputs import (
 
 __all__ = ["AtLeastZero", "Bounds", "Count", "Positive", "Share", "Table", "Value", "checked"]
 
-Value = Any  # what TOML can hold
+Value = Any  # a TOML value
 Table = dict[str, Value]
-_FRACTION = 'a fraction is a text such as "8/255"'
+_FRACTION = 'a fraction is a string such as "8/255"'
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and the largest number that is allowed."""
+    """The smallest and the largest number allowed."""
 
     low: float = -MOST
     high: float = MOST
@@ -59,13 +59,13 @@ def checked(
     """The values of a section as keyword arguments of a dataclass or function, in its order.
 
     Args:
-        build: what they are for.
+        build: the dataclass or function.
         given: the values.
-        section: its name, for messages.
-        keys: that are allowed; default all arguments.
+        section: name of the section, for messages.
+        keys: the allowed keys; default: all arguments.
 
     Raises:
-        ValueError: naming key, value and the fix.
+        ValueError: for an unknown or missing key or an invalid value; the message names key, value and fix.
     """
     hints = get_type_hints(build, include_extras=True)
     parameters = inspect.signature(build).parameters
@@ -76,13 +76,13 @@ def checked(
     for key in known:
         if key not in given and parameters[key].default is inspect.Parameter.empty:
             raise ValueError(
-                f"{section}.{key} is missing; set it in the file, or by --set {section}.{key}=..."
+                f"{section}.{key} is missing; set it in the file, or with --set {section}.{key}=..."
             )
     return {k: _converted(hints[k], given[k], f"{section}.{k}") for k in known if k in given}
 
 
 def _converted(kind: object, value: Value, name: str, bounds: Bounds | None = None) -> Value:
-    """A value as its annotation has it; ValueError with its name for another kind of value."""
+    """A value converted to its annotated type; ValueError with its name if that is impossible."""
     arguments = get_args(kind)
     match get_origin(kind):
         case typing.Annotated:
@@ -110,7 +110,7 @@ def _converted(kind: object, value: Value, name: str, bounds: Bounds | None = No
 
 
 def _one_of(kinds: Iterable[object], value: Value, name: str) -> Value:
-    """A word, or a value of the last kind; of no others a file could hold one."""
+    """One of the literal words, or a value of the last type; a file can hold no other type."""
     *words, last = [k for k in kinds if k in (int, float, bool, str) or get_origin(k)]
     allowed = [word for each in words for word in get_args(each)]
     if isinstance(value, str) and value in allowed:
@@ -124,7 +124,7 @@ def _one_of(kinds: Iterable[object], value: Value, name: str) -> Value:
 
 
 def _decimal(value: Value) -> Value:
-    """The number that a text such as "8/255" stands for; all else as it is."""
+    """The number for a string such as "8/255"; any other value unchanged."""
     if isinstance(value, str):
         try:
             found = float(Fraction(value))

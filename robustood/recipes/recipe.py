@@ -1,6 +1,6 @@
-"""What a recipe is: five sections with their keys, types, bounds and defaults, and what they stand for.
+"""The content of a recipe: five sections with their keys, types, bounds and defaults, and the objects they build.
 
-A key whose default is None is left out of a run's record where nothing is said.
+A key whose default is None is left out of a run's record unless it is set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "Settings", "Training", "needs_reject", "settings", "uses_outliers",
 ]  # fmt: skip
 
-_Network = Table  # its name, and the arguments that are not left to their defaults
+_Network = Table  # its name, and all arguments that differ from their defaults
 Detector = Literal[
     "MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct",
     "GradNorm", "RejectClass",
@@ -44,7 +44,7 @@ _CLASSIFIERS = ("densenet_bc", "preact_resnet18", "resnet", "small_cnn", "wide_r
 _GENERATORS = ("plain_cvae", "residual_cvae", "warp_cvae")  # of robustood.generative
 _ATTACK = ("within", "steps", "step_size", "restarts", "ramp", "mode", "keep")
 _MINING = ("q", "share", "sample")
-METHODS = {  # the keys of each; those of ATTACK go to its inner maxima
+METHODS = {  # the keys of each; those in _ATTACK go to its inner maximisations
     "Standard": (),
     "Adversarial": _ATTACK,
     "TRADES": (*_ATTACK, "beta"),
@@ -67,18 +67,18 @@ class Images:
     train: str
     test: str
     outliers: str = ""
-    seen: str = ""  # test images of the outliers' own distribution
+    seen: str = ""  # test images from the distribution of the training outliers
     ood: list[str] = field(default_factory=list)
-    known: str = ""  # whose classes are dropped from the outliers
+    known: str = ""  # set whose classes are removed from the outliers
     jpeg: Literal["auto"] | Annotated[int, Bounds(0, 100)] = "auto"
-    jpeg_everywhere: bool | None = None  # every image once, test images too, in place of copies
-    validation: Count = 1000  # images of train that are held out
-    hold_out: Literal["by class", "last"] = "by class"  # which: each class's share, or the last
+    jpeg_everywhere: bool | None = None  # compress test images too, and no copies
+    validation: Count = 1000  # number of training images held out
+    hold_out: Literal["by class", "last"] = "by class"  # a share of each class, or the last
     crop: Count = 4
     flip: bool = True
-    pool_minimum: Count = 0  # of an objective that mines
-    pairs: Literal["rts", "corruptions"] | None = None  # to learn a perturbation set from
-    images: Positive | None = None  # of train, in pairs
+    pool_minimum: Count = 0  # smallest pool for an objective that mines
+    pairs: Literal["rts", "corruptions"] | None = None  # from which a perturbation set is learned
+    images: Positive | None = None  # number of training images used for pairs
 
     def __post_init__(self) -> None:
         named = self.outlier_sets()
@@ -91,18 +91,18 @@ class Images:
             )
         if self.jpeg_everywhere and self.jpeg in ("auto", 0):
             raise ValueError(
-                f"data.jpeg_everywhere needs a quality; got data.jpeg = {self.jpeg!r}; give one, such "
-                "as --set data.jpeg=75"
+                f"data.jpeg_everywhere needs a quality, got data.jpeg = {self.jpeg!r}; set one, such as "
+                "--set data.jpeg=75"
             )
 
     def outlier_sets(self) -> list[str]:
-        """The sets of test outliers, the seen distribution first."""
+        """The names of the test outlier sets, the seen distribution first."""
         return [name for name in (self.seen, *self.ood) if name]
 
 
 @dataclass(frozen=True)
 class Method:
-    """The section ``[objective]``; the function of that name in the library knows its own defaults."""
+    """The section ``[objective]``; None means the default of the library's function of that name."""
 
     name: str
     within: Share | None = None
@@ -126,14 +126,14 @@ class Method:
         if self.within is None and "within" in METHODS[self.name]:
             raise ValueError(
                 f"objective.within is missing: the radius of {self.name}'s attack; set it in the file, "
-                'or by --set objective.within="8/255"'
+                'or with --set objective.within="8/255"'
             )
 
     def build(self) -> Objective:
-        """The training rule.
+        """The training objective.
 
-        What the method's function in :mod:`robustood.objectives` fixes is kept unless the section says
-        otherwise; ``step_size``, ``restarts``, ``mode``, ``keep`` and ``ramp`` go to its inner maxima.
+        Values from the method's function in :mod:`robustood.objectives` are kept unless the section sets them;
+        ``step_size``, ``restarts``, ``mode``, ``keep`` and ``ramp`` go to its inner maximisations.
         """
         said = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         make = getattr(generative if self.name == "Variational" else objectives, self.name)
@@ -165,7 +165,7 @@ class Training:
     nesterov: bool = True
     weight_decay: AtLeastZero = 1e-4
     warmup: Share = 0.0
-    milestones: list[Share] = field(default_factory=list)  # none: a half cosine
+    milestones: list[Share] = field(default_factory=list)  # empty: half-cosine decay
     seed: Count = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
@@ -173,7 +173,7 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
-            raise ValueError("training.nesterov needs a momentum above 0; set it to false")
+            raise ValueError("training.nesterov needs a momentum above 0; set nesterov to false")
 
 
 @dataclass(frozen=True)
@@ -182,34 +182,34 @@ class Evaluation:
 
     detectors: list[Literal["auto"] | Detector] = field(
         default_factory=list
-    )  # none: by the network
+    )  # empty: chosen by the network
     attacks: list[Attack] = field(default_factory=lambda: ["none", "paper", "adaptive"])
-    sets: list[str] = field(default_factory=list)  # of data.ood and data.seen; none: all
+    sets: list[str] = field(default_factory=list)  # from data.ood and data.seen; empty: all
     curve: list[Share] = field(
         default_factory=list
     )  # radii at which the adaptive attack is repeated
     n_in: Positive = 1000
     n_out: Positive = 500
-    n_fit: Positive = 5000  # training images for detectors that are fitted
+    n_fit: Positive = 5000  # training images for detectors that must be fitted
     eps: Share = 1 / 255
     side: Literal["both", "out"] = "both"
     paper: Literal["aloe", "atom"] = "aloe"
     steps: Positive = 40
     restarts: Count = 1
     targets: Count = 3
-    pgd_steps: Positive = 20  # of the attack on the accuracy
+    pgd_steps: Positive = 20  # of the attack on accuracy
     odin_temperature: Annotated[float, Bounds(1e-6)] = 1000.0
     odin_step: Share = 0.0014
     batch_size: Positive = 500
 
     def __post_init__(self) -> None:
         if self.curve != sorted(self.curve):
-            raise ValueError(f"evaluation.curve must increase, got {self.curve}")
+            raise ValueError(f"evaluation.curve must increase, got {self.curve}; sort it")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a recipe says, section by section."""
+    """All settings of a recipe, section by section."""
 
     data: Images
     model: _Network
@@ -218,7 +218,7 @@ class Settings:
     evaluation: Evaluation
 
     def __post_init__(self) -> None:
-        """Refuse values that are fine alone and not together; a method that needs a reject output gets one."""
+        """Refuse combinations of values that do not fit; add a reject output if the method needs one."""
         try:
             rule = self.objective.build()
         except ValueError as error:
@@ -226,21 +226,21 @@ class Settings:
         name = self.objective.name
         if uses_outliers(rule) and not self.data.outliers:
             raise ValueError(
-                f"{name} learns from outliers; name a set, such as --set "
+                f"{name} learns from outliers, but data.outliers is empty; name a set, such as --set "
                 "data.outliers=tinyimagenet:train"
             )
         network = self.model["name"]
         learns = [name == "Variational", network in _GENERATORS, self.data.pairs is not None]
         if any(learns) and not all(learns):
             raise ValueError(
-                "Variational, a network such as residual_cvae, and data.pairs need one another; got "
-                f"{name}, {network} and data.pairs = {self.data.pairs!r}"
+                "Variational, a network such as residual_cvae and data.pairs need one another, got "
+                f"{name}, {network} and data.pairs = {self.data.pairs!r}; set all three or none"
             )
         if needs_reject(rule) and not self.model.setdefault("reject", 1):
             raise ValueError(f"{name} needs model.reject of at least 1, got 0; leave it out")
         if "RejectClass" in self.evaluation.detectors and not self.model.get("reject"):
             raise ValueError(
-                "evaluation.detectors holds RejectClass, which needs a reject output; take MSP or "
+                "evaluation.detectors contains RejectClass, which needs a reject output; use MSP or "
                 "ODIN, or set model.reject=1"
             )
         known = self.data.outlier_sets()
@@ -251,7 +251,7 @@ class Settings:
             raise ValueError('objective.q="auto" needs held-out images: set data.validation')
 
     def to_dict(self) -> dict[str, Table]:
-        """The sections as a file holds them."""
+        """The sections as they are written to a file."""
         return {
             section: {key: value for key, value in values.items() if value is not None}
             for section, values in asdict(self).items()
@@ -272,10 +272,10 @@ class Recipe:
     """A checked recipe.
 
     Attributes:
-        name: of its file.
-        about: one line.
+        name: that of its file.
+        about: one line of description.
         settings: with all defaults filled in and fractions as numbers.
-        plan: of the evaluation, where it is not the recipe's own.
+        plan: that of the evaluation; empty for the recipe's own.
     """
 
     name: str
@@ -284,11 +284,11 @@ class Recipe:
     plan: str = ""
 
     def objective(self) -> Objective:
-        """The training rule."""
+        """The training objective."""
         return self.settings.objective.build()
 
     def model(self) -> nn.Module:
-        """The untrained network, a classifier or an autoencoder; the seed of the training draws its weights."""
+        """The untrained network, a classifier or an autoencoder; its weights depend on the training seed."""
         given = dict(self.settings.model)
         try:
             return _builder(given.pop("name"))(**given, seed=self.settings.training.seed)
@@ -296,16 +296,16 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: model: {error}") from error
 
     def to_json(self) -> str:
-        """The whole recipe, such as :func:`robustood.recipes.read` takes it."""
+        """The whole recipe as JSON, which :func:`robustood.recipes.read` can read."""
         whole = {"name": self.name, "about": self.about, **self.settings.to_dict()}
         return json.dumps(whole, indent=1)
 
 
 def settings(given: Mapping[str, Table]) -> Settings:
-    """The sections of a file, each value checked; nothing is loaded.
+    """Check the sections of a file; no data are loaded.
 
     Raises:
-        ValueError: naming key, value and the fix.
+        ValueError: for an unknown section or key, or an invalid value; the message names key, value and fix.
     """
     for name, section in given.items():
         if name not in SECTIONS:
@@ -327,7 +327,7 @@ def settings(given: Mapping[str, Table]) -> Settings:
 
 
 def _named(given: Table, section: str, known: Collection[str]) -> str:
-    """The section's ``name``, which is one of some."""
+    """The ``name`` in a section, checked against the known names."""
     if "name" not in given:
         raise ValueError(f"{section}.name is missing; {suggest('', known)}")
     name = str(given["name"])
@@ -337,15 +337,15 @@ def _named(given: Table, section: str, known: Collection[str]) -> str:
 
 
 def _builder(network: str) -> Callable[..., nn.Module]:
-    """The function that builds a network, of :mod:`robustood.models` or :mod:`robustood.generative`."""
+    """The function that builds a network, from :mod:`robustood.models` or :mod:`robustood.generative`."""
     return getattr(generative if network in _GENERATORS else models, network)
 
 
 def uses_outliers(rule: Objective) -> bool:
-    """Whether a training rule looks at outliers."""
+    """Whether an objective uses outliers."""
     return isinstance(rule, OutlierTraining) and rule.weight > 0
 
 
 def needs_reject(rule: Objective) -> bool:
-    """Whether a training rule needs an output that rejects."""
+    """Whether an objective needs a reject output."""
     return isinstance(rule, OutlierTraining) and rule.outlier_loss is to_reject

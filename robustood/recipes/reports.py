@@ -1,4 +1,4 @@
-"""From trained weights to a report: accuracy and detection, clean and attacked, in float32 on any device."""
+"""Reports on trained weights: accuracy and detection, clean and attacked, in float32 on any device."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ from robustood.recipes.runs import Tell, accuracy, origin, trained
 __all__ = ["fitted", "measure", "pick"]
 
 Outside = dict[str, Tensor]
-_CORRUPTIONS = Corruption(severities=(5,))  # 19 at the highest severity, and the clean image
-# Settings of one attack, or of which are asked at all: the scores of the others stay what they are.
+_CORRUPTIONS = Corruption(severities=(5,))  # 19 of the highest severity, and the clean image
+# Settings of a single attack, or that select what is measured: they do not change the other scores.
 _ASKED = {
     "detectors", "attacks", "side", "eps", "paper", "steps", "restarts", "targets", "curve", "pgd_steps",
 }  # fmt: skip
-STRONG: Json = {"steps": 100, "restarts": 5, "targets": None}  # every class
+STRONG: Json = {"steps": 100, "restarts": 5, "targets": None}  # None: every class
 
 
 def measure(
     recipe: Recipe, folder: Path, device: torch.device | str | None, root: Root, tell: Tell
 ) -> Json:
-    """Measure a classifier; a stopped evaluation goes on where it was.
+    """Evaluate a classifier; a stopped evaluation resumes where it was.
 
-    Writes ``report.json`` (accuracy, one row for each detector, attack, side and set, means over the
-    sets without the seen distribution, and accuracy and rows along the curve of radii if there is one) and
-    ``scores.npz`` (the float32 score of each image, arrays named "detector attack set"); with a plan,
-    ``report_PLAN.json`` and ``scores_PLAN.npz``. Arguments and errors as in :func:`robustood.recipes.evaluate`.
+    Writes ``report.json`` (accuracy; one row for each detector, attack, side and set; means over all sets but the
+    seen distribution; accuracy and rows for each radius of the curve, if any) and ``scores.npz`` (the float32 score
+    of each image, in arrays named "detector attack set"); with a plan, ``report_PLAN.json`` and
+    ``scores_PLAN.npz``. Arguments and errors as in :func:`robustood.recipes.evaluate`.
     """
     start, want = time.monotonic(), recipe.settings.evaluation
     model, written, device = trained(recipe, folder, device)
@@ -67,10 +67,10 @@ def measure(
     test, outside, cards = to_test(recipe, root, want.sets, classes(seen))
     if (label := int(test.y.max())) >= model.classes:
         raise ValueError(
-            f"{recipe.settings.data.test} has the label {label}, and the network {model.classes} classes: "
-            "pack the test images in folders called as those it was trained on"
+            f"{recipe.settings.data.test} has the label {label}, but the network has {model.classes} classes; "
+            "pack the test images from folders named like those of the training images"
         )
-    # Where only the training images were JPEG, the shift would be measured with everything else.
+    # If only the training images were JPEG, that shift would affect every measurement.
     test = passed(test, seen["jpeg"], cards["test"])
     inside = pick(test, want.n_in)
     outside = {name: pixels(pick(Split(x, x), want.n_out).x) for name, x in outside.items()}
@@ -106,7 +106,7 @@ def measure(
 
 
 def _detectors_of(wanted: Sequence[str], model: nn.Module) -> list[str]:
-    """The detectors to measure; "auto" is the reject class where there is one, else MSP."""
+    """The detectors to measure; "auto" is the reject class if there is one, else MSP."""
     reject = declared_outputs(model)[1]
     alone = "RejectClass" if reject else "MSP"
     by_network = [alone] if reject else ["MSP", "ODIN"]
@@ -121,7 +121,7 @@ def _along(
     notes: Path,
     tell: Tell,
 ) -> list[Json]:
-    """Rows of one detector along the curve of radii, adaptively attacked on the recipe's side."""
+    """Rows of one detector for each radius of the curve, attacked adaptively on the recipe's side."""
     rows: list[Json] = []
     name = type(measured).__name__
     how = _settings_of(want, "steps", "restarts", "targets", "batch_size")
@@ -136,13 +136,13 @@ def _along(
 
 
 def _settings_of(want: Evaluation, *keys: str) -> Json:
-    """Some settings, as keywords of an attack."""
+    """Some settings, as keyword arguments of an attack."""
     return {key: getattr(want, key) for key in keys}
 
 
 @contextmanager
 def _full_precision() -> Generator[None]:
-    """Float32 is float32: no TF32 on a GPU while measuring."""
+    """Context that turns off TF32 on a GPU, so that float32 has its full precision."""
     if not torch.cuda.is_available():
         yield
         return
@@ -155,13 +155,13 @@ def _full_precision() -> Generator[None]:
 
 
 def pick(split: Split, n: int) -> Split:
-    """At most n samples, the same ones each time, spread over the whole set."""
+    """At most n samples, always the same ones, spread over the whole set."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n]
     return Split(split.x, split.y)[chosen.sort().values]
 
 
 def _accuracies(model: nn.Module, test: Split, inside: Split, want: Evaluation, tell: Tell) -> Json:
-    """Clean on all test images, and on some of them after an attack on the classes, along the curve too."""
+    """Accuracy: clean on all test images, attacked on some of them, also at each radius of the curve."""
     tell("accuracy")
 
     def attacked(eps: float) -> dict[str, float]:
@@ -178,10 +178,10 @@ def _accuracies(model: nn.Module, test: Split, inside: Split, want: Evaluation, 
 def fitted(
     recipe: Recipe, name: str, model: nn.Module, root: Root, names: Sequence[str] = ()
 ) -> Detector:
-    """A detector that is ready, learned from training images where it needs to be.
+    """A detector that is ready to use, fitted on training images if it needs to be.
 
     Args:
-        names: of the classes that the network was trained on; none where nobody kept them.
+        names: the classes that the network was trained on; empty if they were not recorded.
     """
     want, images = recipe.settings.evaluation, recipe.settings.data
     settings = (want.odin_temperature, want.odin_step) if name == "ODIN" else ()
@@ -197,9 +197,9 @@ def fitted(
 def _attacked(
     measured: Detector, inside: Tensor, outside: Outside, attack: str, want: Evaluation, notes: Path
 ) -> list[Report]:
-    """The reports of one detector under one attack: of the recipe's side, and of each side if both.
+    """The reports of one detector under one attack: for the recipe's side, or for each side if it is "both".
 
-    Corrupted are the outliers alone, as ATOM does it (Chen et al. 2021, section 4).
+    Only outliers are corrupted, as in ATOM (Chen et al. 2021, section 4).
     """
     name, size = f"{type(measured).__name__}_{attack}", want.batch_size
     if attack == "none":
@@ -210,7 +210,7 @@ def _attacked(
     if attack == "strong":
         how = STRONG
     elif attack == "corruption":
-        within, how = _CORRUPTIONS, {}  # every one is tried
+        within, how = _CORRUPTIONS, {}  # all of them are tried
     elif attack.endswith("paper"):
         by, how = partial(paper_attack, paper=want.paper), {}
     if composed := attack.startswith("compositional"):
@@ -224,7 +224,7 @@ def _attacked(
 
 
 def _short_name(settings: object) -> str:
-    """A short name for settings: others get notes of their own."""
+    """A short name for settings, so that other settings get a folder of their own."""
     told = json.dumps(identity(settings=settings), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
@@ -232,19 +232,19 @@ def _short_name(settings: object) -> str:
 def _after_corruption(
     attack: Callable[..., Tensor], detector: Detector, x: Tensor, within: Linf, **how: Any
 ) -> Tensor:
-    """An attack around the corruption that serves the attacker best: the compositional test."""
+    """The compositional attack: first the worst corruption, then an attack around the corrupted image."""
     start = {k: how[k] for k in ("direction", "generator")}
     return attack(detector, attack_score(detector, x, _CORRUPTIONS, **start), within, **how)
 
 
 def _rows_of(report: Report, name: str, attack: str, seen: str) -> list[Json]:
-    """The rows of a report as they go into a file."""
+    """The rows of a report as they are written to a file."""
     start = {"detector": name, "attack": attack, "side": report.settings["side"]}
     return [{**start, "seen": row["set"] == seen, **plain(row)} for row in report.rows]
 
 
 def _means(rows: list[Json]) -> list[Json]:
-    """Mean AUROC and FPR over the sets that training has not seen, and the seen distribution beside them."""
+    """Mean AUROC and FPR over the sets not seen in training, together with those of the seen distribution."""
     keys = ("detector", "attack", "side")
     found = []
     for group in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):

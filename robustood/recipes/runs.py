@@ -1,4 +1,4 @@
-"""Runs: from a recipe to trained weights in a folder, and what goes on record there."""
+"""Runs: from a recipe to a folder with trained weights and a record of the training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TRAINED_BY = ("data", "model", "objective", "training")  # sections that the we
 
 
 def silent(line: str) -> None:
-    """Say nothing."""
+    """Ignore a message."""
 
 
 def train(
@@ -57,26 +57,26 @@ def train(
     root: Root = None,
     tell: Tell = silent,
 ) -> Json:
-    """Train by a recipe, or go on where the run in a folder stopped.
+    """Train a recipe, or resume the run in a folder.
 
-    The folder gets ``recipe.json`` (all settings), ``run.json`` (what happened), ``state.pt`` and ``log.csv``
-    (:func:`robustood.training.fit`), and at the end ``weights.safetensors`` with its card. With several
-    processes the first one writes.
+    The folder receives ``recipe.json`` (all settings), ``run.json`` (record of the training), ``state.pt`` and
+    ``log.csv`` (:func:`robustood.training.fit`), and at the end ``weights.safetensors`` with its card. With
+    several processes, the first one writes the files.
 
     Args:
-        recipe: what to do.
-        folder: of this run alone.
-        minutes: stop in time to keep this budget, reading the images included; the same call goes on.
-        device: default CUDA where there is one.
-        root: folder of the packs; default as in :func:`robustood.data.load`.
-        tell: called with one line after each epoch, and with remarks.
+        recipe: what to train.
+        folder: for this run only.
+        minutes: time budget, including the time to read the images; the same call resumes the run.
+        device: default: CUDA if available.
+        root: folder that holds the packs; default as in :func:`robustood.data.load`.
+        tell: called with one line of text after each epoch, and with remarks.
 
     Returns:
-        What ``run.json`` holds; ``finished`` is False where the time ran out.
+        The content of ``run.json``; ``finished`` is False if the time ran out.
 
     Raises:
         ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
-        OSError: if the folder cannot be written; states that were written before stay.
+        OSError: if the folder cannot be written; earlier states are kept.
     """
     folder, start = Path(folder), time.monotonic()
     if (old := distributed.from_first(_earlier(recipe, folder))) and old["finished"]:
@@ -94,7 +94,7 @@ def train(
     left = max(0.0, minutes - (time.monotonic() - start) / 60)
     if minutes and not left:
         tell(
-            f"reading the images took the {minutes:g} minutes; give more, or no step is ever taken"
+            f"reading the images took all of the {minutes:g} minutes; give more, or no step is ever taken"
         )
     epochs, learns_pairs = recipe.settings.training.epochs, recipe.settings.data.pairs
     history = training.fit(
@@ -123,7 +123,7 @@ def train(
     tell(
         f"finished after {run['minutes']:.1f} minutes: {folder / 'weights.safetensors'}"
         if history.finished
-        else f"time is up after {len(rows)} of {epochs} epochs; the same command goes on from here"
+        else f"time is up after {len(rows)} of {epochs} epochs; the same command resumes from here"
     )
     return run
 
@@ -131,7 +131,7 @@ def train(
 def _begun(
     recipe: Recipe, cards: dict[str, Card], device: torch.device, how: Engine, old: Card | None
 ) -> Json:
-    """What is on record of a run when a session begins: the first, or one that goes on."""
+    """The record of a run when a session of it begins, be it the first one or a later one."""
     session = {"commit": commit(), "versions": versions(), "device": _device_name(device)}
     sessions = old.get("sessions", []) if old else []
     return {
@@ -151,7 +151,7 @@ def _begun(
 
 
 def _earlier(recipe: Recipe, folder: Path) -> Json | None:
-    """What the folder's run has on record, None if there is none yet.
+    """The record of the run in a folder, or None if there is none yet.
 
     Raises:
         ValueError: if it is a run of another recipe.
@@ -178,14 +178,14 @@ def trained(
     file = folder / "weights.safetensors"
     if not file.is_file():
         raise ValueError(
-            f"no weights in {folder}: the run is not finished; give its robustood train command "
-            "again, it goes on"
+            f"no weights in {folder}: the run is not finished; run its robustood train command "
+            "again to resume it"
         )
     model = recipe.model()
     written = load_weights(file, model, ("recipe", "settings", "seed", "data"))
     if "train" not in written["data"]:
         raise ValueError(
-            f"{file.with_suffix('.json')} says nothing of the training images (data.train); take the card "
+            f"{file.with_suffix('.json')} lacks data.train, the record of the training images; use the card "
             "that robustood train wrote"
         )
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
@@ -194,12 +194,12 @@ def trained(
 
 
 def _chosen(device: torch.device | str | None) -> torch.device:
-    """A device; by default CUDA where there is one."""
+    """A device; by default CUDA if available."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
-    """What a report says of the weights, of the settings and of where it was made."""
+    """The origin of a report: weights, settings, software versions and device."""
     return {
         "recipe": recipe.name,
         "seed": written["seed"],
@@ -212,7 +212,7 @@ def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
 
 
 def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None:
-    """Refuse settings that trained something else than this recipe would."""
+    """Refuse training settings that differ from those of this recipe."""
     ours, theirs = (
         {
             f"{section}.{key}": v
@@ -226,7 +226,7 @@ def check_recipe(recipe: Recipe, name: str, settings: Json, holder: str) -> None
 
 
 def _record(folder: Path, recipe: Recipe, run: Json) -> None:
-    """Write what is on record, by the first process alone."""
+    """Write recipe and record, in the first process only."""
     if distributed.rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,9 +235,9 @@ def _record(folder: Path, recipe: Recipe, run: Json) -> None:
 
 
 def _choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
-    """How to compute: as the recipe says, and by a short measurement where it says "auto"."""
+    """The engine of a run: as the recipe says, chosen by a short measurement where it says "auto"."""
     if recipe.settings.data.pairs:
-        return Engine()  # an autoencoder runs as it is
+        return Engine()  # autoencoders use the default
     want = recipe.settings.training
     shape, how = tuple(data.train.x.shape[1:]), ("precision", "channels_last", "compile")
     return distributed.from_first(
@@ -246,7 +246,7 @@ def _choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) 
 
 
 def to_fit(recipe: Recipe) -> Json:
-    """What a recipe says to :func:`robustood.training.fit`."""
+    """The arguments of :func:`robustood.training.fit` that a recipe determines."""
     want, images = recipe.settings.training, recipe.settings.data
     same = ("epochs", "batch_size", "outlier_batch_size", "lr", "weight_decay", "warmup", "seed")
     sgd = partial(torch.optim.SGD, momentum=want.momentum, nesterov=want.nesterov)
@@ -260,12 +260,12 @@ def to_fit(recipe: Recipe) -> Json:
 
 
 def _held_out(val: Split, model: nn.Module) -> dict[str, float]:
-    """What is measured after each epoch."""
+    """The measurements after each epoch: accuracy on the held-out images, if any."""
     return {"val_accuracy": accuracy(model, val).value} if len(val) else {}
 
 
 def _epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float]) -> None:
-    """One line about an epoch, from the first process."""
+    """Report an epoch in one line, in the first process only."""
     seen = f", held-out accuracy {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
     if distributed.rank() == 0:
         tell(f"epoch {row['epoch'] + 1:.0f} of {epochs}: loss {row['loss']:.4f}{seen}")
@@ -274,7 +274,7 @@ def _epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float])
 def accuracy(
     model: nn.Module, images: Split, attack: Attack | None = None, batch_size: int = 1000
 ) -> Estimate:
-    """Share of 8-bit images whose largest class output is right, and stays right under an attack."""
+    """Share of 8-bit images that are classified correctly, without an attack or under one."""
     device = next(model.parameters()).device
     x, y = pixels(images.x).to(device), images.y.to(device)
 
@@ -284,16 +284,16 @@ def accuracy(
     return robust_accuracy(classes_alone, x, y, attack, batch_size=batch_size)
 
 
-# --- where it happened
+# --- software and hardware of a run
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code lies in, with "+changes" if it was changed; else None."""
+    """The commit of this checkout, with "+changes" if files were changed; None outside a checkout."""
     top = Path(robustood.__file__).resolve().parents[1]
     git = partial(subprocess.run, cwd=top, capture_output=True, text=True, check=True)
     try:
         where = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")
-        if Path(where[0]).resolve() != top:  # installed inside someone else's repository
+        if Path(where[0]).resolve() != top:  # installed inside another repository
             return None
         changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -308,7 +308,7 @@ def versions() -> dict[str, str]:
 
 
 def _device_name(device: torch.device) -> str:
-    """What a reader calls the device."""
+    """A readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

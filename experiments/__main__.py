@@ -21,14 +21,14 @@ def tables() -> dict[str, Experiment]:
 
 
 def main() -> None:
-    """List the tables, or measure those that are asked for."""
+    """List the tables, or measure those that are named."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m experiments", description=experiments.__doc__, formatter_class=style
     )
     parser.add_argument("names", nargs="*", help="names of tables, or prefixes of names")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--again", action="store_true", help="measure again what is already there")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
     args = parser.parse_args()
     known = tables()
     if unknown := [n for n in args.names if not any(name.startswith(n) for name in known)]:
@@ -41,7 +41,7 @@ def main() -> None:
     chosen = [each for name, each in known.items() if name.startswith((*args.names,))]
     torch.set_num_threads(1)
     for seed in args.seeds or sorted({seed for each in chosen for seed in each.seeds}):
-        for each in chosen:  # all tables of one seed first: they share networks
+        for each in chosen:  # all tables for one seed first, because they share networks
             if seed in each.seeds:
                 each.measure(seed, again=args.again)
 

@@ -1,9 +1,9 @@
-"""What the recipes of the kept CIFAR-10 runs do not measure: tables of chapter 13, ``book/13_results.md``.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13, ``book/13_results.md``.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
-distribution. Attacks made for one detector and judged by another change 200 images of CIFAR-10 and 200 of SVHN, those
-of the plan ``detectors``; the budgets of ATOM's test attack the same images of SVHN.
+distribution. Transfer attacks use the images of the plan ``detectors``, 200 of CIFAR-10 and 200 of SVHN; the attacks
+that compare budgets in ATOM's test use the same images of SVHN.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ COMMON: Row = {"images a set": 500, "inputs": "cifar10:test", "accepted": 0.95}
 COMMON |= {"seen": "tinyimagenet:val", "new": NEW}
 PAIR: Row = {"images a set": 200, "inputs": "cifar10:test", "outliers": "svhn:train"}
 BETWEEN: Row = PAIR | {"detectors": DETECTORS, "eps": 1 / 255, "steps": 40, "targets": 3}
-# Steps, the first of them in grey levels (the rule's own is twice the radius), target classes.
+# Number of steps, size of the first step in grey levels (default: twice the radius), target classes.
 BUDGETS = ((10, 16, 3), (10, 2, 3), (40, 16, 3), (100, 16, 1), (100, 16, 3))
 SEARCHED: Row = PAIR | {"eps": 8 / 255, "budgets": BUDGETS}
 
 
 @lru_cache
 def stored(name: str, n: int = COMMON["images a set"]) -> Tensor:
-    """Test images as they lie in the file, 8-bit."""
+    """Test images as stored in the file, in 8 bits."""
     return pick(load(name), n).x
 
 
 def pair() -> tuple[Tensor, Tensor]:
-    """Images of CIFAR-10 and of SVHN."""
+    """Images of CIFAR-10, and images of SVHN."""
     n = PAIR["images a set"]
     return pixels(stored(PAIR["inputs"], n)), pixels(stored(PAIR["outliers"], n))
 
 
 @lru_cache
 def restored(run: str) -> tuple[nn.Module, Recipe]:
-    """The network of a kept run, and the recipe that made it."""
+    """The network of a kept run, and its recipe."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = artefacts.restore(run, scratch)
         recipe = read(folder / "recipe.json")
@@ -75,7 +75,7 @@ def network(run: str) -> tuple[Detector, Objective, float]:
 
 @lru_cache
 def detectors(run: str) -> dict[str, Detector]:
-    """All detectors on one kept network, fitted on training images where they need it."""
+    """All detectors on the network of a kept run, fitted on training images if they need to be."""
     model, recipe = restored(run)
     return {name: fitted(recipe, name, model, None) for name in DETECTORS}
 
@@ -100,7 +100,7 @@ def faint(run: str, change: str, seed: int) -> Row:
     draw = torch.Generator().manual_seed(seed)
 
     def changed(x: Tensor) -> Tensor:
-        """Images as floats, saved as JPEG or with every pixel moved up or down at random."""
+        """Images as floats, after JPEG compression or with each pixel moved up or down at random."""
         grey = CHANGES[change]
         if grey is None:
             return pixels(compress(x, 75))

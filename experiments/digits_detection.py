@@ -1,7 +1,7 @@
 """Detectors on the digits, and training against outliers: the tables of chapters 7 to 9.
 
-Networks are small CNNs. AUROC has DeLong's interval; rates at a fixed threshold have exact binomial ones. The first
-images of each test set are used, as many as the settings say.
+Networks are small CNNs. AUROC values have DeLong intervals, rates at a fixed threshold exact binomial intervals. Of
+each test set the first images are used, as many as the settings say.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ VARIANTS = ("Mahalanobis, all layers", "Mahalanobis, input step")
 
 @lru_cache
 def trained(method: str, seed: int, *, robust: bool = False) -> tuple[Any, float]:
-    """A network trained by a method, and its CPU seconds; a robust one is wider and trained for longer."""
+    """A trained network and its CPU seconds; a robust one is wider and trained longer."""
     model: Any = small_cnn(seed=seed, width=1 + robust, reject=REJECTS.get(method, 0))
     if method == "CCU":
         model = ccu_model(model, digits().train.x, digits().outliers)
@@ -91,7 +91,7 @@ defended = partial(trained, robust=True)
 
 
 def detectors(model: Classifier) -> dict[str, Detector]:
-    """All detectors that fit the network, with two more kinds of Mahalanobis."""
+    """All detectors that suit the network, with two more variants of Mahalanobis."""
     data = digits()
     x, y = data.train.x, data.train.y
     layers = Mahalanobis(model, "all").fit(x, y).combine(data.val.x, data.outliers[::5])
@@ -102,18 +102,18 @@ def detectors(model: Classifier) -> dict[str, Detector]:
 
 
 def own_score(model: Any) -> Detector:
-    """The score that goes with the training: the reject class where there is one, else MSP."""
+    """The score for which the network was trained: the reject class if there is one, else MSP."""
     return RejectClass(model) if model.reject else MSP(model)
 
 
 def images() -> tuple[Tensor, dict[str, Tensor]]:
-    """Test digits, and each set of outliers."""
+    """The test digits, and the sets of outliers by name."""
     n = RECIPE["images_a_set"]
     return digits().test.x[:n], {name: x[:n] for name, x in digits().ood.items()}
 
 
 def sides(detector: Detector, attacks: Iterable[str] = ("adaptive", "aloe")) -> Row:
-    """Rates of each set of outliers for clean inputs and each attacked side."""
+    """Rates for each set of outliers, clean and with each side attacked."""
     rates = ("auroc", "fpr", "fpr_attacked", "rejected", "tie_rate")
     found: Row = {}
     for attack in attacks:
@@ -189,7 +189,7 @@ def fall(training: str, detector: str, eps: float, seed: int) -> Row:
 
 
 def accuracies(model: Any) -> Row:
-    """Clean and attacked accuracy over the classes, whatever is rejected."""
+    """Clean and attacked accuracy over the classes, without rejection."""
     test = digits().test
 
     def classes(x: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def pool(contamination: str, share: float, q: Any, seed: int) -> Row:
 
 
 def contaminated(kind: str, share: float, seed: int) -> Tensor:
-    """2,000 images, of which a share are look-alike letters drawn by a pen, or training digits."""
+    """2,000 outliers, a share of them replaced by look-alike letters drawn with a pen, or by training digits."""
     data, hidden = digits(), int(2000 * share)
     clean = [data.outliers[:1000], data.outliers[1000:]]
     parts = [half[: (2000 - hidden) // 2] for half in clean]

@@ -1,7 +1,7 @@
 """Robust training on the digits: the tables of chapter 4, ``book/04_training.md``.
 
-A seed sets the initial weights and the order of the data. The split is always the book's. All accuracies are shares of
-the 500 test digits with exact 95 % binomial intervals. The same is measured on MNIST in ``mnist.py``.
+A seed determines the initial weights and the order of the data; the split is always that of the book. All accuracies
+are on the 500 test digits, with exact 95 % binomial intervals. ``mnist.py`` measures the same on MNIST.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Rule = Standard | Adversarial | TRADES
 
 
 def network(name: str, seed: int, inputs: int = 64) -> Classifier:
-    """One of MODELS, untrained."""
+    """An untrained network, one of MODELS."""
     if name == "cnn":
         return small_cnn(seed=seed)
     return mlp(inputs, hidden=() if name == "linear" else (128, 128), seed=seed)
@@ -60,7 +60,7 @@ def network(name: str, seed: int, inputs: int = 64) -> Classifier:
 def trained(
     name: str, rule: Rule, seed: int, steps: int = 800, n: int = 1097, pad: int = 0
 ) -> tuple[Classifier, float]:
-    """A trained network and its CPU seconds; equal recipes are trained once a run."""
+    """A trained network and its CPU seconds; networks with equal arguments are trained only once per process."""
     batch = min(128, n)
     epochs = round(steps / (n // batch))
     model = network(name, seed, (8 + 2 * pad) ** 2)
@@ -70,14 +70,14 @@ def trained(
 
 
 def padded(data: Data, border: int) -> Data:
-    """The digits with a border of white pixels."""
+    """The digits with a border of blank pixels."""
     pad = partial(nn.functional.pad, pad=[border] * 4)
     train, val, test = (replace(s, x=pad(s.x)) for s in (data.train, data.val, data.test))
     return replace(data, train=train, val=val, test=test, outliers=pad(data.outliers))
 
 
 def rule(within: Ball) -> Rule:
-    """PGD training; ordinary training for a radius of zero."""
+    """PGD training, or standard training if the radius is zero."""
     return Adversarial(within) if within.eps else Standard()
 
 
@@ -88,19 +88,19 @@ def accuracy(
     test: Split | None = None,
     **how: Any,
 ) -> Estimate:
-    """Under an attack, on the test digits or another split."""
+    """Accuracy under an attack, on the test digits or another split."""
     test = test or digits().test
     return robust_accuracy(model, test.x, test.y, partial(attack, within=within, **how))
 
 
 def clean(model: nn.Module, test: Split | None = None) -> Estimate:
-    """Accuracy on the images as they are."""
+    """Accuracy on clean images."""
     test = test or digits().test
     return robust_accuracy(model, test.x, test.y)
 
 
 def mean(values: Tensor) -> Estimate:
-    """A mean with its normal 95 % interval over samples."""
+    """The mean over samples, with a normal 95 % interval."""
     values = values.double()
     half = 1.96 * float(values.std()) / len(values) ** 0.5
     centre = float(values.mean())
@@ -110,7 +110,7 @@ def mean(values: Tensor) -> Estimate:
 def linf_curve(
     model: nn.Module, test: Split, radii: Sequence[float], targets: Sequence[float], steps: int
 ) -> Row:
-    """Accuracy under 40 steps of PGD at all radii, and towards each class at some."""
+    """Accuracy under 40 steps of PGD at all radii, and under attacks towards each class at the radii in ``targets``."""
     pgd40 = [accuracy(model, Linf(r), test=test, steps=40 if r else 0) for r in radii]
     each = partial(accuracy, model, test=test, loss="targets", steps=steps)
     found = {"targets": {str(r): each(Linf(r)) for r in targets}} if targets else {}
@@ -131,7 +131,7 @@ def tradeoff_linf(model: str, train_eps: float, seed: int) -> Row:
     """
     net, seconds = trained(model, rule(Linf(train_eps)), seed)
     row = linf_curve(net, digits().test, LINF, () if model == "linear" else (0.1, 0.2), steps=10)
-    if model == "linear":  # exact: one step of full length towards each wrong class
+    if model == "linear":  # one full step towards each wrong class is exact
         exact = partial(accuracy, net, loss="targets", steps=1, restarts=0)
         row["exact"] = [exact(Linf(r)) for r in LINF]
     return row | {"seconds": seconds}
@@ -144,7 +144,7 @@ def tradeoff_linf(model: str, train_eps: float, seed: int) -> Row:
 def tradeoff_l2(model: str, train_eps: float, seed: int) -> Row:
     """The same for the CNN and l_2.
 
-    On no page: it says that the trade-off of `tradeoff_linf` is not one of its norm.
+    On no page: it shows that the trade-off of `tradeoff_linf` does not depend on its norm.
     """
     net, seconds = trained(model, rule(L2(train_eps)), seed)
     return {"pgd": [accuracy(net, L2(r), steps=40) for r in L2_RADII], "seconds": seconds}
@@ -202,7 +202,7 @@ def gradients(train_eps: float, seed: int) -> Row:
 
 
 def dead_share(model: nn.Module, test: Split, seen: Tensor) -> Row:
-    """Where the loss gradient lies, against the pixels that are 0 in all training images."""
+    """The share of the loss gradient on pixels that are 0 in all training images."""
     x = test.x.clone().requires_grad_()
     with frozen(model):
         loss = cross_entropy(model(x), test.y).sum()
@@ -222,7 +222,7 @@ def dead_share(model: nn.Module, test: Split, seen: Tensor) -> Row:
 def splits(split: int, train_digits: int, seed: int) -> Row:
     """How far the cells of the trade-off move from one random split of the digits to another.
 
-    On no page: it says which differences in `tradeoff_linf` are more than luck. A split sets everything, seeds too.
+    On no page: it shows which differences in `tradeoff_linf` exceed chance. A split determines everything, seeds too.
     """
     own = data.digits(seed=1000 + split)
     rest = Split(torch.cat([own.val.x, own.train.x]), torch.cat([own.val.y, own.train.y]))
@@ -273,14 +273,14 @@ def goals(test: Split, seed: int) -> Tensor:
 
 
 def towards(model: nn.Module, x: Tensor, target: Tensor, eps: float, restarts: int = 1) -> Tensor:
-    """Images moved towards a class, as far as l_2 allows."""
+    """Images attacked towards a class within an l_2 ball."""
     objective = lambda moved: -cross_entropy(model(moved), target)
     with frozen(model):
         return maximise(objective, x, L2(eps), steps=60, restarts=restarts)
 
 
 def read_as(model: nn.Module, x: Tensor, target: Tensor) -> Estimate:
-    """Share of images that the network reads as the target class."""
+    """Share of images that the network assigns to the target class."""
     return proportion(int((model(x).argmax(1) == target).sum()), len(x))
 
 
@@ -292,11 +292,11 @@ def far(
     seed: int,
     restarts: int = 1,
 ) -> Row:
-    """Whether targeted attacks reach their class: by the network, and by the nearest neighbour."""
+    """How often targeted attacks reach their class, according to the network and to the nearest neighbour."""
     target = goals(test, seed)
 
     def reach(x: Tensor) -> Estimate:
-        """Share of images whose nearest training digit has the target label."""
+        """Share of images whose nearest training image has the target label."""
         nearest = torch.cdist(x.flatten(1), train.x.flatten(1)).argmin(1)
         return proportion(int((train.y[nearest] == target).sum()), len(x))
 
@@ -326,7 +326,7 @@ def fiveseven(train_eps: float, least_correlation: float, seed: int) -> Row:
 
 
 def linear_pair(train: Split, test: Split, eps: float, least: float) -> Row:
-    """Exact accuracy of a linear 5-against-7, trained on pixels whose correlation with the label is enough."""
+    """Exact accuracy of a linear classifier of 5 against 7, on pixels with at least this correlation with the label."""
 
     def pair(split: Split) -> tuple[Tensor, Tensor]:
         chosen = (split.y == 5) | (split.y == 7)

@@ -1,7 +1,7 @@
-"""Learned perturbation sets: the tables of chapter 10, ``book/10_generative.md``, which chapter 11 reads too.
+"""Learned perturbation sets: the tables of chapter 10, ``book/10_generative.md``, which chapter 11 also uses.
 
-A seed sets the initial weights, the order of the data and all draws of pairs; the split of the digits is always the
-book's. Errors are kept per 1000 pixels.
+A seed determines the initial weights, the order of the data and all random pairs; the split of the digits is always
+that of the book. Errors are given per 1000 pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEARN: dict[str, Row] = {
     "relighting": {"epochs": 100, "lr": 2e-3, "warmup": 0.1},
 }
 TEST = 200
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.99)  # of the radius that the noise was chosen for
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.99)  # of the radius for which the noise was chosen
 STEPS = {"digits": 1200, "relighting": 600}
 ROWS = [
     {"what": "set"},
@@ -106,12 +106,12 @@ def relighting(what: str, seed: int, **how: Any) -> Row:
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained autoencoder, its radii and its CPU seconds, the training pairs, and test pairs with their classes."""
+    """A trained autoencoder with its radii, its CPU seconds, the training pairs, and test pairs with their labels."""
 
     model: generative.ConditionalVAE
     radius: generative.Radii
     seconds: float
-    train: Any  # pairs of digits and of scenes have attributes of their own
+    train: Any  # pairs of digits and pairs of scenes have different attributes
     x: Tensor
     y: Tensor
     labels: Tensor
@@ -119,7 +119,7 @@ class Learned:
 
 @lru_cache
 def learned(name: str, seed: int) -> Learned:
-    """A trained autoencoder with its pairs."""
+    """Train an autoencoder on its pairs."""
     if name == "digits":
         data = paired(harness.digits(), Random(TURN), border=2, seed=seed)
         model, beta = generative.warp_cvae((1, 12, 12), seed=seed), 0.02
@@ -137,7 +137,7 @@ def learned(name: str, seed: int) -> Learned:
 def classifier(
     name: str, seed: int, split: Split, rule: Adversarial | Standard, **how: Any
 ) -> tuple[nn.Module, float]:
-    """A classifier of the labelled images, and its CPU seconds."""
+    """A classifier trained on the labelled images, and its CPU seconds."""
     classes = int(learned(name, seed).train.labels.max()) + 1
     _, channels, size, _ = split.x.shape
     model = small_cnn(classes, channels=channels, size=size, seed=seed)
@@ -148,7 +148,7 @@ def classifier(
 
 @dataclass(frozen=True)
 class AugmentPixels:
-    """An augmentation of floats, for images that are kept in 8 bits."""
+    """An augmentation that works on floats, applied to images stored in 8 bits."""
 
     change: Callable[..., Tensor]
 
@@ -160,7 +160,7 @@ class AugmentPixels:
 
 
 def quality(name: str, seed: int) -> Row:
-    """Radii, the six metrics and the theorem."""
+    """Radii, the six metrics, and a check of the theorem."""
     task = learned(name, seed)
     x, y = task.x, task.y
     means = generative.set_metrics(task.model, x, y, task.radius.maximum, seed=seed)
@@ -183,7 +183,7 @@ def quality(name: str, seed: int) -> Row:
 
 
 def thousandfold(means: dict[str, float]) -> dict[str, float]:
-    """Errors per 1000 pixels in place of errors per pixel; the divergence as it is."""
+    """Errors per 1000 pixels instead of per pixel; the divergence is not changed."""
     return {
         name.replace("per_pixel", "per_1000_pixels"): 1000 * mean if "per_pixel" in name else mean
         for name, mean in means.items()
@@ -191,14 +191,14 @@ def thousandfold(means: dict[str, float]) -> dict[str, float]:
 
 
 def robustness(name: str, seed: int, training: str) -> Row:
-    """Accuracies of a classifier under the learned and under the true perturbations."""
+    """Accuracies of a classifier under learned and under true perturbations."""
     task = learned(name, seed)
     x, labels, size = task.x, task.labels, task.radius
     split, rule = task.train.labelled, Standard()
     how: Row = {}
     if training == "augmented" and name == "digits":
         how["augment"] = Random(TURN)
-    elif training == "augmented":  # every view of every scene
+    elif training == "augmented":  # all views of all scenes
         views, kinds = task.train.views, task.train.labels
         split = Split(views.flatten(0, 1), kinds.repeat_interleave(views.shape[1]))
     elif training == "CVAE-augmented":
@@ -246,7 +246,7 @@ def worst_light(model: nn.Module, x: Tensor, labels: Tensor, seed: int) -> Row:
 
 
 def proved(name: str, seed: int, target: str, n: int, alpha: float) -> Row:
-    """Certified accuracy in the latent ball, with the noise that can just reach a target radius."""
+    """Certified accuracy in the latent ball, with just enough noise to certify the target radius."""
     task = learned(name, seed)
     reach, median = getattr(task.radius, target), task.radius.median
     within, sigma = Latent(task.model, reach), sigma_for(reach, n, alpha)
@@ -256,7 +256,7 @@ def proved(name: str, seed: int, target: str, n: int, alpha: float) -> Row:
     found = certify(model, task.x, within, sigma=sigma, n=n, alpha=alpha, generator=noise)
     shares = certified_accuracy(found, task.labels, [share * reach for share in SHARES])
     row: Row = {"sigma": sigma, "shares": SHARES, "certified": shares}
-    if target != "median":  # noise for the median cannot prove more than that, up to rounding
+    if target != "median":  # noise for the median cannot certify more than that, up to rounding
         row["at the median"] = certified_accuracy(found, task.labels, [median])[0]
     return {**row, "median": median, "seconds": seconds}
 

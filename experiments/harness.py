@@ -1,14 +1,14 @@
-"""Declare an experiment, measure its rows, save its table.
+"""Define an experiment, measure its rows, save its table.
 
-An experiment is a function that measures one row: it takes the settings of the row and a seed, and returns what it
-measured. The decorator :func:`experiment` names the rows, the settings that all of them share, and the seeds:
+An experiment is a function that measures one row: it takes the settings of the row and a seed, and returns its
+measurements. The decorator :func:`experiment` takes the rows, their common settings and the seeds:
 
     @experiment(grid(train_eps=(0.0, 0.1)), {"epochs": 40}, seeds=(0, 1))
     def gradients(train_eps: float, seed: int) -> Row: ...
 
-A row is saved as soon as it is measured, and rows that are there are skipped, so a run can be stopped and resumed. On
-one machine the numbers are a function of the settings. Only ``seconds`` differs: the CPU time of training, or of the
-whole row where the function does not return it.
+Each row is saved as soon as it is measured, and existing rows are skipped, so a run can be stopped and resumed. On
+one machine the numbers are a function of the settings, except ``seconds``: the CPU time of training, or of the whole
+row if the function does not return it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from robustood.training import Objective, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "results"
-Row = dict[str, Any]  # settings, or what was measured; everything in it goes into JSON
+Row = dict[str, Any]  # settings or measurements; all values can be written as JSON
 OPTIMISER: Row = {
     "optimiser": "Adam",
     "schedule": "15 % linear warm-up, then half a cosine to zero",
@@ -43,26 +43,26 @@ digits = lru_cache(data.digits)
 
 
 def train(model: nn.Module, objective: Objective, data: data.Data, **how: Any) -> float:
-    """Fit a model; returns the CPU seconds that it took."""
+    """Fit a model; returns the CPU time in seconds."""
     began = time.process_time()
     fit(model, objective, data, **how)
     return time.process_time() - began
 
 
 def grid(**values: Iterable[object]) -> list[Row]:
-    """The settings of all combinations of values, the last changing fastest."""
+    """Settings for all combinations of values; the last one varies fastest."""
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
 def plain(value: Any) -> Any:
-    """As JSON holds it: estimates are dicts, tuples are lists, numbers have four digits."""
+    """A value as JSON: estimates become dicts, tuples become lists, numbers are rounded to four decimals."""
     text = json.dumps(value, default=asdict)
     return json.loads(text, parse_float=lambda number: round(float(number), 4))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """How a table is made; the arguments are those of :func:`experiment`."""
+    """The definition of a table; arguments as for :func:`experiment`."""
 
     function: FunctionType
     rows: list[Row] | Callable[[int], list[Row]]
@@ -71,7 +71,7 @@ class Experiment:
 
     @property
     def made_by(self) -> str:
-        """The script and the function."""
+        """The script and the function that make the table."""
         return f"{self.function.__module__.replace('.', '/')}.py: {self.function.__name__}"
 
     @property
@@ -81,15 +81,15 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The table's name, and its file's."""
+        """The name of the table and of its file."""
         return f"{self.scale}_{self.function.__name__}"
 
     def wanted(self, seed: int) -> list[Row]:
-        """The settings of the rows of a seed."""
+        """The settings of all rows for a seed."""
         return self.rows if isinstance(self.rows, list) else self.rows(seed)
 
     def table(self) -> Row:
-        """The table as far as it is measured, with no rows where its settings have changed."""
+        """The table with the rows measured so far; without rows if the common settings have changed."""
         path, settings = FOLDER / f"{self.name}.json", plain(self.settings)
         old = read_json(path) if path.exists() else {}
         packages = ("torch", "numpy", "scikit-learn")
@@ -104,7 +104,7 @@ class Experiment:
         }
 
     def row(self, seed: int, settings: Row) -> Row:
-        """Measure one row; a setting ``made for`` is the function's argument ``made_for``."""
+        """Measure one row; a setting ``made for`` is passed as the argument ``made_for``."""
         began = time.process_time()
         named = {key.replace(" ", "_"): value for key, value in settings.items()}
         metrics = self.function(seed=seed, **named)
@@ -112,12 +112,12 @@ class Experiment:
         return plain({"settings": settings, "seed": seed, "metrics": metrics, "seconds": seconds})
 
     def measure(self, seed: int, *, again: bool = False) -> None:
-        """Measure and save the rows of one seed: those that are not there, or all of them again."""
+        """Measure and save the rows of one seed: the missing ones, or all of them again."""
         table = self.table()
         table["rows"] = [r for r in table["rows"] if not (again and r["seed"] == seed)]
         there = [row["settings"] for row in table["rows"] if row["seed"] == seed]
         if there:
-            print(f"{self.name}  seed {seed}: {len(there)} rows are there (--again repeats them)")
+            print(f"{self.name}  seed {seed}: {len(there)} rows exist (--again repeats them)")
         for settings in (each for each in self.wanted(seed) if plain(each) not in there):
             row = self.row(seed, settings)
             table["rows"] = sorted([*table["rows"], row], key=lambda r: r["seed"])
@@ -129,11 +129,11 @@ class Experiment:
 def experiment(
     rows: list[Row] | Callable[[int], list[Row]], settings: Row, *, seeds: Sequence[int] = (0, 1, 2)
 ) -> Callable[[FunctionType], Experiment]:
-    """Make an :class:`Experiment` of the function below, which measures one row.
+    """Make an :class:`Experiment` from the decorated function, which measures one row.
 
     Args:
-        rows: settings of the rows, for every seed or as a function of it.
-        settings: what all rows have in common.
-        seeds: those that are measured.
+        rows: the settings of the rows, either a list for all seeds or a function of the seed.
+        settings: those that all rows share.
+        seeds: the seeds to measure.
     """
     return partial(Experiment, rows=rows, settings=settings, seeds=seeds)

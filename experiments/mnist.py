@@ -1,9 +1,9 @@
 """The experiments of ``digits_training.py`` on more images: the MNIST tables of chapter 13, ``book/13_results.md``.
 
-They need the images: ``robustood data fetch mnist``. No image is kept. The four networks that are trained on all
-images stay in ``data/weights/mnist_*.safetensors`` and are read from there as long as their card names the same recipe.
+They need the images: ``robustood data fetch mnist``. No image is stored. The four networks trained on all images are
+kept in ``data/weights/mnist_*.safetensors`` and loaded from there as long as their card names the same recipe.
 
-Seed 0 measures everything. Further seeds repeat the small training sets, with other images and weights.
+Seed 0 measures everything. Further seeds repeat the small training sets with other images and initial weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from robustood.perturbations import Linf
 WEIGHTS = ROOT / "data" / "weights"
 RADII = (0.0, 0.1, 0.2, 0.3)
 SIZES = (20, 50, 100, 200, 500, 2000, 10000)
-SMALL = (0.0, 0.1, 0.2)  # training radii there: 300 steps are too few for 0.3
-REPEATED = 100  # up to this size all seeds are measured
+SMALL = (0.0, 0.1, 0.2)  # training radii for these sizes: 300 steps are too few for 0.3
+REPEATED = 100  # all seeds are measured up to this size
 FAR = (2.0, 4.0, 6.0, 8.0)
 FAR_IMAGES = 500
 RECIPE: Row = OPTIMISER | {
@@ -50,19 +50,19 @@ def images(split: str) -> Split:
 
 
 def attacked() -> Split:
-    """The test images that are attacked, the first ones."""
+    """The first test images, which are attacked."""
     return images("test")[: TEST["attacked_images"]]
 
 
 def network(seed: int = 0) -> nn.Module:
-    """The small CNN, which sees each block of 2x2 pixels as one with four channels."""
+    """The small CNN on blocks of 2x2 pixels, each treated as one pixel with four channels."""
     return nn.Sequential(nn.PixelUnshuffle(2), small_cnn(channels=4, size=14, seed=seed))
 
 
 def trained(
     eps: float, seed: int, split: Split, epochs: int = RECIPE["epochs"]
 ) -> tuple[nn.Module, float]:
-    """A network of the recipe and its CPU seconds."""
+    """A network trained by the recipe, and its CPU seconds."""
     data = Data(split, images("test"), images("test"), images("test").x[:0])
     rule = Adversarial(Linf(eps), steps=5, ramp=0.5) if eps else Standard()
     how = {"batch_size": RECIPE["batch_size"], "lr": RECIPE["lr"]}
@@ -71,13 +71,13 @@ def trained(
 
 
 def file_of(eps: float) -> Path:
-    """The weights of a network that saw all images."""
+    """The file with the weights of a network trained on all images."""
     return WEIGHTS / f"mnist_{f'pgd{round(100 * eps)}' if eps else 'standard'}.safetensors"
 
 
 @lru_cache
 def whole(eps: float) -> tuple[nn.Module, float]:
-    """The network that saw all images, from its file or trained and put there."""
+    """The network trained on all images, loaded from its file or trained and saved there."""
     path, model = file_of(eps), network()
     card = {"recipe": plain(RECIPE), "data": "mnist", "train_eps": eps, "seed": 0}
     if path.with_suffix(".json").is_file():
@@ -120,7 +120,7 @@ def changed(train_eps: float, seed: int) -> Row:
     with torch.no_grad():
         reads, before = (m(test.x).argmax(1) == test.y for m in (model, whole(0.0)[0]))
     gained, lost = int((reads & ~before).sum()), int((before & ~reads).sum())
-    share = proportion(lost, gained + lost)  # 1/2 if they are equally good: a sign test
+    share = proportion(lost, gained + lost)  # 1/2 if both are equally good: a sign test
     return {"gained": gained, "lost": lost, "lost_share": share, "seconds": seconds}
 
 
@@ -140,7 +140,7 @@ def gradients(train_eps: float, seed: int) -> Row:
 
 
 def alignment(model: nn.Module, test: Split) -> Row:
-    """Alignment of Etmann et al. (2019), and the gradient's share away from the strokes."""
+    """Alignment as in Etmann et al. (2019), and the share of the gradient away from the strokes."""
     x = test.x.clone().requires_grad_()
     with frozen(model):
         first, second = model(x).topk(2, dim=1).values.unbind(1)
@@ -157,7 +157,7 @@ def alignment(model: nn.Module, test: Split) -> Row:
 
 
 def away_from_ink(x: Tensor) -> Tensor:
-    """1 where no pixel of the 5x5 around has ink."""
+    """1 for each pixel whose 5x5 neighbourhood has no ink, else 0."""
     return (nn.functional.max_pool2d(x, 5, stride=1, padding=2) == 0).float()
 
 

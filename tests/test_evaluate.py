@@ -342,7 +342,7 @@ def test_a_report_goes_through_json(net, sets, tmp_path):
         ("[1]", "it lacks settings, rows"),
         ('{"settings": {}, "rows": [3]}', "no attribute 'items'"),
         ('{"settings": {}, "rows": [{"auroc": {"value": 1}}]}', "missing .* required"),
-        ('{"settings": {}, "rows": [{"auroc": NaN}]}', "it holds NaN"),
+        ('{"settings": {}, "rows": [{"auroc": NaN}]}', "it contains NaN"),
     ],
 )
 def test_a_text_that_is_no_report_is_refused(untyped, text, said):

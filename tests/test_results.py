@@ -139,7 +139,7 @@ def test_saved_results_and_reports_that_lack_something_are_named(tmp_path, monke
     write(tmp_path / "one", run())
     for text, said in [
         ("", "it is empty"), ("[]", "it lacks settings, means"), ('{"means": []}', "it lacks settings"),
-        ('{"settings": {}, "means": [Infinity]}', "it holds Infinity"),
+        ('{"settings": {}, "means": [Infinity]}', "it contains Infinity"),
     ]:  # fmt: skip
         for name in ("report.json", "report_strong.json"):
             (tmp_path / "one" / name).write_text(text)

@@ -1,12 +1,12 @@
-"""Which arithmetic a notebook or a test computes in.
+"""The floating-point arithmetic in which a notebook or a test runs.
 
-Processors of other makers and generations add the same numbers in other orders, and a network trained for some
-hundred steps shows it in a printed digit. All that can be pinned is pinned here; what is left, notebooks measure
-(``spread.py``) and their tests allow for (``notebook_numbers.py``). ``ROBUSTOOD_ISA`` chooses:
+Processors of different manufacturers and generations add numbers in different orders, which after a few hundred
+training steps changes printed digits. Everything that can be fixed is fixed here. The remaining variation is measured
+by ``spread.py``, and the notebook tests allow for it (``notebook_numbers.py``). ``ROBUSTOOD_ISA`` chooses:
 
-``avx2``    the default: vectors of 256 bits everywhere, Intel's library on the path that it shares with other makers
-``oldest``  the least that x86-64 has
-``native``  nothing pinned: what a reader's own process would do
+``avx2``    the default: vectors of 256 bits, and the code path of Intel's library that works on all processors
+``oldest``  the basic instructions that every x86-64 processor has
+``native``  nothing fixed: what a reader's own process would do
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 
 THREADS = {
-    "OMP_NUM_THREADS": "1",  # on busy machines two threads spin, and each sums in its own order
+    "OMP_NUM_THREADS": "1",  # two threads would sum in another order, and waste time on busy machines
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -25,7 +25,7 @@ PINNED = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_CBWR": "COMPATIBLE",  # the one path of MKL that does not ask who made the processor
+        "MKL_CBWR": "COMPATIBLE",  # the only path of MKL that does not depend on the manufacturer
         "OPENBLAS_CORETYPE": "Haswell",
         "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
     },
@@ -41,14 +41,14 @@ PINNED = {
 
 
 def environment(isa: str | None = None) -> dict[str, str]:
-    """The environment variables of an arithmetic, for before NumPy or torch are imported.
+    """The environment variables that fix an arithmetic; set them before NumPy or torch is imported.
 
     Args:
-        isa: a key of ``PINNED``; default: the environment's ``ROBUSTOOD_ISA``, else "avx2". Other
-            processors than x86-64 have nothing to pin but the threads.
+        isa: a key of ``PINNED``; default: the environment variable ``ROBUSTOOD_ISA``, else "avx2". On processors
+            other than x86-64 only the number of threads is fixed.
 
     Raises:
-        ValueError: for an arithmetic that does not exist.
+        ValueError: for an unknown arithmetic.
     """
     isa = isa or os.environ.get("ROBUSTOOD_ISA") or "avx2"
     if isa not in PINNED:

@@ -1,6 +1,6 @@
-"""Inside a notebook's kernel: another rounding of what a network learns, and how near each assertion came to failing.
+"""Code for the kernel of a notebook: perturb trained weights like another rounding, and record margins of assertions.
 
-``spread.py`` loads this before a notebook's first cell. The notebook itself knows nothing of it.
+``spread.py`` loads this module before the first cell; the notebook itself does not refer to it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def install(noise: float, phase: float, keep_going: bool) -> None:
     """Prepare this kernel.
 
     Args:
-        noise: relative change of each weight after each step of an optimiser.
-        phase: chooses among such changes.
-        keep_going: let a failed assertion pass where it stands outside a function.
+        noise: relative change of each weight after each optimiser step.
+        phase: chooses one of many such changes.
+        keep_going: ignore failed assertions outside functions.
     """
     from IPython.core.getipython import get_ipython
 
@@ -40,7 +40,7 @@ def install(noise: float, phase: float, keep_going: bool) -> None:
 
 
 def rounded(optimiser: Any, noise: float, phase: float) -> None:
-    """Change each weight a little, by a function of its value alone: equal runs stay equal."""
+    """Change each weight slightly, as a function of its value only, so that equal runs stay equal."""
     import torch
 
     with torch.no_grad():
@@ -50,7 +50,7 @@ def rounded(optimiser: Any, noise: float, phase: float) -> None:
 
 
 class Assertions(ast.NodeTransformer):
-    """Let each comparison inside an assertion say by how much it held."""
+    """Make each comparison inside an assertion record its margin."""
 
     def __init__(self, shell: Any, keep_going: bool):
         self.shell, self.keep_going, self.depth = shell, keep_going, 0
@@ -62,7 +62,7 @@ class Assertions(ast.NodeTransformer):
         return node
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        # The loader of this module and the count of the next cell come on top.
+        # Two less: one for the cell that loads this module, one because the count is that of the next cell.
         node.test = Comparisons(f"{self.shell.execution_count - 2}").visit(node.test)
         if self.keep_going and not self.depth:
             name = ast.Name("_asserted", ast.Store())
@@ -71,7 +71,7 @@ class Assertions(ast.NodeTransformer):
 
 
 class Comparisons(ast.NodeTransformer):
-    """Wrap the orderings that must hold; what is negated or one of several ways is left alone."""
+    """Wrap the comparisons that must hold; leave out those that are negated or one of several alternatives."""
 
     def __init__(self, cell: str):
         self.cell = cell
@@ -103,7 +103,7 @@ class Comparisons(ast.NodeTransformer):
 
 
 def nearest(key: str, kinds: Sequence[str], *values: Any) -> Any:
-    """The comparison's own result; keeps by how much it held, the least where it is made often."""
+    """The result of a comparison; records its margin, the smallest if the comparison is made several times."""
     result: Any = True
     for kind, a, b in zip(kinds, values, values[1:]):
         result = ORDER[kind](a, b)
@@ -115,7 +115,7 @@ def nearest(key: str, kinds: Sequence[str], *values: Any) -> Any:
 
 
 def least(a: Any, b: Any) -> float | None:
-    """The least of b - a, None where these are no numbers."""
+    """The minimum of b - a, or None if these are not numbers."""
     import numpy as np
 
     low, high = (v.detach() if hasattr(v, "detach") else v for v in (a, b))
@@ -126,5 +126,5 @@ def least(a: Any, b: Any) -> float | None:
 
 
 def told() -> str:
-    """What was kept, as JSON."""
+    """The recorded margins, as JSON."""
     return json.dumps(NEAREST)

@@ -1,13 +1,13 @@
-"""A pytest plugin beside nbval: what a cell prints is compared by its meaning.
+"""A pytest plugin for nbval that compares the printed output of cells with tolerances for numbers.
 
-Words must agree exactly. So must numbers, but for those that depend on how a processor rounds: numbers that come from
-a trained network. ``spread.py`` finds them by executing each notebook in several kinds of arithmetic and keeps, beside
-the notebook in ``NN_slug.spread.json``, how far each printed number moved. Such a number may differ from the stored one
-by ``MARGIN`` times its spread, and by one unit of its last printed digit in any case. A number that no
-arithmetic moves has no spread on record and stays exact, as does a cell that nobody measured.
+Words must agree exactly. So must numbers, except those that depend on how a processor rounds: numbers that come from a
+trained network. ``spread.py`` finds them by executing each notebook in several arithmetics, and records in
+``NN_slug.spread.json`` beside the notebook how far each printed number moved. Such a number may differ from the stored
+one by ``MARGIN`` times its spread, or by one unit of its last printed digit if that is more. Numbers that moved in no
+arithmetic have no recorded spread and must agree exactly, as must cells that were not measured.
 
-nbval still does the comparing and the telling: where a new output agrees with the stored one by this rule, it is
-given the stored one to compare with itself.
+nbval still compares and reports: if a new output agrees with the stored one by this rule, nbval is given the stored
+one instead.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ NUMBER = re.compile(
     rf"{SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?|{SIGN}\.\d+"
 )
 PICTURES = ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json")
-Spread = dict[int, float]  # place of a number among a cell's -> how far it moved
+Spread = dict[int, float]  # index of a number within its cell -> how far it moved
 
 
 class Number(NamedTuple):
-    """A printed number, and one unit of its last digit."""
+    """A printed number, and one unit of its last printed digit."""
 
     value: float
     unit: float
 
 
 def number(text: str) -> Number:
-    """What a printed number says.
+    """The value and the unit of a printed number.
 
     >>> number("−1,234.50")
     Number(value=-1234.5, unit=0.01)
@@ -48,7 +48,7 @@ def number(text: str) -> Number:
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers in a text as they are printed, without the digits of names such as "conv2d".
+    """The numbers in a text as printed, without digits inside names such as "conv2d".
 
     >>> numbers("conv2d of 1,797 digits: -0.5 of .25 at 8/255")
     ['1,797', '-0.5', '.25', '8', '255']
@@ -57,15 +57,15 @@ def numbers(text: str) -> list[str]:
 
 
 def words(text: str) -> str:
-    """A text without its numbers, and without the blanks by which columns are aligned."""
+    """A text without its numbers and without the spaces that align columns."""
     return re.sub(r"[ \t]+", " ", NUMBER.sub("#", text))
 
 
 def agree(new: str, stored: str, spread: Spread) -> bool:
-    """Whether two texts say the same: equal words, and numbers that differ by no more than they may.
+    """Whether two texts agree: equal words, and numbers within their tolerances.
 
     Args:
-        spread: of the numbers that move, by their place; the others must be printed alike.
+        spread: how far numbers move, by their index; all others must be printed identically.
     """
     if new == stored:
         return True
@@ -76,14 +76,14 @@ def agree(new: str, stored: str, spread: Spread) -> bool:
 
 
 def close(new: str, stored: str, spread: float) -> bool:
-    """Whether a number that moves lies near enough to the stored one."""
+    """Whether a number that moves is close enough to the stored one."""
     a, b = number(new), number(stored)
     unit = max(a.unit, b.unit)
     return abs(a.value - b.value) <= max(MARGIN * spread, unit) + 1e-6 * unit
 
 
 def texts(outputs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
-    """The dicts and keys under which a cell's outputs hold text, in one order for numbering."""
+    """The dicts and keys that hold the text outputs of a cell, always in the same order."""
     for output in outputs:
         if output["output_type"] == "stream":
             yield output, "text"
@@ -96,7 +96,7 @@ def reconciled(new: Sequence[Any], stored: Sequence[Any], spread: Spread, clean:
     """The new outputs, with the stored text wherever the two agree.
 
     Args:
-        clean: takes out of a text what no comparison should see, such as times.
+        clean: removes from a text what must not be compared, such as times.
     """
     result = copy.deepcopy(list(new))
     at = 0
@@ -110,17 +110,17 @@ def reconciled(new: Sequence[Any], stored: Sequence[Any], spread: Spread, clean:
     return result
 
 
-# --- the spreads on record
+# --- recorded spreads
 
 
 def record(notebook: Path) -> Path:
-    """Where a notebook's spreads are kept."""
+    """The file that holds the spreads of a notebook."""
     return notebook.with_suffix(".spread.json")
 
 
 @lru_cache
 def spreads(notebook: Path) -> dict[str, Spread]:
-    """How far the numbers of each cell move, by the cell's id; empty without a record."""
+    """The spreads of each cell by its id; empty if none are recorded."""
     file = record(notebook)
     cells = json.loads(file.read_text("utf-8"))["cells"] if file.exists() else {}
     return {
@@ -132,7 +132,7 @@ def spreads(notebook: Path) -> dict[str, Spread]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Let every notebook cell compare by meaning."""
+    """Make every notebook cell compare with tolerances."""
     from nbval.plugin import IPyNbCell
 
     for item in items:
@@ -141,6 +141,6 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def compare(item: Any, exactly: Any, new: Sequence[Any], stored: Sequence[Any], *skip: Any) -> bool:
-    """nbval's comparison, after numbers that may move were reconciled."""
+    """nbval's comparison, after replacing outputs that agree within their tolerances."""
     spread = spreads(Path(item.parent.path)).get(item.cell.get("id", ""), {})
     return exactly(reconciled(new, stored, spread, item.sanitize) if spread else new, stored, *skip)

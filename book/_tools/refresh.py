@@ -1,14 +1,14 @@
-"""Bring the notebooks up to date with their text twins and with the library.
+"""Update the notebooks from their text twins, and execute them with the current library.
 
-    python book/_tools/refresh.py               all of them
-    python book/_tools/refresh.py toy attacks   these
+    python book/_tools/refresh.py               all notebooks
+    python book/_tools/refresh.py toy attacks   only these
     python book/_tools/refresh.py --stale       those whose code or modules changed
     python book/_tools/refresh.py --tables      only the chapter tables of README.md and book/intro.md
 
-The text twin ``book/NN_slug.md`` is the source. Its cells are copied into ``book/NN_slug.ipynb``, which is
-executed on one thread in the arithmetic that tests expect; outputs stay in the notebook. Code cells are
-formatted on the way. The metadata keep a hash of the code cells and of the library modules they import, so
-that a test can tell stale outputs without running anything.
+The text twin ``book/NN_slug.md`` is the source. Its code cells are formatted, and all cells are copied into
+``book/NN_slug.ipynb``, which is executed on one thread in the arithmetic that the tests expect, and saved with its
+outputs. The metadata contain a hash of the code cells and of the library modules they import, so that a test can detect
+stale outputs without executing anything.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from jupytext.combine import combine_inputs_with_outputs
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 PACKAGE = ROOT / "robustood"
-PICTURE = BOOK / "_static" / "break_and_repair.png"  # what README.md opens with
+PICTURE = BOOK / "_static" / "break_and_repair.png"  # shown at the top of README.md
 CELL_LIMIT_S = 600
 TABLE = re.compile(r"(<!-- chapters -->\n).*?(<!-- end of chapters -->)", re.DOTALL)
 
 
 def twins() -> list[Path]:
-    """The text twins of all notebooks, in the book's order."""
+    """The text twins of all notebooks, in the order of the book."""
     return sorted(p for p in BOOK.glob("*.md") if "jupytext:" in p.read_text("utf-8")[:400])
 
 
@@ -53,22 +53,22 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def sources(module: str) -> list[Path]:
-    """The files of a module of the package, or of a part that is a package itself; none if unknown."""
+    """The files of a module or subpackage of the library; empty if there is none."""
     if (PACKAGE / module).is_dir():
         return sorted((PACKAGE / module).glob("*.py"))  # __init__ comes first
     return [path for path in [PACKAGE / f"{module}.py"] if path.exists()]
 
 
 def imports(module: str) -> set[str]:
-    """What the files of a module import from other modules of the package."""
+    """The other modules of the library that a module imports."""
     found = [imported(path.read_text("utf-8")) for path in sources(module)]
     return set().union(*found) - {module}
 
 
 def imported(source: str) -> set[str]:
-    """Modules of the package that a piece of Python imports by name.
+    """The modules of the library that some Python source imports by name.
 
-    Lines that only IPython understands (``%pip``) are left out first.
+    Lines with IPython commands, such as ``%pip``, are removed first.
     """
     plain = re.sub(
         r"^\s*[%!].*$",
@@ -89,7 +89,7 @@ def imported(source: str) -> set[str]:
 
 
 def closure(modules: set[str]) -> set[str]:
-    """These modules and all that they import inside the package."""
+    """These modules and all modules of the library that they import, directly or not."""
     known: set[str] = set()
     todo = set(modules)
     while todo:
@@ -100,7 +100,7 @@ def closure(modules: set[str]) -> set[str]:
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 of what the outputs depend on: code cells, their tags, and the library's source."""
+    """SHA-256 of everything that the outputs depend on: code cells, their tags, and the library modules they use."""
     cells = code_cells(notebook)
     modules = closure(set().union(*[imported(cell.source) for cell in cells]) if cells else set())
     digest = hashlib.sha256()
@@ -117,7 +117,7 @@ def stored_hash(notebook: nbformat.NotebookNode) -> str | None:
 
 
 def merged(twin: Path) -> nbformat.NotebookNode:
-    """The twin's cells with the outputs that the notebook holds for equal cells."""
+    """The cells of the twin, with the outputs that the notebook has for equal cells."""
     source = jupytext.read(twin, fmt="md:myst")
     path = twin.with_suffix(".ipynb")
     if path.exists():
@@ -130,7 +130,7 @@ def merged(twin: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Run all cells but the live ones, whose widgets mean nothing without a kernel."""
+    """Execute all cells except those tagged "live", whose widgets need a running kernel."""
     from nbclient import NotebookClient
 
     for cell in code_cells(notebook):
@@ -149,7 +149,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:
-    """Keep nothing that differs from run to run or from machine to machine."""
+    """Remove everything that differs between runs or machines."""
     seen: dict[str, int] = {}
     for cell in notebook.cells:
         seen[cell.source] = seen.get(cell.source, 0) + 1
@@ -170,7 +170,7 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
 
 
 def tidy(twin: Path) -> None:
-    """Format the code cells of a text twin in place; cells with IPython's own commands stay."""
+    """Format the code cells of a text twin in place, except those with IPython commands."""
     text = twin.read_text("utf-8")
     for cell in code_cells(jupytext.reads(text, fmt="md:myst")):
         if re.search(r"^\s*[%!]", cell.source, re.MULTILINE):
@@ -185,7 +185,7 @@ def tidy(twin: Path) -> None:
 
 
 def refresh(twin: Path, *, only_stale: bool = False) -> bool:
-    """Update one notebook; True if it was executed. A change in the prose alone keeps the outputs."""
+    """Update one notebook; True if it was executed. If only the prose changed, the outputs are kept."""
     tidy(twin)
     notebook = merged(twin)
     path = twin.with_suffix(".ipynb")
@@ -198,26 +198,26 @@ def refresh(twin: Path, *, only_stale: bool = False) -> bool:
     nbformat.validate(notebook)
     text = nbformat.writes(notebook) + "\n"
     if str(ROOT) in text or str(Path.home()) + "/" in text:
-        raise ValueError(f"{path.name}: an output holds a path of this machine; do not print paths")
+        raise ValueError(f"{path.name}: an output has a path of this machine; do not print paths")
     if not path.exists() or path.read_text("utf-8") != text:
         path.write_text(text, encoding="utf-8")
     return run
 
 
 def last_picture(notebook: nbformat.NotebookNode) -> bytes:
-    """The picture that a notebook ends with, as PNG."""
+    """The last picture in a notebook, as PNG."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     return base64.b64decode(pictures[-1])
 
 
 def address() -> str:
-    """The repository's address, from ``_config.yml``."""
+    """The address of the repository, from ``_config.yml``."""
     return yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]["url"]
 
 
 def badge(stem: str) -> str:
-    """A Colab badge for one notebook."""
+    """A Colab badge for a notebook."""
     path = address().removeprefix("https://github.com/")
     link = f"https://colab.research.google.com/github/{path}/blob/main/book/{stem}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
@@ -247,7 +247,7 @@ def facts(twin: Path) -> dict[str, str]:
 
 
 def chapter_tables() -> dict[Path, str]:
-    """README.md and book/intro.md with their chapter tables as they should be."""
+    """The texts of README.md and book/intro.md with updated chapter tables."""
     rows = [(twin, facts(twin)) for twin in twins() if twin.stem[:2].isdigit()]
     readme = ["| chapter | question | module | CPU time | |", "|---|---|---|---|---|"]
     intro = ["| chapter | question | module |", "|---|---|---|"]
@@ -268,7 +268,7 @@ def chapter_tables() -> dict[Path, str]:
 
 
 def chosen(names: Sequence[str], refuse: Callable[[str], object]) -> list[Path]:
-    """The twins of these slugs in the book's order, all of them where none is named."""
+    """The twins with these slugs in the order of the book; all of them if none is named."""
     if not names:
         return twins()
     wanted = {Path(name).stem.split("_", 1)[-1] for name in names}
@@ -280,9 +280,9 @@ def chosen(names: Sequence[str], refuse: Callable[[str], object]) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", help="slugs such as toy; none means all")
-    parser.add_argument("--stale", action="store_true", help="execute only what changed")
-    parser.add_argument("--tables", action="store_true", help="only rewrite the chapter tables")
+    parser.add_argument("names", nargs="*", help="slugs such as toy (default: all)")
+    parser.add_argument("--stale", action="store_true", help="execute only changed notebooks")
+    parser.add_argument("--tables", action="store_true", help="rewrite only the chapter tables")
     args = parser.parse_args()
     selected = chosen(args.names, parser.error)
     if not args.tables:

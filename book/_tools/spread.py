@@ -1,19 +1,19 @@
 """Measure how far the printed numbers of the notebooks move from one arithmetic to another.
 
-    python book/_tools/spread.py                 all of them
-    python book/_tools/spread.py toy attacks     these
+    python book/_tools/spread.py                 all notebooks
+    python book/_tools/spread.py toy attacks     only these
     python book/_tools/spread.py --stale         those with cells that were not measured yet
 
-Each notebook is executed as it is stored (AVX2), as the processor would by itself, with the oldest instructions, and on
-two threads. Two more runs round each step of a training in another way, as a processor that is not at hand might. A
-number moves by the difference between the largest and the smallest of these, and its spread goes into
-``book/NN_slug.spread.json``, by which ``notebook_numbers.py`` compares.
+Each notebook is executed in the stored arithmetic (AVX2), in the native one of the processor, with the oldest
+instructions, and on two threads. Two more runs perturb the weights after each training step like another rounding, to
+stand for processors that are not available. The spread of a number is the difference between its largest and smallest
+value in these runs. It is saved in ``book/NN_slug.spread.json``, which ``notebook_numbers.py`` uses for its tolerances.
 
-Some numbers come from a trained network and print alike all the same, by luck. Two last runs disturb training a
-thousand times more: what changes there is on record too, if with a spread of 0.
+Some numbers that depend on training may happen to print identically in all these runs. Two last runs therefore perturb
+training a thousand times more; numbers that change only there are recorded with a spread of 0.
 
-Assertions that came near to failing are listed: those that kept less than a quarter of the room that they had in
-another arithmetic. So are words that changed, and the numbers that moved farthest.
+The tool also lists assertions that nearly failed, namely those whose margin was below a quarter of that in another
+arithmetic, words that changed, and the numbers that moved most.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ DISTURBED = {"disturbed": Run(noise=1e-4, phase=3.0), "disturbed again": Run(noi
 
 @dataclass
 class Found:
-    """What one notebook gave."""
+    """The result for one notebook."""
 
     name: str
     cells: dict[str, Spread] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Found:
 
 
 def executed(notebook: nbformat.NotebookNode, run: Run) -> tuple[list[list[str]], dict[str, float]]:
-    """The texts that each code cell prints, and by how much each assertion held."""
+    """The texts that each code cell prints, and the margin of each assertion."""
     from nbclient import NotebookClient
 
     mine = copy.deepcopy(notebook)
@@ -100,12 +100,12 @@ def executed(notebook: nbformat.NotebookNode, run: Run) -> tuple[list[list[str]]
 
 
 def unpinned() -> dict[str, str]:
-    """This process's environment without what pins an arithmetic."""
+    """The environment of this process without the variables that fix an arithmetic."""
     return {k: v for k, v in os.environ.items() if k not in environment("oldest")}
 
 
 def printed(cell: nbformat.NotebookNode) -> Iterator[str]:
-    """What a cell printed, as the tests see it."""
+    """The texts that a cell printed, as the tests compare them."""
     patterns = get_sanitize_patterns(SANITIZE.read_text("utf-8"))
     for holder, key in texts(coalesce_streams(copy.deepcopy(cell.outputs))):
         text = holder[key]
@@ -115,24 +115,24 @@ def printed(cell: nbformat.NotebookNode) -> Iterator[str]:
 
 
 def compared(cell: nbformat.NotebookNode) -> bool:
-    """Whether nbval compares what a cell prints."""
+    """Whether nbval compares the output of a cell."""
     return not {"live", "nbval-ignore-output"} & set(refresh.tags(cell))
 
 
 def count(cell: nbformat.NotebookNode) -> int:
-    """How many numbers a cell printed."""
+    """The count of numbers that a cell printed."""
     return sum(len(numbers(text)) for text in printed(cell))
 
 
 def as_text(kept: dict[str, Any]) -> str:
-    """A record as JSON, one line for each cell."""
+    """A record as JSON, with one line per cell."""
     cells = [f"  {json.dumps(name)}: {json.dumps(cell)}" for name, cell in kept["cells"].items()]
     inside = ",\n".join(cells)
     return f'{{\n "runs": {json.dumps(kept["runs"])},\n "cells": {{\n{inside}\n }}\n}}\n'
 
 
 def measure(twin: Path) -> Found:
-    """Execute a notebook in every arithmetic, and write its spreads."""
+    """Execute a notebook in all arithmetics, and save its spreads."""
     path = twin.with_suffix(".ipynb")
     notebook, found = nbformat.read(path, as_version=4), Found(twin.stem)
     began = time.perf_counter()
@@ -158,7 +158,7 @@ def measure(twin: Path) -> Found:
 def spread(
     found: Found, cell: nbformat.NotebookNode, stored: list[str], each: dict[str, list[str]]
 ) -> Spread:
-    """How far each number of a cell moved; those that never did are left out."""
+    """How far each number of a cell moved; numbers that never moved are left out."""
     first = cell.source.splitlines()[0][:60]
     moved: Spread = {}
     at = 0
@@ -169,7 +169,7 @@ def spread(
             other = said[place] if place < len(said) else ""
             if name in RUNS and words(other) != words(text):
                 found.faults.append(
-                    f"cell {first!r} prints other words, {name}:\n{other}\ninstead of\n{text}"
+                    f"cell {first!r} prints other words in the run {name!r}:\n{other}\ninstead of\n{text}"
                 )
             elif name in RUNS:
                 for i, n in enumerate(numbers(other)):
@@ -187,7 +187,7 @@ def spread(
 
 
 def changed(new: str, stored: str) -> Iterator[int]:
-    """Places of the stored numbers that a new text prints in another way, line by line."""
+    """The indices of stored numbers that a new text prints differently, compared line by line."""
     ours, theirs = (text.splitlines() for text in (stored, new))
     match = difflib.SequenceMatcher(
         None, *([words(line) for line in lines] for lines in (ours, theirs)), autojunk=False
@@ -202,17 +202,17 @@ def changed(new: str, stored: str) -> Iterator[int]:
 
 
 def near_misses(held: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Assertions that kept less than a quarter of the room that they had in another arithmetic."""
+    """Assertions whose margin was below a quarter of that in another arithmetic."""
     for key in held["avx2"]:
         rooms = {name: room[key] for name, room in held.items() if key in room}
         least, most = min(rooms.values()), max(rooms.values())
         if least < QUARTER * most:
             said = ", ".join(f"{name} {room:.4g}" for name, room in rooms.items())
-            yield f"near miss, cell {key}: room {said}"
+            yield f"near miss, cell {key}: margins {said}"
 
 
 def is_stale(twin: Path) -> bool:
-    """Whether the record is of other cells, or of other numbers in them, than the notebook has."""
+    """Whether the record has other cells than the notebook, or other counts of numbers in them."""
     path = twin.with_suffix(".ipynb")
     cells = refresh.code_cells(nbformat.read(path, as_version=4))
     if not record(path).exists():
@@ -224,9 +224,9 @@ def is_stale(twin: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="slugs such as toy; none means all")
+    parser.add_argument("names", nargs="*", help="slugs such as toy (default: all)")
     parser.add_argument("--stale", action="store_true", help="only notebooks with unmeasured cells")
-    parser.add_argument("--jobs", type=int, default=2, help="notebooks at one time")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks executed at the same time")
     args = parser.parse_args()
     chosen = refresh.chosen(args.names, parser.error)
     if args.stale:

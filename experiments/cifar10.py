@@ -93,7 +93,7 @@ CHANGES = {f"moved by {grey}": grey for grey in (0, 1, 2, 4, 8)} | {"JPEG 75": N
 
 @experiment(grid(run=RUNS, change=CHANGES), COMMON, seeds=(0,))
 def faint(run: str, change: str, seed: int) -> Row:
-    """Faint changes that no attack made, and what each network then accepts. No gradient is used.
+    """Faint changes that are not attacks, and the share that each network then accepts. No gradient is used.
 
     Shown in book/13_results.md, "A second leak: the attack marks the outliers".
     """
@@ -148,7 +148,7 @@ def training_attack(run: str, attack: str, seed: int) -> Row:
     seeds=(0,),
 )
 def transfer(run: str, made_for: str, seed: int) -> Row:
-    """AUROC of each detector on images attacked, both sides, for one of them.
+    """AUROC of each detector when both sides are attacked for one of the detectors.
 
     Shown in book/13_results.md, "Other detectors on the same networks".
     """

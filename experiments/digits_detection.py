@@ -137,7 +137,7 @@ def sides(detector: Detector, attacks: Iterable[str] = ("adaptive", "aloe")) -> 
     seeds=(0, 1),
 )
 def transfer(training: str, eps: float, direction: str, seed: int) -> Row:
-    """AUROC of each detector under every attack: its own adaptive one, the papers', the others'.
+    """AUROC of each detector under every attack: its own adaptive one, those of the papers and of other detectors.
 
     Shown in book/07_evaluate.md, "Every attack on every detector".
     """

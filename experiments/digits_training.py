@@ -142,7 +142,7 @@ def tradeoff_linf(model: str, train_eps: float, seed: int) -> Row:
     RECIPE | {"test_eps": L2_RADII},
 )
 def tradeoff_l2(model: str, train_eps: float, seed: int) -> Row:
-    """The same for the CNN and l_2.
+    """Accuracy for each training radius at each test radius, l_2, for the CNN.
 
     On no page: it shows that the trade-off of `tradeoff_linf` does not depend on its norm.
     """
@@ -178,7 +178,7 @@ def sample_size(n: int, train_norm: str, train_eps: float, seed: int) -> Row:
     RECIPE | {"eps": 0.15, "targets": "margin to each of 9 classes, 10 steps"},
 )
 def trades(model: str, beta: float | None, seed: int) -> Row:
-    """TRADES for a range of beta beside PGD training, at l_inf 0.15.
+    """TRADES with several values of beta, and PGD training, at l_inf 0.15.
 
     Shown in book/04_training.md, "TRADES: name the price".
     """
@@ -318,7 +318,7 @@ def far(
     seeds=(0,),  # training is deterministic: zero start, full batch
 )
 def fiveseven(train_eps: float, least_correlation: float, seed: int) -> Row:
-    """A linear classifier of 5 against 7 on all or only on well correlated pixels, closed form.
+    """A linear classifier of 5 against 7 on all pixels or only on well correlated ones.
 
     On no page: book/04_training.md, "Strong and weak pixels: five against seven", measures three of its rows itself.
     """
@@ -354,7 +354,7 @@ def linear_pair(train: Split, test: Split, eps: float, least: float) -> Row:
     RECIPE | OVERFITTING,
 )
 def overfitting(training: str, steps: int, step_size_in_eps: float, seed: int) -> Row:
-    """One-step training watched by one-step and by PGD attacks, epoch by epoch.
+    """One-step training, evaluated under one-step and PGD attacks after each epoch.
 
     Shown in book/04_training.md, "One step is not enough".
     """

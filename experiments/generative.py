@@ -72,7 +72,7 @@ COMMON: Row = {
     },
 )
 def digits(what: str, seed: int, **how: Any) -> Row:
-    """Digits that turn and shift: a learned set, and classifiers judged by the worst true transformation.
+    """Rotated and shifted digits: a learned set, and classifiers under the worst true transformation.
 
     Shown in book/10_generative.md, "How good is the set?" and "Augmentation, or training against the worst case?",
     and in book/11_smoothing.md, "The same proof in a learned set".
@@ -94,7 +94,7 @@ def digits(what: str, seed: int, **how: Any) -> Row:
     },
 )
 def relighting(what: str, seed: int, **how: Any) -> Row:
-    """Rendered scenes: a learned set of lights, and classifiers judged by the worst true light.
+    """Rendered scenes: a learned set of lights, and classifiers under the worst true light.
 
     Shown in book/10_generative.md, "Light", and in book/11_smoothing.md, "The same proof in a learned set".
     """

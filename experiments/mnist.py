@@ -111,7 +111,7 @@ def tradeoff(train_eps: float, seed: int) -> Row:
 
 @experiment(grid(train_eps=RADII[1:]), RECIPE | {"clean_images": TEST["clean_images"]}, seeds=(0,))
 def changed(train_eps: float, seed: int) -> Row:
-    """Clean test images that only one of two networks reads: the standard one, or a robust one.
+    """Clean test images that only one of two networks classifies correctly: the standard one or a robust one.
 
     Shown in book/13_results.md, "What robustness costs".
     """
@@ -211,7 +211,7 @@ def sample_size(n: int, train_eps: float, seed: int) -> Row:
     seeds=(0,),  # training is deterministic: zero start, full batch
 )
 def fiveseven(train_eps: float, least_correlation: float, seed: int) -> Row:
-    """A linear classifier of 5 against 7 on all or only on well correlated pixels, closed form.
+    """A linear classifier of 5 against 7 on all pixels or only on well correlated ones.
 
     Shown in book/13_results.md, "Five against seven".
     """

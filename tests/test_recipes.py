@@ -301,7 +301,7 @@ def test_unknown_recipes_and_missing_keys(tmp_path):
         ('[objective]\nname = "ADV"', r"objective\.within is missing: the radius of ADV's attack"),
         (
             '[objective]\nname = "Standard"',
-            r"training\.epochs is missing; set it in the file, or by",
+            r"training\.epochs is missing; set it in the file, or with",
         ),
         ("[objective]\nname = 3", r"no objective '3' \(objective\.name\); there are: ACET, ADV"),
     ]:

@@ -192,7 +192,7 @@ def from_json(text: str, keys: Sequence[str] = ()) -> Any:
 
     def number(word: str) -> float:
         if not math.isfinite(found := float(word)):
-            raise ValueError(f"it contains {word}, which is not valid JSON")
+            raise ValueError(f"it contains {word}, which is not a finite number")
         return found
 
     if not text.strip():

@@ -125,8 +125,8 @@ def _evaluate(given: argparse.Namespace) -> int:
     for change in given.set:
         if not change.strip().startswith("evaluation."):
             raise ValueError(
-                f"--set {change}: a finished run keeps the settings of its training; change only "
-                "evaluation.* here"
+                f"--set {change}: the training of a finished run is fixed; only evaluation.* may "
+                "change here"
             )
     shipped = {run["folder"] for run in results.load()}
     if not given.run.exists() and str(given.run) in shipped:
@@ -197,8 +197,8 @@ def _fetch(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     """Read whole sets, verify their checksums, and report their content."""
     there = data.available(given.data)
-    for asked in given.names or there:
-        for name in [s for s in there if s.split(":")[0] == asked] or [asked]:
+    for given_name in given.names or there:
+        for name in [s for s in there if s.split(":")[0] == given_name] or [given_name]:
             held = data.check(name, root=given.data)
             _say(
                 f"{name}: {held['n']} images of {' x '.join(map(str, held['shape']))}, "

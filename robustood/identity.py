@@ -118,8 +118,8 @@ def describe(value: object) -> str:
     Functions are given by name, dataclasses field by field, larger objects by a digest.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        told = [f.name for f in fields(value) if f.compare]
-        parts = ", ".join(f"{name}={describe(getattr(value, name))}" for name in told)
+        names = [f.name for f in fields(value) if f.compare]
+        parts = ", ".join(f"{name}={describe(getattr(value, name))}" for name in names)
         return f"{type(value).__qualname__}({parts})"
     if isinstance(value, functools.partial):
         return describe([value.func, *value.args, *sorted(value.keywords.items())])
@@ -248,8 +248,8 @@ class _Look:
         if kind in (list, tuple):
             text = f"{kind.__name__} of {len(value)}"
             if all(type(each) in _PLAIN for each in value):
-                told = ("[{}]" if kind is list else "({})").format(", ".join(map(_plain, value)))
-                return _Parts(told if len(told) < _TOLD else f"{text} {_digest(told)[:16]}")
+                plain = ("[{}]" if kind is list else "({})").format(", ".join(map(_plain, value)))
+                return _Parts(plain if len(plain) < _TOLD else f"{text} {_digest(plain)[:16]}")
             return _Parts(text, {f"[{i}]": each for i, each in enumerate(value)})
         if kind is dict:
             return self.pairs(value)

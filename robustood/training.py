@@ -205,8 +205,8 @@ def fit(
         engine=engine,
     )
     if run_dir is not None:
-        told = run.identity(name, made_by=optimiser)
-        run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", told))
+        fingerprint = run.identity(name, made_by=optimiser)
+        run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", fingerprint))
     with (
         running(model, engine or Engine()) as network,
         torch.random.fork_rng([device] if device.type == "cuda" else []),

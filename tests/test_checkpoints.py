@@ -96,7 +96,7 @@ def test_pickles_and_strange_cards_are_refused(tmp_path):
         ('{"architecture": [], "sha256": "a"}', "sha256: a string, architecture: an object"),
         (
             '{"architecture": {}, "sha256": "a", "lr": NaN}',
-            "it contains NaN, which is not valid JSON",
+            "it contains NaN, which is not a finite number",
         ),
         ('{"architecture": {}, "sha256": "a", "lr": -Infinity}', "it contains -Infinity"),
         ('{"architecture": {}, "sha256": "a", "lr": 1e999}', "it contains 1e999"),

@@ -225,8 +225,8 @@ def _attacked(
 
 def _short_name(settings: object) -> str:
     """A short name for settings, so that other settings get a folder of their own."""
-    told = json.dumps(identity(settings=settings), sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:8]
+    text = json.dumps(identity(settings=settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _after_corruption(

@@ -286,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
     """Add the options of train and evaluate."""
     trains.add_argument("recipe", help="a name from `robustood recipes`, or a .toml file")
-    budget = "stop before these minutes are over (exit code 3); the same command resumes"
+    budget = "time budget; exit code 3 if it runs out, and the same command resumes the run"
     trains.add_argument("--minutes", type=_minutes, default=math.inf, help=budget)
     folder = "folder of the run (default: runs/RECIPE); under torchrun, write --folder"
     trains.add_argument("--folder", "--run", dest="run", type=_place, metavar="DIR", help=folder)

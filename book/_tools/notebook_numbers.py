@@ -1,7 +1,7 @@
 """A pytest plugin for nbval that compares the printed output of cells with tolerances for numbers.
 
 Words must agree exactly. So must numbers, except those that depend on how a processor rounds: numbers that come from a
-trained network. ``spread.py`` finds them by executing each notebook in several arithmetics, and records in
+trained network. ``spread.py`` finds them by executing each notebook in several kinds of arithmetic, and records in
 ``NN_slug.spread.json`` beside the notebook how far each printed number moved. Such a number may differ from the stored
 one by ``MARGIN`` times its spread, or by one unit of its last printed digit if that is more. Numbers that moved in no
 arithmetic have no recorded spread and must agree exactly, as must cells that were not measured.

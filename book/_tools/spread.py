@@ -132,7 +132,7 @@ def as_text(kept: dict[str, Any]) -> str:
 
 
 def measure(twin: Path) -> Found:
-    """Execute a notebook in all arithmetics, and save its spreads."""
+    """Execute a notebook in all kinds of arithmetic, and save its spreads."""
     path = twin.with_suffix(".ipynb")
     notebook, found = nbformat.read(path, as_version=4), Found(twin.stem)
     began = time.perf_counter()

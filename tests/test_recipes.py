@@ -592,5 +592,5 @@ def test_a_learned_set_needs_all_its_parts():
     for change in ("objective.name=Standard", "model.name=small_cnn"):
         with pytest.raises(ValueError, match=r"need one another|no key"):
             read("cvae_mnist_rts", [change])
-    with pytest.raises(ValueError, match=r"need one another; got OutlierExposure"):
+    with pytest.raises(ValueError, match=r"need one another, got OutlierExposure"):
         read("oe_cifar10_cpu", ["data.pairs=rts"])

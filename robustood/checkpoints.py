@@ -226,7 +226,9 @@ def read_json(
         check_text(key, "keys: each")
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; pass a JSON file of a run, such as run.json")
+        raise FileNotFoundError(
+            f"path {path} is not a file; pass a JSON file of a run, such as run.json"
+        )
     try:
         return from_json(path.read_text("utf-8-sig"), keys)
     except (ValueError, RecursionError) as error:

@@ -21,12 +21,11 @@ from robustood.data import compress, load, pixels
 from robustood.detectors import MSP, Detector, RejectClass
 from robustood.evaluate import attack_score, scores
 from robustood.metrics import Estimate, proportion, threshold_at_tpr
-from robustood.objectives import OutlierTraining
+from robustood.objectives import Objective, OutlierTraining
 from robustood.perturbations import Linf
 from robustood.recipes import Recipe, read
 from robustood.recipes.reports import fitted, pick
 from robustood.recipes.runs import trained
-from robustood.training import Objective
 
 RUNS = [f"{name}_cifar10_cpu" for name in ("standard", "oe", "aloe", "ntom", "atom", "acet")]
 RUNS += ["atom_cifar10_cpu_fine", "minedaloe_cifar10_cpu", "adv_cifar10_cpu_8"]

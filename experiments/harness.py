@@ -27,12 +27,13 @@ from typing import Any
 
 from torch import nn
 
-from robustood import data
+from robustood import artefacts, data
 from robustood.checkpoints import read_json, write_json
-from robustood.training import Objective, fit
+from robustood.objectives import Objective
+from robustood.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "data" / "results"
+FOLDER = artefacts.FOLDERS[0] / "results"
 Row = dict[str, Any]  # settings or measurements; all values can be written as JSON
 OPTIMISER: Row = {
     "optimiser": "Adam",

@@ -73,7 +73,9 @@ def write_signature(
     result = inspect.Signature.empty if what == "class" else found.return_annotation
     written = found.replace(parameters=parameters, return_annotation=as_written(result, scope))
     call, _, result = stringify_signature(written, unqualified_typehints=True).partition(" -> ")
-    return call, result
+    return call.replace(
+        "<factory>", "..."
+    ), result  # a made default is no Python, and nothing would be linked
 
 
 def drop_repeats(

@@ -39,8 +39,9 @@ class Detector(nn.Module, ABC):
     model: Any
     fitted_attribute: str | None = None  # the attribute that fit sets, if fit is required
     n_untargeted: int = 1  # number of attack objectives that are not about one class
+    has_classes: bool = True  # whether logits(x) gives the outputs of a classifier
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Callable[[Tensor], Any]):
         super().__init__()
         check_model(model)
         self.model = model

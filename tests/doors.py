@@ -51,6 +51,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "callables.codes": PARTS,
     "checkpoints.Checkpoint": PARTS,
     "checkpoints.Checkpoint.*": PARTS,
+    "checkpoints.as_csv": PARTS,
     "checkpoints.as_json": PARTS,
     "checkpoints.check_same": CHECK,
     "checkpoints.from_json": PARTS,
@@ -121,6 +122,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "evaluate.Protocol": RESULT,
     "evaluate.Report": RESULT,
     "evaluate.Report.cells": PARTS,
+    "evaluate.Row": RESULT,
     "evaluate.mahalanobis_surrogate": LOOP,
     "evaluate.score_objectives": PARTS,
     "generative.*.forward": LAYER,
@@ -376,8 +378,9 @@ def calls(tmp: Path):
             model=NET, shape=(1, 8, 8), device="cpu", precision="float32", channels_last=True, compile="auto",
             batch_size=4,
         ),
-        "evaluate.Report.from_json": dict(self=evaluate.Report, text=report().to_json()),
+        "evaluate.Report.from_json": dict(self=evaluate.Report, text_or_path=report().to_json()),
         "evaluate.Report.mean": dict(self=report(), metric="auroc"),
+        "evaluate.Report.to_csv": dict(self=report(), path=tmp / "report.csv"),
         "evaluate.Report.to_json": dict(self=report(), path=tmp / "report.json"),
         "evaluate.attack_in_turn": dict(
             detector=MSP(NET), x=X, within=[WITHIN, L2(0.1)], direction="raise", steps=2, restarts=1

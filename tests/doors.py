@@ -75,6 +75,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.downhill": PARTS,
     "results.detector": PARTS,
     "results.learned_cells": PARTS,
+    "plotting.Scored": PROTOCOL,
     "recipes.Bounds": RESULT,
     "recipes.Evaluation": RESULT,
     "recipes.Images": RESULT,
@@ -487,6 +488,16 @@ def calls(tmp: Path):
         "perturbations.Compose": dict(first=Corruption(["fog"], [1]), second=WITHIN),
         "plotting.band": dict(
             axis=plt.figure().gca(), x=[1.0, 2.0], estimates=[metrics.proportion(3, 8)] * 2, label="a", colour="red"
+        ),
+        "plotting.fall": dict(
+            axis=plt.figure().gca(), rows=[{"eps": e, "auroc": metrics.proportion(3, 8)} for e in (0.0, 0.1)],
+            column="auroc",
+        ),
+        "plotting.roc": dict(
+            axis=plt.figure().gca(), measured={"a": report(), "b": (A, B)}, outliers="u", tpr=0.8, clean=A
+        ),
+        "plotting.score_histograms": dict(
+            axis=plt.figure().gca(), measured={"a": report()}, outliers="u", bins=[0.0, 0.5, 1.0], tpr=0.8, clean=A
         ),
         "plotting.image_grid": dict(images=X[:3], titles=["a", "b", "c"], columns=2, scale=0.5),
         "plotting.use_style": {},

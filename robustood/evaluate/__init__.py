@@ -25,6 +25,7 @@ from robustood.evaluate._attack import (
 )
 from robustood.evaluate._report import (
     Report,
+    Row,
     epsilon_curve,
     four_sides,
     measure,
@@ -33,7 +34,7 @@ from robustood.evaluate._report import (
 )
 
 __all__ = [
-    "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
+    "PAPERS", "Protocol", "Report", "Row", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
     "mahalanobis_surrogate", "measure", "ood_report", "paper_attack", "score_objectives", "scores",
     "surrogate",
 ]  # fmt: skip

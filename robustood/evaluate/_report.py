@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from robustood.inputs import (
 from robustood.metrics import Estimate
 from robustood.models import check_finite, frozen
 from robustood.perturbations import Ball, PerturbationSet, as_set
+from robustood.streams import Stream, stream_seed
 
 Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
@@ -51,8 +52,9 @@ _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
     "detection_error", "tie_rate",
 )  # fmt: skip
+T = TypeVar("T")
 Side = Literal["none", "in", "out", "both"]
-_SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
+SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
 
 @torch.no_grad()
@@ -121,11 +123,31 @@ class Report:
             scores: keep the scores, in decimals that give the same float64 when read. An image takes about 20 bytes.
         """
         check_flag(scores, "scores")
-        kept = {"settings": self.settings, "rows": [plain(row) for row in self.rows]}
+        return written(as_text(self.to_dict(scores)), path)
+
+    def to_dict(self, scores: bool = True) -> _Record:
+        """What :meth:`to_json` writes."""
+        kept: _Record = {"settings": self.settings, "rows": [plain(row) for row in self.rows]}
         if scores and self.scores:
             kept["scores"] = {name: each.tolist() for name, each in self.scores.items()}
-        text = _LIST.sub(lambda found: "".join(found[0].split()), as_json(kept, "report"))
-        return _written(text, path)
+        return kept
+
+    @classmethod
+    def from_dict(cls, kept: _Record) -> Report:
+        """The report that :meth:`to_dict` returned.
+
+        Raises:
+            ValueError, TypeError, AttributeError, KeyError: for anything else.
+        """
+        rows = [
+            Row({k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()})
+            for row in kept["rows"]
+        ]
+        values = {
+            name: reals(each, f"scores[{name!r}]", axes=1)
+            for name, each in kept.get("scores", {}).items()
+        }
+        return cls(kept["settings"], rows, values)
 
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> Report:
@@ -138,30 +160,7 @@ class Report:
             FileNotFoundError: for a path without a file.
             ValueError: for text or a file that is not a report.
         """
-        check_path(text_or_path, "text_or_path")
-        is_text = isinstance(text_or_path, str) and text_or_path.lstrip("\ufeff \r\n\t")[:1] == "{"
-        if not is_text and not os.path.isfile(text_or_path):
-            raise FileNotFoundError(
-                f"text_or_path must be JSON, which begins with {{, or the path of a file, got "
-                f"{str(text_or_path)!r:.80}; pass what Report.to_json wrote, or its path"
-            )
-        try:
-            text = text_or_path if is_text else Path(text_or_path).read_text("utf-8")
-            kept = from_json(str(text).lstrip("\ufeff"), ("settings", "rows"))
-            rows = [
-                Row({k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()})
-                for row in kept["rows"]
-            ]
-            values = {
-                name: reals(each, f"scores[{name!r}]", axes=1)
-                for name, each in kept.get("scores", {}).items()
-            }
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            source = "text_or_path" if is_text else f"text_or_path {text_or_path}"
-            raise ValueError(
-                f"{source} is not a report ({error}); pass what Report.to_json wrote"
-            ) from error
-        return cls(kept["settings"], rows, values)
+        return parsed(text_or_path, ("settings", "rows"), "Report", cls.from_dict)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows as CSV; also written to ``path`` if given.
@@ -169,7 +168,7 @@ class Report:
         A rate takes three columns: ``auroc``, ``auroc_low`` and ``auroc_high``, the ends of its interval.
         """
         ordered = [{c: row[c] for c in _COLUMNS if c in row} | row for row in self.rows]
-        return _written(as_csv([flat(row) for row in ordered]), path)
+        return written(as_csv([flat(row) for row in ordered]), path)
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table, as text."""
@@ -227,10 +226,10 @@ def ood_report(
         ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or a missing
             ``name`` if one is needed.
     """
-    check_choice(side, "side", _SIDES)
+    check_choice(side, "side", SIDES)
     check_mapping(x_out, "x_out", "{name: images}")
     settings = (attack, tpr, confidence, batch_size, seed, run_dir, name)
-    return _Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
+    return Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
 
 
 def four_sides(
@@ -246,13 +245,13 @@ def four_sides(
         settings: those of :func:`ood_report`, except ``side``.
     """
     check_mapping(x_out, "x_out", "{name: images}")
-    own = {f.name: settings.pop(f.name) for f in fields(_Bench) if f.name in settings}
-    bench = _Bench(detector, x_in, dict(x_out), within, how=settings, **own)
-    return {side: bench.report(side) for side in _SIDES}
+    own = {f.name: settings.pop(f.name) for f in fields(Bench) if f.name in settings}
+    bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
+    return {side: bench.report(side) for side in SIDES}
 
 
 @dataclass
-class _Bench:
+class Bench:
     """Inputs, attack, and the scores measured so far; arguments as in :func:`ood_report`."""
 
     detector: Detector
@@ -310,7 +309,9 @@ class _Bench:
         """The scores of one batch."""
         x = x.to(self.detector.device(x), copy=True)
         if direction is not None:
-            noise = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + number)
+            noise = torch.Generator(x.device).manual_seed(
+                stream_seed(self.seed, number, Stream.BATCHES)
+            )
             how = {"direction": direction, "generator": noise, **self.how}
             x = self.attack(self.detector, x, self.within, **how)
         return torch.from_numpy(scores(self.detector, x, self.batch_size))
@@ -351,12 +352,38 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def as_text(kept: _Record) -> str:
+    """JSON with each list of numbers on one line."""
+    return _LIST.sub(lambda found: "".join(found[0].split()), as_json(kept, "report"))
+
+
+def written(text: str, path: str | Path | None) -> str:
     """The text, which a file receives if there is a path."""
     if path is not None:
         check_path(path, "path")
         write_whole(Path(path), text.encode())
     return text
+
+
+def parsed(
+    text_or_path: str | Path, keys: Sequence[str], kind: str, build: Callable[[_Record], T]
+) -> T:
+    """What ``build`` makes of JSON, which begins with "{", or of the file that holds it."""
+    check_path(text_or_path, "text_or_path")
+    is_text = isinstance(text_or_path, str) and text_or_path.lstrip("\ufeff \r\n\t")[:1] == "{"
+    if not is_text and not os.path.isfile(text_or_path):
+        raise FileNotFoundError(
+            f"text_or_path must be JSON, which begins with {{, or the path of a file, got "
+            f"{str(text_or_path)!r:.80}; pass what {kind}.to_json wrote, or its path"
+        )
+    try:
+        text = text_or_path if is_text else Path(text_or_path).read_text("utf-8")
+        return build(from_json(str(text).lstrip("\ufeff"), keys))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        source = "text_or_path" if is_text else f"text_or_path {text_or_path}"
+        raise ValueError(
+            f"{source} is not a report ({error}); pass what {kind}.to_json wrote"
+        ) from error
 
 
 def measure(

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
-from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
+from robustood.attacks import APGD, Ascent, Rule, search
+from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, score_objectives
 from robustood.detectors._base import signed
 from robustood.inputs import (
     check_choice,
@@ -108,27 +108,6 @@ def attack_score(
 def check_detector(detector: Detector) -> None:
     """Refuse anything but a detector."""
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
-
-
-def score_objectives(
-    detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
-) -> list[AttackObjective]:
-    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
-    with torch.no_grad():
-        clean = detector.attack_objectives(x, direction)
-    n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
-    order = clean[:, n_untargeted:].argsort(1, descending=True)[:, :targets] + n_untargeted
-    always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
-    columns = torch.cat([always, order], 1)
-
-    def objective(column: Tensor) -> AttackObjective:
-        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
-            values = detector.attack_objectives(v, direction)
-            return values.gather(1, column)[:, 0], values[:, 0]
-
-        return climb
-
-    return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
 
 
 def attack_in_turn(

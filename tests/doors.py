@@ -43,6 +43,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "attacks.APGD.*": LOOP,
     "attacks.Ascent.*": LOOP,
     "attacks.Rule": PROTOCOL,
+    "attacks.Square.*": LOOP,
     "attacks.Rule.*": PROTOCOL,
     "attacks.ascent": LOOP,
     "attacks.climb_at": LOOP,
@@ -304,6 +305,10 @@ def calls(tmp: Path):
             generator=source(),
         ),
         "attacks.pgd": dict(**sweep, **how, loss="ce", keep="best", rule=APGD(), generator=source()),
+        "attacks.Square": dict(share=0.5, generator=source()),
+        "attacks.worst_case": dict(
+            model=NET, x=X, y=(NET(X).argmax(1) + 1) % 3, within=WITHIN, batch_size=4, generator=source()
+        ),  # misclassified from the start, so that no attack is needed
         "attacks.robust_accuracy": dict(
             model=NET, x=X, y=Y, attack=lambda model, x, y: x, batch_size=4, confidence=0.9
         ),

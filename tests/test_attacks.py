@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import attacks
-from robustood.attacks import APGD, fgsm, maximise, pgd, robust_accuracy
+from robustood.attacks import APGD, Square, fgsm, maximise, pgd, robust_accuracy
 from robustood.losses import cross_entropy, margin
 from robustood.metrics import proportion
 from robustood.models import frozen, small_cnn
@@ -572,3 +572,86 @@ def test_a_step_may_differ_from_sample_to_sample(batch, within):
     ]
     assert torch.allclose(together, torch.cat(alone), atol=1e-6)
     assert torch.allclose(together[0], z[0], atol=1e-6)  # a step of 0 only projects
+
+
+# --- random search, and the strongest attack ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("within", "reached"), [(Linf(0.1), 0.99), (L2(0.5), 0.97)], ids=["Linf", "L2"]
+)
+@pytest.mark.parametrize("shape", [(8, 1, 8, 8), (8, 40)], ids=["images", "vectors"])
+def test_square_reaches_the_optimum_of_a_linear_objective_by_values_alone(within, reached, shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    asked = []
+
+    def objective(v):
+        asked.append(v.requires_grad)
+        return (v.detach() * w).flatten(1).sum(1)  # nothing to differentiate
+
+    x = torch.full(shape, 0.5)
+    moved = maximise(objective, x, within, steps=2000, restarts=0, rule=Square())
+    dual = w.flatten(1).abs().sum(1) if isinstance(within, Linf) else w.flatten(1).norm(dim=1)
+    gained = (objective(moved) - objective(x)) / (within.eps * dual)
+    assert len(asked) == 2003 and not any(asked)
+    assert (gained <= 1 + 1e-4).all() and gained.mean() > reached
+    assert within.contains(x, moved - x).all()
+
+
+def test_square_finds_what_rounding_hides_from_the_gradient(batch):
+    """The gradient of a rounded margin is zero everywhere; random search still misclassifies."""
+    x, _ = batch
+    model = Linear(10, 64)
+    coarse = lambda v: (8 * model(v)).detach().round() / 8 + 0 * v.flatten(1).sum(1)[:, None]
+    y = coarse(x).argmax(1)
+    with pytest.warns(UserWarning, match="gradient is exactly zero"):
+        blind = pgd(coarse, x, y, Linf(0.1), steps=50, restarts=0, loss="margin")
+    found = pgd(coarse, x, y, Linf(0.1), steps=500, restarts=0, loss="margin", rule=Square())
+    smooth = pgd(model, x, y, Linf(0.1), steps=50, restarts=0, loss="margin")
+    wrong = [int((coarse(v).argmax(1) != y).sum()) for v in (blind, found, smooth)]
+    assert wrong[0] == 0 and wrong[1] >= wrong[2] - 2 > 10
+
+
+def test_square_needs_a_ball_and_a_share(batch):
+    x, _ = batch
+    with pytest.raises(ValueError, match=r"Square searches norm balls.*Spatial"):
+        maximise(lambda v: v.flatten(1).sum(1), x, Spatial(20, 1), steps=1, rule=Square())
+    with pytest.raises(ValueError, match="share must be a number"):
+        Square(share=0.0)
+
+
+@pytest.mark.parametrize("within", SETS, ids=str)
+def test_the_worst_case_is_at_least_as_bad_as_each_of_its_attacks(batch, within):
+    x, _ = batch
+    model = Linear(10, 64, seed=2)
+    y = model(x).argmax(1)
+    worst = margin(model(attacks.worst_case(model, x, y, within)), y)
+    for how in ({"loss": "ce"}, {"loss": "dlr"}, {"loss": "targets"}):
+        single = pgd(model, x, y, within, steps=20, rule=APGD(), **how)
+        # of a sample that an earlier attack broke, later attacks ask no more
+        assert (torch.minimum(margin(model(single), y), torch.zeros(len(x))) <= worst + 1e-4).all()
+
+
+def test_the_worst_case_spends_later_attacks_on_samples_that_hold():
+    """Two samples sit on the boundary, one can never be moved: only that one costs the whole sequence."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[4.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0]]))
+    x = torch.tensor([[0.5, 0.49, 0, 0], [0.5, 0.48, 0, 0], [1.0, 0, 0, 0]]).view(3, 1, 2, 2)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    moved = attacks.worst_case(model, x, torch.zeros(3, dtype=torch.int64), Linf(0.05))
+    handle.remove()
+    assert (model(moved).argmax(1) == 0).tolist() == [False, False, True]
+    assert seen.count(3) <= 104 and seen.count(1) > 1200
+
+
+def test_the_worst_case_of_a_finite_set_is_its_worst_member(batch):
+    x, _ = batch
+    model, grid = Linear(10, 64), Spatial(1, 0.02).grid(3)
+    y = model(x).argmax(1)
+    broken = [
+        model(found).argmax(1) != y
+        for found in (attacks.worst_case(model, x, y, grid), pgd(model, x, y, grid, steps=0))
+    ]
+    assert torch.equal(*broken) and 0 < broken[0].sum() < len(x)

@@ -24,9 +24,11 @@ from robustood.attacks._loop import (
     search,
     value_and_grad,
 )
+from robustood.attacks._portfolio import worst_case
 from robustood.attacks._rules import APGD, Ascent, Rule
+from robustood.attacks._square import Square
 
 __all__ = [
-    "APGD", "Ascent", "AttackObjective", "Rule", "ascent", "climb_at", "fgsm", "maximise", "pgd",
-    "robust_accuracy", "search", "value_and_grad",
+    "APGD", "Ascent", "AttackObjective", "Rule", "Square", "ascent", "climb_at", "fgsm", "maximise",
+    "pgd", "robust_accuracy", "search", "value_and_grad", "worst_case",
 ]  # fmt: skip

@@ -77,16 +77,12 @@ def pgd(
     """
     check_choice(loss, "loss", (*LOSSES, "targets"))
     check_choice(keep, "keep", ("best", "last"))
-    inputs.check_model(model)
     within = as_set(within)
-    x = checked_inputs(x, within.box)
-    if within.box == (0, 1):
-        inputs.check_images(x)
-    check_labels(y, x)
+    x = checked_classifier(model, x, y, within)
     watch = GradientWatch()
     with torch.inference_mode(False), frozen(model), reading(model) as read:
         y = y.clone() if y.is_inference() else y
-        logits = _covering(read, int(y.max()))
+        logits = covering(read, int(y.max()))
         if loss == "targets":
             climbed = _targeted_objectives(logits, x, y)
         elif keep == "best":
@@ -101,7 +97,17 @@ def pgd(
     return found
 
 
-def _covering(model: Model, highest: int) -> Model:
+def checked_classifier(model: Model, x: Inputs, y: Labels, within: PerturbationSet) -> Inputs:
+    """The inputs of an attack on a classifier, once it is certain that they fit."""
+    inputs.check_model(model)
+    x = checked_inputs(x, within.box)
+    if within.box == (0, 1):
+        inputs.check_images(x)
+    check_labels(y, x)
+    return x
+
+
+def covering(model: Model, highest: int) -> Model:
     """The model, with a check that its outputs cover the highest label; adds no forward pass."""
 
     def forward(x: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ def robust_accuracy(
     check_labels(y, x)
     right = 0
     with reading(model) as read:
-        logits = _covering(read, int(y.max()))
+        logits = covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             seen = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
             with frozen(model), torch.no_grad():

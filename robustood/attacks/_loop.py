@@ -135,7 +135,7 @@ def ascent(
     A function of tensors without host synchronisation, so that it can be compiled as one graph;
     ``gradient`` then replaces :func:`value_and_grad` by what a compiler can trace.
     """
-    gradient = gradient or value_and_grad
+    gradient = gradient or value_and_grad if rule.uses_gradient else value_alone
     best, propose = _Best(x), rule.begin(x, within, steps, step_size)
     for _ in range(steps):
         moved, climb, judge, grad = gradient(objective, x, z, within)
@@ -158,6 +158,15 @@ def value_and_grad(
     value, (moved, climb, judge) = climb_at(objective, x, z, within)
     grad = input_gradient(value, z)
     return moved.detach(), climb.detach(), judge.detach(), grad
+
+
+def value_alone(
+    objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`value_and_grad` for a rule that needs no gradient, which is empty then."""
+    with torch.no_grad():
+        _, (moved, climb, judge) = climb_at(objective, x, z, within)
+    return moved, climb, judge, z.new_empty(0)
 
 
 def climb_at(

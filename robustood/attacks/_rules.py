@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,19 +19,24 @@ __all__ = ["APGD", "Ascent", "Propose", "Rule"]
 Propose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@runtime_checkable
-class Rule(Protocol):
-    """How an attack moves from one point to the next."""
+class Rule(ABC):
+    """How an attack moves from one point to the next. Your own rule derives from this class.
 
+    Attributes:
+        uses_gradient: whether it needs the gradient of the objective; without it, a step is one forward pass.
+    """
+
+    uses_gradient: ClassVar[bool] = True
+
+    @abstractmethod
     def begin(
         self, x: Tensor, within: PerturbationSet, steps: int, step_size: float | None
     ) -> Propose:
         """Start one restart: a function of parameters, values and gradients gives the next parameters."""
-        ...
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Ascent(Rule):
     """Projected steepest ascent with a constant step, by default 2.5 radius / steps: the rule of PGD."""
 
     def begin(
@@ -41,7 +47,7 @@ class Ascent:
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(Rule):
     r"""Ascent with momentum and a step size that adapts to each sample (Croce and Hein 2020).
 
     $u = \Pi(z_k + a\,g)$, then $z_{k+1} = \Pi(z_k + \alpha (u - z_k) + (1 - \alpha)(z_k -

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
-from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
+from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, score_objectives
 from robustood.detectors._base import signed
 from robustood.inputs import (
     check_callable,
@@ -62,7 +62,8 @@ def attack_score(
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
             is returned.
-        targets: number of classes to pull towards, the likeliest on the clean input; default all.
+        targets: number of classes to pull towards, the likeliest on the clean input; default all of up
+            to ten, ten of more.
         rule: default :class:`robustood.attacks.APGD`. A rule by values, such as :class:`robustood.attacks.Square`,
             climbs the score alone.
         objectives: ``objectives(detector, x, direction)`` gives those to climb in place of
@@ -120,27 +121,6 @@ def attack_score(
 def check_detector(detector: Detector) -> None:
     """Refuse anything but a detector."""
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
-
-
-def score_objectives(
-    detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
-) -> list[AttackObjective]:
-    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
-    with torch.no_grad():
-        clean = detector.attack_objectives(x, direction)
-    n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
-    order = clean[:, n_untargeted:].argsort(1, descending=True)[:, :targets] + n_untargeted
-    always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
-    columns = torch.cat([always, order], 1)
-
-    def objective(column: Tensor) -> AttackObjective:
-        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
-            values = detector.attack_objectives(v, direction)
-            return values.gather(1, column)[:, 0], values[:, 0]
-
-        return climb
-
-    return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
 
 
 def deployed_objective(

@@ -67,10 +67,10 @@ def stages(detector: Detector, within: PerturbationSet, climbable: bool) -> list
     """The attacks of the protocol that a detector and a set allow, in order."""
     if not within.differentiable:
         return [_EXHAUSTIVE]
-    can = {"gradient"} * climbable | {"classes"} * detector.has_classes
-    return [s for s in _BY_GRADIENT if s.needs <= can] + [
-        _SQUARE if isinstance(within, Ball) else _DRAWS
-    ]
+    lacking = {"gradient": climbable, "classes": climbable and detector.has_classes}
+    known = {need for need, there in lacking.items() if there}
+    by_values = _SQUARE if isinstance(within, Ball) else _DRAWS
+    return [*(stage for stage in _BY_GRADIENT if stage.needs <= known), by_values]
 
 
 def climbable(detector: Detector, x: Inputs, within: PerturbationSet) -> bool:

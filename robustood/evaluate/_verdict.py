@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from robustood import tables
 from robustood.checkpoints import as_csv
 from robustood.evaluate._report import Report, Row, Side, as_text, flat, parsed, written
 from robustood.inputs import check_flag
-from robustood.sanity import Findings
+from robustood.sanity import Finding, Findings
 
 _KEYS = ("version", "reports", "attacks", "findings", "sha256")
 
@@ -53,7 +53,7 @@ class StandardReport:
             "version": self.version,
             "sha256": self.sha256,
             "attacks": [dict(row) for row in self.attacks],
-            "findings": self.findings.to_dict(),
+            "findings": [asdict(each) for each in self.findings],
             "reports": {side: each.to_dict(scores) for side, each in self.reports.items()},
         }
         return written(as_text(kept), path)
@@ -78,7 +78,7 @@ class StandardReport:
             side: Report.from_dict(kept["reports"][side]) for side in get_args(Side)
         }
         rows = [Row(row) for row in kept["attacks"]]
-        findings = Findings.from_dict(kept["findings"])
+        findings = Findings(tuple(Finding(**each) for each in kept["findings"]))
         return cls(kept["version"], reports, rows, findings, kept["sha256"])
 
     def to_csv(self, path: str | Path | None = None) -> str:
@@ -90,14 +90,12 @@ class StandardReport:
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table by sets, as text."""
-        head = ["outliers", *(_TITLES[side] for side in self.reports), "95 % interval"]
+        head = ["outliers", *(_TITLES[side] for side in self.reports)]
         body = []
         for row in self["both"].rows:
-            areas = [f"{each[row['set']]['auroc']:.3f}" for each in self.reports.values()]
-            interval = f"{row['auroc'].low:.3f} to {row['auroc'].high:.3f}"
-            body.append(
-                [row["set"], *areas, interval, f"{row['fpr']:.3f}", f"{row['fpr_attacked']:.3f}"]
-            )
+            areas = [each[row["set"]]["auroc"] for each in self.reports.values()]
+            shown = [f"{area.value:.3f}" for area in areas[:-1]] + [f"{areas[-1]:.3f}"]
+            body.append([row["set"], *shown, f"{row['fpr']:.3f}", f"{row['fpr_attacked']:.3f}"])
         return [[*head, "FPR (clean threshold)", "FPR (threshold as attacked)"], *body]
 
     def attack_cells(self) -> list[list[str]]:

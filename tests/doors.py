@@ -106,6 +106,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Mahalanobis.unmoved": PARTS,
     "detectors.Mahalanobis.weighed": PARTS,
     "detectors.ODIN.stepped": PARTS,
+    "detectors.PRO.rectified": PARTS,
     "detectors.ReAct.outputs": PARTS,
     "detectors.RejectClass.halves": PARTS,
     "detectors.ViM.residual": PARTS,
@@ -248,7 +249,7 @@ DATA = data.Data(*[data.Split(X, Y)] * 3, U, {"u": U})
 POOL = np.random.default_rng(0).normal(size=(9, 6))
 
 DETECTORS = ("MSP", "MaxLogit", "Entropy", "Energy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
-             "RejectClass")  # fmt: skip
+             "RejectClass", "PRO")  # fmt: skip
 
 
 def report():
@@ -257,7 +258,9 @@ def report():
 
 def fitted():
     """Every detector, fitted."""
-    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT)}
+    return {
+        **post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT), "PRO": detectors.PRO(MSP(NET))
+    }  # fmt: skip
 
 
 def prepare(tmp: Path):
@@ -573,5 +576,6 @@ def calls(tmp: Path):
         table[f"detectors.{name}.attack_objectives"] = dict(self=detector, x=X, direction="lower")
         table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
+    table["detectors.PRO"] = dict(base=MSP(NET), steps=2, step=0.01)
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

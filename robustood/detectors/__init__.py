@@ -22,9 +22,10 @@ from robustood.detectors._base import Detector, Direction, Inputs, Labels, downh
 from robustood.detectors._features import KNN, GradNorm, Mahalanobis, ReAct, ViM
 from robustood.detectors._gaussian import Gaussian
 from robustood.detectors._outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
+from robustood.detectors._perturbed import PRO
 
 __all__ = [
-    "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
+    "KNN", "MSP", "ODIN", "PRO", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
     "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "downhill", "post_hoc",
 ]  # fmt: skip
 

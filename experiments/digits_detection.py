@@ -350,6 +350,7 @@ def perturbed(training: str, seed: int) -> Row:
     """
     model, seconds = defended(training, seed)
     base, pro = MSP(model), PRO(MSP(model), PRO_STEPS, PRO_STEP)
+    area = partial(metrics.confidence_interval, metrics.auroc)
     x = {"in": digits().test.x[:100], "out": digits().ood["letters"][:100]}
 
     def attacked(detector: Detector) -> dict[str, Tensor]:
@@ -364,10 +365,10 @@ def perturbed(training: str, seed: int) -> Row:
         worst = {side: [still[side], *(scores(detector, v[side]) for v in moved)] for side in x}
         low, high = np.minimum.reduce(worst["in"]), np.maximum.reduce(worst["out"])
         return {
-            "none": metrics.auroc(still["in"], still["out"]),
-            "in": metrics.auroc(low, still["out"]),
-            "out": metrics.auroc(still["in"], high),
-            "both": metrics.auroc(low, high),
+            "none": area(still["in"], still["out"]),
+            "in": area(low, still["out"]),
+            "out": area(still["in"], high),
+            "both": area(low, high),
         }
 
     through_base, through_descent = attacked(base), attacked(pro)
@@ -377,7 +378,7 @@ def perturbed(training: str, seed: int) -> Row:
         "PRO, attacked through its descent": four(pro, through_descent),
         "PRO, worst": four(pro, through_base, through_descent),
         "clean by step": {
-            str(step): metrics.auroc(*(scores(PRO(base, PRO_STEPS, step), v) for v in x.values()))
+            str(step): area(*(scores(PRO(base, PRO_STEPS, step), v) for v in x.values()))
             for step in (0.0, 0.002, 0.005, 0.01, 0.02)
         },
         "seconds": seconds,

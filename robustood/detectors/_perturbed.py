@@ -28,7 +28,8 @@ class PRO(Detector):
     differentiating through the descent, and the objectives of an attack are those of g at the lowest point.
 
     *Attack.* Were the inner minimum exact, lowering $g^*$ within $\varepsilon$ would be lowering g
-    within $\varepsilon + K\eta$: what the detector gains on outliers, it pays on in-distribution inputs.
+    within $\varepsilon + K\eta$: what the detector gains on outliers, it pays on in-distribution inputs. An attack on
+    g alone does not see this and reports too much (table ``digits_perturbed``).
 
     Args:
         base: the detector whose score g is lowered; needs a gradient.

@@ -109,6 +109,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Mahalanobis.unmoved": PARTS,
     "detectors.Mahalanobis.weighed": PARTS,
     "detectors.ODIN.stepped": PARTS,
+    "detectors.PRO.rectified": PARTS,
     "detectors.ReAct.outputs": PARTS,
     "detectors.RejectClass.halves": PARTS,
     "detectors.ViM.residual": PARTS,
@@ -252,7 +253,7 @@ DATA = data.Data(*[data.Split(X, Y)] * 3, U, {"u": U})
 POOL = np.random.default_rng(0).normal(size=(9, 6))
 
 DETECTORS = ("MSP", "MaxLogit", "Entropy", "Energy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
-             "RejectClass")  # fmt: skip
+             "RejectClass", "PRO")  # fmt: skip
 
 
 def report():
@@ -261,7 +262,9 @@ def report():
 
 def fitted():
     """Every detector, fitted."""
-    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT)}
+    lowest = detectors.PRO(detectors.KNN(NET), steps=2).fit(MANY, MANY_Y)
+    reject = detectors.RejectClass(REJECT)
+    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": reject, "PRO": lowest}
 
 
 def prepare(tmp: Path):
@@ -592,5 +595,6 @@ def calls(tmp: Path):
         table[f"detectors.{name}.attack_objectives"] = dict(self=detector, x=X, direction="lower")
         table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
+    table["detectors.PRO"] = dict(base=MSP(NET), steps=2, step=0.01)
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

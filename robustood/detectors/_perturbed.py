@@ -47,6 +47,7 @@ class PRO(Detector):
         check_instance(base, "base", Detector, "a detector, such as MSP(model)")
         super().__init__(base.model)
         self.base, self.n_untargeted = base, base.n_untargeted
+        self.has_classes = base.has_classes
         self.steps = check_count(steps, "steps")
         check_number(step, "step", 0)
         self.step = step

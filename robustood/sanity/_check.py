@@ -72,7 +72,11 @@ def check(
         case = Case(view, within, steps, seed, attack)
         found = [each(case) for each in _checks.AS_GIVEN]
         found.append(_checks.train_mode(case, model_or_detector))
-    with torch.inference_mode(False), unchanged(model_or_detector, x.device, seed), frozen(model_or_detector):
+    with (
+        torch.inference_mode(False),
+        unchanged(model_or_detector, x.device, seed),
+        frozen(model_or_detector),
+    ):
         found += [each(case) for each in _checks.EVALUATED]
         if threshold is not None and isinstance(model_or_detector, Detector):
             found.append(_threshold(model_or_detector, x, threshold, tpr))

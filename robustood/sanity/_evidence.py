@@ -12,8 +12,8 @@ from torch import Tensor
 from robustood.attacks import APGD, AttackObjective, Rule, Square, search, value_and_grad
 from robustood.inputs import checked_inputs
 from robustood.models import GradientWatch, input_gradient
-from robustood.perturbations import Ball, Inputs, Linf, PerturbationSet
-from robustood.sanity._subject import Side, Subject
+from robustood.perturbations import Ball, Linf, PerturbationSet
+from robustood.sanity._subject import Inputs, Side, Subject
 
 NOISE = 100  # rounding errors, in units of the number type, that a network may accumulate
 SURPLUS = 1.25  # a rise counts as higher than another one if it is a quarter higher

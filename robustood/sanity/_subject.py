@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustood.attacks import AttackObjective
@@ -16,8 +17,9 @@ from robustood.inputs import check_labels
 from robustood.losses import cross_entropy, margin, to_uniform
 from robustood.metrics import auroc
 from robustood.models import check_finite, networks, read
-from robustood.perturbations import Inputs, PerturbationSet
+from robustood.perturbations import PerturbationSet
 
+Inputs = Float[Tensor, "_ *shape"]  # sides differ in size
 Model = Callable[[Tensor], Tensor]
 TARGETS = 1  # classes that an attack on a score pulls towards, the likeliest: enough to see that gradients help
 

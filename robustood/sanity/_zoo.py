@@ -16,9 +16,10 @@ from robustood.detectors._base import Columns, Values, signed
 from robustood.inputs import check_instance
 from robustood.losses import log_odds
 from robustood.models import declared_outputs
-from robustood.perturbations import Inputs, Linf, PerturbationSet
+from robustood.perturbations import Linf, PerturbationSet
 from robustood.sanity._check import check
 from robustood.sanity._findings import Findings
+from robustood.sanity._subject import Inputs
 
 
 @dataclass(frozen=True)

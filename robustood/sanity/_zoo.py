@@ -16,9 +16,10 @@ from robustood.detectors._base import Columns, Values, signed
 from robustood.inputs import check_instance
 from robustood.losses import log_odds
 from robustood.models import declared_outputs
-from robustood.perturbations import Inputs, Linf, PerturbationSet
+from robustood.perturbations import Linf, PerturbationSet
 from robustood.sanity._check import check
 from robustood.sanity._findings import Findings
+from robustood.sanity._subject import Inputs
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Defence:
 
 
 def zoo(network: nn.Module, robust: nn.Module, exposed: nn.Module) -> dict[str, Defence]:
-    """Defences by name: thirteen broken ones, built around a network that has no defence, and five honest ones.
+    """Defences by name: broken ones around a network that has no defence, and honest ones.
 
     The networks are copied and left as they are.
 
@@ -126,7 +127,7 @@ def _masked(network: nn.Module) -> dict[str, Defence]:
 
 def _misused(network: nn.Module) -> dict[str, Defence]:
     """Networks that are given, attacked or left in the wrong way."""
-    bare = copy.deepcopy(network)
+    bare, normalise = copy.deepcopy(network), network.get_submodule("normalise")
     bare.normalise = nn.Identity()
     classes, reject = declared_outputs(network)
     outputs = (classes or 0) + reject
@@ -144,7 +145,7 @@ def _misused(network: nn.Module) -> dict[str, Defence]:
         ),
         "vacuous start": Defence(
             network,
-            "Start and steps are smaller than a grey level and are truncated to 8 bits, so that the attack never moves.",
+            "Start and steps, smaller than a grey level, are truncated to 8 bits: the attack never moves.",
             "no_op",
             attack=truncated_attack,
         ),
@@ -157,7 +158,7 @@ def _misused(network: nn.Module) -> dict[str, Defence]:
             bare,
             "Standardised images are passed, so that radius and box are not in pixels.",
             "inputs",
-            prepare=network.normalise,
+            prepare=normalise,
         ),
         "probabilities as logits": Defence(
             nn.Sequential(network, nn.Softmax(1)).eval(),

@@ -52,6 +52,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "callables.codes": PARTS,
     "checkpoints.Checkpoint": PARTS,
     "checkpoints.Checkpoint.*": PARTS,
+    "checkpoints.as_csv": PARTS,
     "checkpoints.as_json": PARTS,
     "checkpoints.check_same": CHECK,
     "checkpoints.from_json": PARTS,
@@ -75,6 +76,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.downhill": PARTS,
     "results.detector": PARTS,
     "results.learned_cells": PARTS,
+    "plotting.Scored": PROTOCOL,
     "recipes.Bounds": RESULT,
     "recipes.Evaluation": RESULT,
     "recipes.Images": RESULT,
@@ -122,6 +124,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "evaluate.Protocol": RESULT,
     "evaluate.Report": RESULT,
     "evaluate.Report.cells": PARTS,
+    "evaluate.Row": RESULT,
     "evaluate.mahalanobis_surrogate": LOOP,
     "evaluate.score_objectives": PARTS,
     "generative.*.forward": LAYER,
@@ -381,8 +384,9 @@ def calls(tmp: Path):
             model=NET, shape=(1, 8, 8), device="cpu", precision="float32", channels_last=True, compile="auto",
             batch_size=4,
         ),
-        "evaluate.Report.from_json": dict(self=evaluate.Report, text=report().to_json()),
+        "evaluate.Report.from_json": dict(self=evaluate.Report, text_or_path=report().to_json()),
         "evaluate.Report.mean": dict(self=report(), metric="auroc"),
+        "evaluate.Report.to_csv": dict(self=report(), path=tmp / "report.csv"),
         "evaluate.Report.to_json": dict(self=report(), path=tmp / "report.json"),
         "evaluate.attack_in_turn": dict(
             detector=MSP(NET), x=X, within=[WITHIN, L2(0.1)], direction="raise", steps=2, restarts=1
@@ -489,6 +493,16 @@ def calls(tmp: Path):
         "perturbations.Compose": dict(first=Corruption(["fog"], [1]), second=WITHIN),
         "plotting.band": dict(
             axis=plt.figure().gca(), x=[1.0, 2.0], estimates=[metrics.proportion(3, 8)] * 2, label="a", colour="red"
+        ),
+        "plotting.fall": dict(
+            axis=plt.figure().gca(), rows=[{"eps": e, "auroc": metrics.proportion(3, 8)} for e in (0.0, 0.1)],
+            column="auroc",
+        ),
+        "plotting.roc": dict(
+            axis=plt.figure().gca(), measured={"a": report(), "b": (A, B)}, outliers="u", tpr=0.8, clean=A
+        ),
+        "plotting.score_histograms": dict(
+            axis=plt.figure().gca(), measured={"a": report()}, outliers="u", bins=[0.0, 0.5, 1.0], tpr=0.8, clean=A
         ),
         "plotting.image_grid": dict(images=X[:3], titles=["a", "b", "c"], columns=2, scale=0.5),
         "plotting.use_style": {},

@@ -388,6 +388,8 @@ def kinds(name, argument, value, parameter):
         return ["path", "read"] if name in READ and argument in ("path", "folder") else ["path"]
     if argument == "device":
         return ["device"]
+    if isinstance(value, bool):
+        return ["flag"]
     if argument.startswith("scores") or (argument == "clean" and isinstance(value, list)):
         return ["mapping"] if isinstance(value, dict) else ["scores"]
     if isinstance(value, Detector):
@@ -411,8 +413,6 @@ def kinds(name, argument, value, parameter):
         return ["images"] if value.ndim == 4 else ["tensor"]
     if isinstance(value, np.ndarray):
         return ["array"]
-    if isinstance(value, bool):
-        return ["flag"]
     if isinstance(value, int) and "float" not in annotation:
         return ["count"]
     if isinstance(value, (int, float)):
@@ -542,6 +542,7 @@ ACCEPTED = {
     "perturbations.Spatial.grid.points": {"number": ANY},
     "plotting.band.x": SIGNED,
     "plotting.image_grid.images": {"five axes": REFUSED},
+    "plotting.score_histograms.bins": SIGNED | {"number": ANY},  # edges, or how many bins
     "toy.TsiprasDistribution.answer.t": ENDLESS,
     "toy.TsiprasDistribution.bound.delta": ARRAYS,
     "toy.TsiprasDistribution.frontier.t": ARRAYS | ENDLESS,

@@ -1,5 +1,6 @@
 """Attacks on scores against closed forms and surrogates; reports against the scores behind them."""
 
+import csv
 from functools import partial
 
 import numpy as np
@@ -326,30 +327,109 @@ def test_each_attacked_side_lowers_auroc(zoo, sets):
         assert alone.rows == sides["both"].rows
 
 
-def test_a_report_goes_through_json(net, sets, tmp_path):
-    report = ood_report(MSP(net), *sets)
+def test_a_report_goes_through_json_with_every_score(net, sets, tmp_path):
+    report = ood_report(MSP(net), *sets, Linf(0.05), side="both", steps=2)
     text = report.to_json(tmp_path / "report.json")
-    again = Report.from_json((tmp_path / "report.json").read_text("utf-8"))
-    assert again == report and again.to_json() == text
-    assert report.settings["attack"] == "none"
+    for source in (
+        text,
+        "\ufeff\n " + text,
+        tmp_path / "report.json",
+        str(tmp_path / "report.json"),
+    ):
+        again = Report.from_json(source)
+        assert again == report and again.to_json() == text and str(again) == str(report)
+        assert again.scores.keys() == report.scores.keys() == {"in (clean)", "in", *sets[1]}
+        for name, values in report.scores.items():
+            assert np.array_equal(again.scores[name], values)
+            assert again.scores[name].dtype == np.float64
+    clean, came, out = (report.scores[name] for name in ("in (clean)", "in", "letters"))
+    assert Report.from_json(text)["letters"] == {"set": "letters", **measure(clean, came, out)}
+    assert len(text.splitlines()) < 200  # a set of scores is one line
+    (tmp_path / "marked.json").write_text(text, "utf-8-sig")
+    assert Report.from_json(tmp_path / "marked.json") == report
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, 1 / 3, -1e-300, 5e-324, 1.7976931348623157e308, -0.0], [3.0]]
+)
+def test_scores_keep_all_their_bits_and_a_list_of_numbers_its_text(values):
+    names = {"[\n1, 2\n]": np.array(values), "in": np.float32(values[:2])}
+    report = Report({"eps": [0.1, 0.2], "note": "[ 1,  2 ]"}, [], names)
+    again = Report.from_json(report.to_json())
+    assert again.settings == report.settings and list(again.scores) == list(names)
+    for name, each in names.items():
+        assert again.scores[name].tobytes() == each.astype(np.float64).tobytes()
+
+
+def test_a_report_without_scores_is_read_as_before(net, sets):
+    report = ood_report(MSP(net), *sets)
+    text = report.to_json(scores=False)
+    assert "scores" not in text and text == Report(report.settings, report.rows).to_json()
+    again = Report.from_json(text)
+    assert again == report and again.scores == {} and again.to_json() == text
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "it is empty"),
         ("{", "Expecting property name"),
-        ("[1]", "it lacks settings, rows"),
+        ('{"rows": []}', "it lacks settings"),
         ('{"settings": {}, "rows": [3]}', "no attribute 'items'"),
         ('{"settings": {}, "rows": [{"auroc": {"value": 1}}]}', "missing .* required"),
         ('{"settings": {}, "rows": [{"auroc": NaN}]}', "it contains NaN"),
+        (
+            '{"settings": {}, "rows": [], "scores": {"in": ["a"]}}',
+            r"scores\['in'\] must be numbers",
+        ),
+        ('{"settings": {}, "rows": [], "scores": {"in": [[1]]}}', r"scores\['in'\] must have 1"),
+        ('{"settings": {}, "rows": [], "scores": [1]}', "no attribute 'items'"),
     ],
 )
-def test_a_text_that_is_no_report_is_refused(untyped, text, said):
-    with pytest.raises(
-        ValueError, match=rf"text is not a report \(.*{said}.*; pass what Report\.to_json"
-    ):
+def test_text_or_a_file_that_is_no_report_is_refused(untyped, tmp_path, text, said):
+    says = rf" is not a report \(.*{said}.*; pass what Report\.to_json"
+    with pytest.raises(ValueError, match="^text_or_path" + says):
         Report.from_json(text)
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^text_or_path .*other\.json" + says):
+        Report.from_json(tmp_path / "other.json")
+
+
+def test_what_is_neither_text_nor_a_file_is_refused(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "list.json").write_text("[1]")
+    for name, said in (("image.png", "can't decode"), ("list.json", "it lacks settings, rows")):
+        with pytest.raises(ValueError, match=rf"{name} is not a report \(.*{said}"):
+            Report.from_json(tmp_path / name)
+    for source in ("", "[1]", tmp_path, tmp_path / "none.json", "a\0b", "x" * 5000):
+        with pytest.raises(FileNotFoundError, match=r"begins with \{, or the path .*; pass what"):
+            Report.from_json(source)
+
+
+def test_an_unknown_column_names_the_known_ones(net, sets):
+    report = ood_report(MSP(net), *sets)
+    rows = epsilon_curve(MSP(net), sets[0][:8], sets[1]["letters"][:8], Linf(0.1), [0.0])
+    for row in (report["letters"], Report.from_json(report.to_json()).rows[0], rows[0]):
+        with pytest.raises(KeyError, match=r"'aurok' in this row; did you mean 'auroc'.*tie_rate"):
+            row["aurok"]
+        assert float(row["auroc"]) > 0.5 and "aurok" not in row and row.get("aurok") is None
+    with pytest.raises(KeyError, match="no column 3 in this row; there are: "):
+        report["letters"][3]
+
+
+def test_the_table_of_numbers_has_the_ends_of_each_interval(net, sets, tmp_path):
+    report = ood_report(MSP(net), *sets, Linf(0.05), side="out", steps=2)
+    text = report.to_csv(tmp_path / "report.csv")
+    assert (tmp_path / "report.csv").read_text("utf-8") == text
+    assert Report.from_json(report.to_json()).to_csv() == text  # columns in the same order
+    lines = list(csv.DictReader(text.splitlines()))
+    assert [line["set"] for line in lines] == list(sets[1])
+    for line, row in zip(lines, report.rows, strict=True):
+        for name in ("auroc", "fpr", "fpr_attacked", "rejected"):
+            ends = [float(line[name + end]) for end in ("", "_low", "_high")]
+            assert ends == [row[name].value, row[name].low, row[name].high]
+        for name in ("n_in", "n_out", "aupr_in", "aupr_out", "detection_error", "tie_rate"):
+            assert float(line[name]) == row[name]
+        assert len(line) == 11 + 2 * 4
 
 
 def test_settings_of_numpy_go_into_a_report():

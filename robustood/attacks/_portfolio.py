@@ -18,6 +18,8 @@ from robustood.perturbations import Ball, Inputs, PerturbationSet, as_set
 
 __all__ = ["worst_case"]
 
+Attack = Callable[..., Tensor]
+
 
 def worst_case(
     model: Model,
@@ -62,14 +64,15 @@ def worst_case(
     return worst
 
 
-def _attacks(model: Model, one: Inputs, within: PerturbationSet) -> list[Callable[..., Tensor]]:
+def _attacks(model: Model, one: Inputs, within: PerturbationSet) -> list[Attack]:
     """The attacks that the set and the number of classes allow."""
     if not within.differentiable:
         return [partial(pgd, steps=0)]
     with frozen(model), torch.no_grad(), reading(model) as read:
         classes = read(one).shape[1]
-    losses = ["ce", "dlr", "targets"] if classes > 2 else ["ce", "targets"]
-    found = [partial(pgd, loss=loss, steps=100, rule=APGD()) for loss in losses]
+    apgd = partial(pgd, steps=100, rule=APGD())
+    found: list[Attack] = [apgd, *[partial(apgd, loss="dlr")] * (classes > 2)]
+    found.append(partial(apgd, loss="targets"))
     if isinstance(within, Ball):
         found.append(partial(pgd, loss="margin", steps=1000, rule=Square()))
     return found

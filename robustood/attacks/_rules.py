@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Rule(ABC):
         uses_gradient: whether it needs the gradient of the objective; without it, a step is one forward pass.
     """
 
-    uses_gradient: bool = True
+    uses_gradient: ClassVar[bool] = True
 
     @abstractmethod
     def begin(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Square(Rule):
 
     share: float = 0.8
     generator: torch.Generator | None = None
-    uses_gradient = False
+    uses_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number(self.share, "share", 1e-9, 1)

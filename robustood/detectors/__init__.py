@@ -18,14 +18,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from robustood.detectors._base import Detector, Direction, Inputs, Labels, downhill
+from robustood.detectors._base import (
+    Detector,
+    Direction,
+    Inputs,
+    Labels,
+    downhill,
+    score_objectives,
+)
 from robustood.detectors._features import KNN, GradNorm, Mahalanobis, ReAct, ViM
 from robustood.detectors._gaussian import Gaussian
 from robustood.detectors._outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
+from robustood.detectors._wrapped import wrap
 
 __all__ = [
     "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
-    "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "downhill", "post_hoc",
+    "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "downhill", "post_hoc", "score_objectives",
+    "wrap",
 ]  # fmt: skip
 
 

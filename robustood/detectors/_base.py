@@ -25,6 +25,9 @@ Labels = Int[Tensor, " batch"]
 Values = Float[Tensor, " batch"]
 Columns = Float[Tensor, "batch objectives"]
 Direction = Literal["raise", "lower"]
+AttackObjective = Callable[
+    [Tensor], tuple[Tensor, Tensor]
+]  # (climb, judge), as of robustood.attacks
 _Seen = TypeVar("_Seen", Tensor, list[Tensor])
 FIT_BATCH = 512  # images per forward pass while fitting
 
@@ -39,8 +42,9 @@ class Detector(nn.Module, ABC):
     model: Any
     fitted_attribute: str | None = None  # the attribute that fit sets, if fit is required
     n_untargeted: int = 1  # number of attack objectives that are not about one class
+    has_classes: bool = True  # whether logits(x) gives the outputs of a classifier
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Callable[[Tensor], Any]):
         super().__init__()
         check_model(model)
         self.model = model
@@ -127,6 +131,34 @@ def signed(values: Tensor, direction: Direction) -> Tensor:
     """The values, negated if the attack is to lower the score."""
     check_choice(direction, "direction", ("raise", "lower"))
     return values if direction == "raise" else -values
+
+
+def score_objectives(
+    detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
+) -> list[AttackObjective]:
+    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score.
+
+    Args:
+        targets: number of classes to pull towards, the likeliest first; default all of up to ten, ten of more.
+    """
+    with torch.no_grad():
+        clean = detector.attack_objectives(x, direction)
+    n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
+    order = clean[:, n_untargeted:].argsort(1, descending=True)[
+        :, : 10 if targets is None else targets
+    ]
+    order = order + n_untargeted
+    always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
+    columns = torch.cat([always, order], 1)
+
+    def objective(column: Tensor) -> AttackObjective:
+        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
+            values = detector.attack_objectives(v, direction)
+            return values.gather(1, column)[:, 0], values[:, 0]
+
+        return climb
+
+    return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
 
 
 def downhill(loss: Callable[[Tensor], Tensor], x: Inputs, step: float) -> Inputs:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
-from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass
+from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, score_objectives
 from robustood.detectors._base import signed
 from robustood.inputs import (
+    check_callable,
     check_choice,
     check_count,
     check_generator,
@@ -29,6 +30,7 @@ from robustood.models import GradientWatch, frozen, read, split
 from robustood.perturbations import PerturbationSet, as_set, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
+Objectives = Callable[[Detector, Tensor, Direction], list[AttackObjective]]
 
 
 def attack_score(
@@ -42,8 +44,10 @@ def attack_score(
     targets: int | None = None,
     rule: Rule | None = None,
     step_size: float | None = None,
+    objectives: Objectives | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
+    watch: GradientWatch | None = None,
 ) -> Inputs:
     """Attack the deployed score adaptively: climb every one of ``attack_objectives``, keep the best by the score.
 
@@ -58,10 +62,15 @@ def attack_score(
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
             is returned.
-        targets: number of classes to pull towards, the likeliest on the clean input; default all.
-        rule: default :class:`robustood.attacks.APGD`.
+        targets: number of classes to pull towards, the likeliest on the clean input; default all of up
+            to ten, ten of more.
+        rule: default :class:`robustood.attacks.APGD`. A rule by values, such as :class:`robustood.attacks.Square`,
+            climbs the score alone.
+        objectives: ``objectives(detector, x, direction)`` gives those to climb in place of
+            :func:`score_objectives`, such as :func:`surrogate_objectives`.
         batch_size: inputs attacked at a time.
         generator: source of the random initial points; default: a new one with seed 0.
+        watch: counts the passes, and is closed by the caller; default: one that is closed at the end.
 
     Returns:
         Perturbed inputs, shaped like x.
@@ -81,27 +90,31 @@ def attack_score(
     batch_size = check_count(batch_size, "batch_size", low=1)
     if targets is not None:
         check_count(targets, "targets")
+    if objectives is not None:
+        check_callable(objectives, "objectives", "objectives(detector, x, direction)")
+    if watch is not None:
+        check_instance(watch, "watch", GradientWatch, "a GradientWatch()")
     generator = generator or torch.Generator(x.device).manual_seed(0)
+    rule = rule or APGD()
     worst = partial(
-        search, within=within, steps=steps, restarts=restarts, step_size=step_size,
-        rule=rule or APGD(), generator=generator,
+        search, within=within, steps=steps, restarts=restarts, step_size=step_size, rule=rule,
+        generator=generator,
     )  # fmt: skip
-    watch = GradientWatch()
-    if not within.differentiable:  # judging each member once is enough
-        climbed = watch.over(lambda v: signed(detector.score(v), direction))
-        with torch.no_grad(), frozen(detector):
-            found = [worst(climbed, v) for v in x.split(batch_size)]
-        watch.close(len(x), hidden=False)
-        return torch.cat(found)
-    found = []
+    climbs = objectives or partial(score_objectives, targets=targets)
+    if not (within.differentiable and isinstance(rule, Rule) and rule.uses_gradient):
+        climbs = deployed_objective
+    own, found = watch or GradientWatch(), []
+    judge = own.over(lambda v: signed(detector.score(v), direction))
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            climbed = score_objectives(detector, part, direction, targets)
-            moved = worst([watch.over(each) for each in climbed], part)
-            with torch.no_grad():  # a failed search leaves the clean input
-                gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
-            found.append(torch.where(per_sample(gained, part), moved, part))
-    watch.close(len(x), hidden=within.radius > 0)
+            moved = worst([own.over(each) for each in climbs(detector, part, direction)], part)
+            if within.differentiable:  # a failed search leaves the clean input
+                with torch.no_grad():
+                    gained = judge(moved) - judge(part) >= 0
+                moved = torch.where(per_sample(gained, part), moved, part)
+            found.append(moved)
+    if watch is None:
+        own.close(len(x), hidden=within.radius > 0 and within.differentiable)
     return torch.cat(found)
 
 
@@ -110,25 +123,22 @@ def check_detector(detector: Detector) -> None:
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
 
 
-def score_objectives(
-    detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
+def deployed_objective(
+    detector: Detector, x: Inputs, direction: Direction
 ) -> list[AttackObjective]:
-    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
-    with torch.no_grad():
-        clean = detector.attack_objectives(x, direction)
-    n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
-    order = clean[:, n_untargeted:].argsort(1, descending=True)[:, :targets] + n_untargeted
-    always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
-    columns = torch.cat([always, order], 1)
+    """The deployed score itself, whatever objectives the detector proposes."""
+    return [lambda v: signed(detector.score(v), direction)]
 
-    def objective(column: Tensor) -> AttackObjective:
-        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
-            values = detector.attack_objectives(v, direction)
-            return values.gather(1, column)[:, 0], values[:, 0]
 
-        return climb
+def surrogate_objectives(
+    detector: Detector, x: Inputs, direction: Direction
+) -> list[AttackObjective]:
+    """The surrogates of both papers, judged by the deployed score: attacks that transfer from another objective."""
 
-    return [objective(columns[:, [j]]) for j in range(columns.shape[1])]
+    def objective(climbed: Callable[[Tensor], Tensor]) -> AttackObjective:
+        return lambda v: (climbed(v), signed(detector.score(v), direction))
+
+    return [objective(surrogate(detector, direction, paper)) for paper in ("aloe", "atom")]
 
 
 def attack_in_turn(
@@ -186,6 +196,7 @@ def paper_attack(
     paper: Literal["aloe", "atom"],
     batch_size: int = 512,
     generator: torch.Generator | None = None,
+    watch: GradientWatch | None = None,
 ) -> Inputs:
     """Attack as the code of ALOE (Chen et al. 2020) or ATOM (Chen et al. 2021) does.
 
@@ -193,7 +204,7 @@ def paper_attack(
     omitted. ATOM attacks outliers only; the surrogate for the other side is its negative.
 
     Args:
-        detector, x, within, direction, batch_size, generator: as in :func:`attack_score`.
+        detector, x, within, direction, batch_size, generator, watch: as in :func:`attack_score`.
         paper: whose surrogate, steps, initial points and choice of iterate to use.
     """
     check_detector(detector)
@@ -203,13 +214,16 @@ def paper_attack(
     check_generator(generator)
     within = as_set(within)
     x = checked_inputs(x, within.box)
-    plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), GradientWatch()
+    if watch is not None:
+        check_instance(watch, "watch", GradientWatch, "a GradientWatch()")
+    own = watch or GradientWatch()
+    plan, climbed = PAPERS[paper], own.over(surrogate(detector, direction, paper))
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
             moved = search(
-                watch.over(climbed), part, within, steps=plan.steps, step_size=plan.share * within.radius,
+                climbed, part, within, steps=plan.steps, step_size=plan.share * within.radius,
                 restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator,
             )  # fmt: skip
             if plan.keep == "best":  # the clean input competes, and wins ties
@@ -218,7 +232,8 @@ def paper_attack(
                 moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
     flat = isinstance(detector, Mahalanobis)  # whose surrogate has no gradient by design
-    watch.close(len(x), hidden=within.radius > 0 and not flat)
+    if watch is None:
+        own.close(len(x), hidden=within.radius > 0 and not flat)
     return torch.cat(found)
 
 

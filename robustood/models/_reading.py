@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from robustood.callables import modules
 
 Model = Callable[[Tensor], Tensor]
-Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # as of robustood.attacks
 T = TypeVar("T")
+Values = TypeVar(
+    "Values", bound=Tensor | tuple[Tensor, Tensor]
+)  # of an objective of robustood.attacks
 
 
 def declared_outputs(model: object) -> tuple[int | None, int]:
@@ -194,23 +196,27 @@ class GradientWatch:
     """Whether an attack saw only finite values, and a gradient other than zero; checked once, by ``close``.
 
     A gradient that is exactly zero at every step from every initial point is not small but hidden.
+
+    Attributes:
+        forwards, backwards: number of inputs that passed the objectives, and of those whose gradient was asked for.
     """
 
     def __init__(self) -> None:
         self.bad: int | Tensor = 0
-        self.total = 0
+        self.forwards = self.backwards = 0
         self.rose: Tensor | None = None  # whether any gradient was not zero
 
-    def over(self, objective: Objective) -> Objective:
+    def over(self, objective: Callable[[Tensor], Values]) -> Callable[[Tensor], Values]:
         """The objective; its values and gradients are watched as they pass."""
 
-        def watched(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def watched(x: Tensor) -> Values:
             if x.requires_grad:
                 x.register_hook(self.meet)
+                self.backwards += len(x)
             values = objective(x)
             climb = values[0] if isinstance(values, tuple) else values
             self.bad = self.bad + (~climb.detach().isfinite()).sum()
-            self.total += len(x)
+            self.forwards += len(x)
             return values
 
         return watched
@@ -221,7 +227,7 @@ class GradientWatch:
 
     def close(self, inputs: int, hidden: bool = True) -> None:
         """Refuse NaN, and warn if the gradient was hidden for all inputs; waits for the device."""
-        check_finite(self.bad, self.total)
+        check_finite(self.bad, self.forwards)
         if hidden and self.rose is not None and not self.rose:
             warnings.warn(
                 f"the gradient is exactly zero for 100 % of {inputs} inputs at every step, so the attack moved "

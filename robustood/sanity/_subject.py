@@ -1,0 +1,183 @@
+"""A classifier and a detector seen alike: values that an attack raises, on one side or on two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from robustood.attacks import AttackObjective
+from robustood.detectors import Detector, Direction, score_objectives
+from robustood.inputs import check_labels
+from robustood.losses import cross_entropy, margin, to_uniform
+from robustood.metrics import auroc
+from robustood.models import check_finite, networks, read
+from robustood.perturbations import Inputs, PerturbationSet
+
+Model = Callable[[Tensor], Tensor]
+TARGETS = 1  # classes that an attack on a score pulls towards, the likeliest: enough to see that gradients help
+
+
+@dataclass(frozen=True)
+class Side:
+    """Inputs that are attacked in one direction.
+
+    Attributes:
+        name: for texts.
+        x: the clean inputs.
+        harm: what the attacker wants to be high, per sample: the margin, or the score with its sign.
+        own: objectives of the white-box attack on this model; the first is the principal one.
+        others: objectives that are not its own, whose maxima are tried as a transfer.
+        run: calls an attack of the user's on x within a set.
+        loss: the cross-entropy, for a classifier.
+        declared: what a detector declares as the value to raise, the first of its attack objectives.
+    """
+
+    name: str
+    x: Inputs
+    harm: Callable[[Tensor], Tensor]
+    own: Sequence[AttackObjective]
+    others: Sequence[AttackObjective]
+    run: Callable[[Callable[..., Tensor], PerturbationSet], Tensor]
+    loss: Callable[[Tensor], Tensor] | None = None
+    declared: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked.
+
+    Attributes:
+        outputs: what must be the same each time: logits, or a column of scores.
+        logits: the network's outputs, if there is a network.
+        measure: accuracy or AUROC from the harm of each side.
+        metric: its name.
+        chance: its value if all inputs could be made alike.
+        labels: of the inputs of a classifier.
+    """
+
+    sides: Sequence[Side]
+    outputs: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor] | None
+    measure: Callable[[Sequence[Tensor]], float]
+    metric: str
+    chance: float
+    labels: Tensor | None = None
+
+
+def classifier(model: Model, x: Inputs, y: Tensor) -> Subject:
+    """A classifier: one side, whose margins are to be raised above 0."""
+    logits = partial(read, model)
+    with torch.no_grad():
+        clean = logits(x)
+    check_finite((~clean.isfinite()).any(1).sum(), len(x))
+    check_labels(y, x, clean.shape[1])
+    harm = lambda v: margin(logits(v), y)
+    loss = lambda v: cross_entropy(logits(v), y)
+
+    def by_loss(v: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits(v)
+        return cross_entropy(z, y), margin(z, y)
+
+    wrong = nn.functional.one_hot(y, clean.shape[1]).bool()
+    likeliest = clean.masked_fill(wrong, -torch.inf).argsort(1, descending=True)
+
+    def towards(target: Tensor) -> AttackObjective:
+        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
+            z = logits(v)
+            return (z.gather(1, target) - z.gather(1, y[:, None]))[:, 0], margin(z, y)
+
+        return climb
+
+    others = [towards(likeliest[:, [j]]) for j in range(min(2, clean.shape[1] - 1))]
+    run = lambda attack, within: attack(model, x, y, within)
+    side = Side("inputs", x, harm, [harm, by_loss], others, run, loss)
+    accuracy = lambda harms: float((harms[0] < 0).double().mean())
+    return Subject(
+        [side], logits, logits, accuracy, "accuracy", float(y.bincount().max()) / len(y), y
+    )
+
+
+def detector(scored: Detector, x: Inputs, outliers: Inputs) -> Subject:
+    """A detector: in-distribution scores are to be lowered, those of outliers to be raised."""
+    score = lambda v: scored.score(v.clone())
+    logits = _network(scored, x)
+    with torch.no_grad():
+        for part in (x, outliers):
+            clean = score(part)
+            check_scores(clean, part)
+            check_finite((~clean.isfinite()).sum(), len(part))
+
+    def side(name: str, v: Inputs, direction: Direction) -> Side:
+        sign = 1 if direction == "raise" else -1
+        harm = lambda v: sign * score(v)
+        others = [harm if logits is None else lambda v: sign * to_uniform(logits(v))]
+        return Side(
+            name, v, harm, score_objectives(scored, v, direction, TARGETS),
+            [_judged(each, harm) for each in others],
+            lambda attack, within: attack(scored, v, within, direction=direction),
+            declared=lambda v: scored.attack_objectives(v.clone(), direction)[:, 0],
+        )  # fmt: skip
+
+    sides = [side("in-distribution inputs", x, "lower"), side("outliers", outliers, "raise")]
+    area = lambda harms: auroc((-harms[0]).cpu().numpy(), harms[1].cpu().numpy())
+    return Subject(sides, lambda v: score(v)[:, None], logits, area, "AUROC", 0.5)
+
+
+def check_scores(values: object, x: Inputs) -> None:
+    """Refuse anything but one score per sample."""
+    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+        seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the detector must return a tensor of one score per sample, ({len(x)},), got {seen}; average or "
+            "select inside its score"
+        )
+
+
+def _judged(climbed: AttackObjective, judge: Callable[[Tensor], Tensor]) -> AttackObjective:
+    return lambda v: (climbed(v), judge(v))
+
+
+def _network(scored: Detector, x: Inputs) -> Callable[[Tensor], Tensor] | None:
+    """The outputs of the network that a detector holds; None if it holds none with several outputs."""
+    model = getattr(scored, "model", None)
+    if not callable(model):
+        return None
+    try:
+        with torch.no_grad():
+            read(model, x[:2])
+    except (TypeError, ValueError):  # what read raises for other outputs
+        return None
+    return partial(read, model)
+
+
+@contextmanager
+def unchanged(subject: object, device: torch.device, seed: int) -> Generator[None]:
+    """Restore parameters, buffers, generators and the global random state on leaving; inside, a seed is set."""
+    found = [part for network in networks(subject) for part in network.modules()]
+    kept = [
+        (table, name, value, value.detach().clone())
+        for part in found
+        for table in (part._parameters, part._buffers)
+        for name, value in table.items()
+        if value is not None
+    ]
+    held = [v for part in found for v in vars(part).values() if isinstance(v, torch.Generator)]
+    states = [generator.get_state() for generator in held]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        with torch.no_grad():
+            for table, name, value, before in kept:
+                table[name] = value
+                if not torch.equal(value, before):
+                    value.copy_(before)
+        for generator, state in zip(held, states, strict=True):
+            generator.set_state(state)

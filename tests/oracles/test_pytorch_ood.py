@@ -174,6 +174,15 @@ def test_gradnorm_agrees(peer, net, inputs):
     agree(detectors.GradNorm(net).paper_score(inputs), theirs.predict(inputs), "GradNorm")
 
 
+@pytest.mark.parametrize("name", ["MaxSoftmax", "EnergyBased"])
+def test_a_wrapped_detector_scores_as_ours(peer, net, inputs, name):
+    """Their outlier scores, told to be higher for outliers, become the published scores here."""
+    theirs = detectors.wrap(getattr(peer, name)(net), higher="out")
+    ours = {"MaxSoftmax": detectors.MSP, "EnergyBased": detectors.Energy}[name](net)
+    with torch.no_grad():
+        agree(ours.paper_score(inputs), -theirs.score(inputs), name)
+
+
 @pytest.fixture(params=[None, 1, 0], ids=["no ties", "ties", "mostly ties"])
 def scored(request):
     """Scores of both sides, rounded to so many decimals, and what theirs takes: outlier scores and labels."""

@@ -10,6 +10,7 @@ import torch
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import IsolationForest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
@@ -17,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from robustood import losses, metrics
-from robustood.detectors import KNN, MSP, Mahalanobis, ViM
+from robustood.detectors import KNN, MSP, Mahalanobis, ViM, wrap
 from robustood.models import readout
 
 pytestmark = pytest.mark.oracle
@@ -141,3 +142,13 @@ def test_probabilities_and_loss_agree_with_logistic_regression(cloud):
         np.testing.assert_allclose(MSP(head).paper_score(query), probabilities.max(1), rtol=1e-10)
         loss = losses.cross_entropy(head(h), y).mean().item()
     assert loss == pytest.approx(log_loss(y.numpy(), theirs.predict_proba(h.numpy())), rel=1e-10)
+
+
+def test_a_wrapped_estimator_scores_as_it_does_itself(cloud):
+    """Its ``decision_function`` is higher for inliers, as our scores are."""
+    h, _, query, _ = cloud
+    theirs = IsolationForest(random_state=0).fit(h.numpy())
+    ours = wrap(theirs, higher="in").score(query)
+    np.testing.assert_allclose(ours, theirs.decision_function(query.numpy()), rtol=1e-6)
+    near = wrap(theirs, higher="in").score(h)
+    assert metrics.auroc(near, ours) > 0.6  # the queries lie farther out

@@ -62,7 +62,7 @@ pytest: $(STAMP)
 ##@ Before a change goes in
 
 check: $(STAMP) ## The slow suites, other libraries, and the notebooks in every arithmetic
-	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0
+	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0 timm==1.0.31
 	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal
 	for isa in native oldest; do ROBUSTOOD_ISA=$$isa $(BIN)/pytest --nbval -n 2 --dist loadfile book || exit 1; done
 	for each in attacks training aloe metrics detectors; do $(BIN)/python tests/benchmarks/bench_$$each.py || exit 1; done

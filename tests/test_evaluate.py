@@ -10,9 +10,23 @@ from torch import nn
 
 from robustood import evaluate, metrics
 from robustood.attacks import APGD, Ascent
-from robustood.detectors import KNN, MSP, ODIN, Energy, Mahalanobis, MaxLogit, RejectClass, post_hoc
+from robustood.detectors import (
+    KNN,
+    MSP,
+    ODIN,
+    Detector,
+    Energy,
+    Mahalanobis,
+    MaxLogit,
+    RejectClass,
+    post_hoc,
+    score_objectives,
+    wrap,
+)
 from robustood.evaluate import (
     Report,
+    StandardReport,
+    _standard,
     attack_in_turn,
     attack_score,
     epsilon_curve,
@@ -21,13 +35,14 @@ from robustood.evaluate import (
     measure,
     ood_report,
     paper_attack,
-    score_objectives,
     scores,
+    standard,
     surrogate,
 )
 from robustood.losses import to_uniform
-from robustood.models import frozen, readout, small_cnn
-from robustood.perturbations import L2, Corruption, Linf
+from robustood.metrics import auroc
+from robustood.models import counting, frozen, read, readout, small_cnn
+from robustood.perturbations import L2, Corruption, Linf, Spatial
 
 
 @pytest.fixture(scope="module")
@@ -538,3 +553,186 @@ def test_bad_input_is_refused(net, book, call, message):
 def test_a_detector_that_is_not_fitted_is_refused(net, book):
     with pytest.raises(RuntimeError, match="KNN is not fitted"):
         attack_score(KNN(net), book.test.x[:4], Linf(0.1), direction="raise")
+
+
+# --- the standard evaluation --------------------------------------------------------------------
+
+
+class Linear(Detector):
+    """A score w . x: every attack's optimum is known."""
+
+    has_classes = False
+
+    def __init__(self, w):
+        super().__init__(nn.Identity())
+        self.register_buffer("w", w)
+
+    def score(self, x):
+        return read(self.model, x.flatten(1)) @ self.w
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Vectors around 1/2 that a linear score ranks well, and its weights."""
+    source = torch.Generator().manual_seed(3)
+    w = torch.randn(16, generator=source)
+    x = 0.5 + 0.05 * torch.randn(80, 16, generator=source)
+    return Linear(w), x[:40] + 0.05 * w, x[40:] - 0.05 * w
+
+
+def test_the_standard_evaluation_reaches_the_optimum_of_a_linear_score(lines):
+    detector, x, u = lines
+    eps = 0.02
+    found = standard(detector, x, {"u": u}, Linf(eps, box=None))
+    clean = scores(detector, x), scores(detector, u)
+    reach = eps * float(detector.w.abs().sum())
+    expected = auroc(clean[0] - reach, clean[1] + reach)
+    assert found["none"].mean("auroc") == auroc(*clean)
+    assert found["both"].mean("auroc") == pytest.approx(expected, abs=1e-9)
+    assert found.attacks[0]["attack"] == "clean" and found.attacks[-1]["attack"] == "Square"
+    areas = [row["auroc"] for row in found.attacks]
+    assert areas == sorted(areas, reverse=True) and areas[-1] == found["both"].mean("auroc")
+
+
+def test_an_input_that_can_do_no_more_harm_is_left_alone_and_no_rate_changes(lines, monkeypatch):
+    detector, x, u = lines
+    within = Linf(0.12, box=None)
+    spared = standard(detector, x, {"u": u}, within)
+    monkeypatch.setattr(_standard._Bench, "bar", lambda self, direction: float("inf"))
+    whole = standard(detector, x, {"u": u}, within)
+    assert spared.attacks[-1]["inputs"] < 80 == whole.attacks[-1]["inputs"]
+    for side in ("in", "out", "both"):
+        for column in ("auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected"):
+            ours, theirs = spared[side]["u"][column], whole[side]["u"][column]
+            assert float(ours) == pytest.approx(float(theirs), abs=1e-12), (side, column)
+
+
+def test_the_standard_evaluation_counts_the_passes_of_the_network(lines):
+    _, x, u = lines
+    model = readout(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+    seen = {"forwards": 0, "backwards": 0}
+
+    def meet(module, given):
+        seen["forwards"] += len(given[0])
+        if given[0].requires_grad:
+            given[0].register_hook(
+                lambda grad: seen.update(backwards=seen["backwards"] + len(grad))
+            )
+
+    class Counted(MSP):
+        pass
+
+    detector = Counted(model)
+    before = standard(detector, x[:6], {"u": u[:6]}, Linf(0.02, box=None))
+    model.register_forward_pre_hook(meet)
+    with counting() as passes:
+        attack_score(detector, x[:6], Linf(0.02, box=None), direction="lower", steps=5)
+    assert (passes.forwards, passes.backwards) == (seen["forwards"], seen["backwards"])
+    assert passes.backwards == 2 * 5 * 6  # two objectives, five steps, six inputs
+    by_name = {row["attack"]: row for row in before.attacks}
+    own = by_name["APGD on the score"]
+    # A step forwards and backwards, then the last point, the best and the clean one twice, and the score.
+    assert own["backwards"] == 100 * own["inputs"]
+    assert own["forwards"] == 104 * own["inputs"]
+
+
+def test_a_score_without_gradient_is_attacked_by_values(lines):
+    plain, x, u = lines
+    weights = plain.w.numpy()
+    blind = wrap(lambda v: v.flatten(1).numpy() @ weights, higher="in")
+    found = standard(blind, x[:20], {"u": u[:20]}, Linf(0.02, box=None))
+    assert found["both"].settings["gradient"] == "none"
+    assert [row["attack"] for row in found.attacks] == ["clean", "Square"]
+    assert found.attacks[-1]["backwards"] == 0
+    open_one = standard(plain, x[:20], {"u": u[:20]}, Linf(0.02, box=None))
+    assert found["both"].mean("auroc") <= open_one["both"].mean("auroc") + 0.01
+
+
+def test_a_detector_whose_objectives_are_another_score_is_attacked_by_its_own(lines):
+    plain, x, u = lines
+
+    class Elsewhere(Linear):
+        def attack_objectives(self, x, direction="raise"):
+            return -super().attack_objectives(x, direction)  # runs away from the goal
+
+    within = Linf(0.02, box=None)
+    right = standard(plain, x, {"u": u}, within)["both"].mean("auroc")
+    assert standard(Elsewhere(plain.w), x, {"u": u}, within)["both"].mean("auroc") == right
+
+
+@pytest.mark.parametrize("within", [L2(0.1, box=None), Linf(0.02, box=None).scaled(0.5)], ids=str)
+def test_the_standard_evaluation_is_at_least_as_strong_as_each_attack(lines, within):
+    _, x, u = lines
+    detector = MSP(readout(torch.randn(4, 16, generator=torch.Generator().manual_seed(2))))
+    found = standard(detector, x, {"u": u}, within)["both"].mean("auroc")
+    for attack in (
+        partial(attack_score, steps=60, restarts=2), partial(paper_attack, paper="aloe"),
+        partial(paper_attack, paper="atom"), plain_pgd,
+    ):  # fmt: skip
+        worst = four_sides(detector, x, {"u": u}, within, attack=attack)["both"]
+        assert found <= worst.mean("auroc") + 1e-6
+
+
+def plain_pgd(detector, x, within, *, direction, generator=None, steps=200):
+    """Ascent on the score as most libraries write it: random start, fixed step, last iterate."""
+    sign = 1 if direction == "raise" else -1
+    z = within.draw(x, generator)
+    for _ in range(steps):
+        z.requires_grad_()
+        grad = torch.autograd.grad((sign * detector.score(x + z)).sum(), z)[0]
+        z = within.ascend(x, z.detach(), grad, within.radius / 4)
+    return (x + z).detach()
+
+
+def test_the_standard_evaluation_resumes_and_goes_through_json(lines, tmp_path):
+    detector, x, u = lines
+    call = partial(standard, detector, x[:8], {"u": u[:8]}, Linf(0.02, box=None), run_dir=tmp_path)
+    lines_said: list[str] = []
+    first = call(say=lines_said.append)
+    with counting() as passes:
+        again = call()
+    assert again == first
+    assert passes.forwards < first.attacks[-1]["forwards"]  # only the checks are made again
+    assert lines_said[0].startswith("in: APGD on the score on 8 of 8") and "left" in lines_said[1]
+    path = tmp_path / "report.json"
+    first.to_json(path)
+    kept = StandardReport.from_json(path)
+    assert kept == first and str(kept) == str(first)
+    assert (kept["both"].scores["in"] == first["both"].scores["in"]).all()
+    assert StandardReport.from_json(first.to_json(scores=False)) == first
+    header, *rows = first.to_csv().splitlines()
+    assert header.startswith("side,set,n_in,n_out,auroc,auroc_low") and len(rows) == 4
+    with pytest.raises(KeyError, match="no side 'neither'; choose one of: none, in, out, both"):
+        first["neither"]
+    with pytest.raises(ValueError, match=r"text_or_path is not a report .*StandardReport.to_json"):
+        StandardReport.from_json('{"version": 1}')
+
+
+def test_a_finite_set_is_searched_whole_by_the_standard_evaluation():
+    x, u = torch.rand(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    detector = MSP(small_cnn(3).eval())
+    grid = Spatial(20, 1).grid(3)
+    found = standard(detector, x, {"u": u}, grid)
+    assert [row["attack"] for row in found.attacks] == ["clean", "every member"]
+    exact = four_sides(detector, x, {"u": u}, grid)
+    assert found["both"].mean("auroc") == exact["both"].mean("auroc")
+
+
+def test_a_set_that_is_no_ball_gets_random_draws():
+    x, u = torch.rand(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = standard(MSP(small_cnn(3).eval()), x, {"u": u}, Spatial(20, 1))
+    assert found.attacks[-1]["attack"] == "random draws"
+
+
+def test_hashes_tell_weights_and_inputs_apart(lines):
+    detector, x, u = lines
+    call = lambda d, v: standard(d, v[:3], {"u": u[:3]}, Linf(0.0, box=None)).sha256
+    first = call(detector, x)
+    assert first == call(Linear(detector.w.clone()), x.clone()) and set(first) == {
+        "weights",
+        "in",
+        "out u",
+    }
+    other, moved = call(Linear(detector.w + 1), x), call(detector, x + 1)
+    assert other["weights"] != first["weights"] and other["in"] == first["in"]
+    assert moved["weights"] == first["weights"] and moved["in"] != first["in"]

@@ -27,7 +27,7 @@ class Wrapped(Detector):
 
     def score(self, x: Inputs) -> Values:
         x = as_floats(x)
-        found = through(self.call, self, x)
+        found = through(self._called, self, x)
         if not isinstance(found, Tensor):
             found = torch.as_tensor(np.asarray(found), device=x.device)
         if found.shape != (len(x),) or found.is_complex():
@@ -36,6 +36,15 @@ class Wrapped(Detector):
                 "as in lambda x: net(x).logsumexp(1)"
             )
         return self.sign * (found if found.is_floating_point() else found.double())
+
+    def _called(self, x: Tensor) -> object:
+        """The score as it comes; NumPy takes only tensors without a gradient."""
+        try:
+            return self.call(x)
+        except RuntimeError as error:
+            if "Can't call numpy()" not in str(error):
+                raise
+            return self.call(x.detach())
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also the log-odds of each class if the network is known."""

@@ -47,7 +47,6 @@ def attack_score(
     objectives: Objectives | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
-    watch: GradientWatch | None = None,
 ) -> Inputs:
     """Attack the deployed score adaptively: climb every one of ``attack_objectives``, keep the best by the score.
 
@@ -70,7 +69,6 @@ def attack_score(
             :func:`score_objectives`, such as :func:`surrogate_objectives`.
         batch_size: inputs attacked at a time.
         generator: source of the random initial points; default: a new one with seed 0.
-        watch: counts the passes, and is closed by the caller; default: one that is closed at the end.
 
     Returns:
         Perturbed inputs, shaped like x.
@@ -92,8 +90,6 @@ def attack_score(
         check_count(targets, "targets")
     if objectives is not None:
         check_callable(objectives, "objectives", "objectives(detector, x, direction)")
-    if watch is not None:
-        check_instance(watch, "watch", GradientWatch, "a GradientWatch()")
     generator = generator or torch.Generator(x.device).manual_seed(0)
     rule = rule or APGD()
     worst = partial(
@@ -103,18 +99,17 @@ def attack_score(
     climbs = objectives or partial(score_objectives, targets=targets)
     if not (within.differentiable and isinstance(rule, Rule) and rule.uses_gradient):
         climbs = deployed_objective
-    own, found = watch or GradientWatch(), []
-    judge = own.over(lambda v: signed(detector.score(v), direction))
+    watch, found = GradientWatch(), []
+    judge = watch.over(lambda v: signed(detector.score(v), direction))
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            moved = worst([own.over(each) for each in climbs(detector, part, direction)], part)
+            moved = worst([watch.over(each) for each in climbs(detector, part, direction)], part)
             if within.differentiable:  # a failed search leaves the clean input
                 with torch.no_grad():
                     gained = judge(moved) - judge(part) >= 0
                 moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
-    if watch is None:
-        own.close(len(x), hidden=within.radius > 0 and within.differentiable)
+    watch.close(len(x), hidden=within.radius > 0 and within.differentiable)
     return torch.cat(found)
 
 
@@ -196,7 +191,6 @@ def paper_attack(
     paper: Literal["aloe", "atom"],
     batch_size: int = 512,
     generator: torch.Generator | None = None,
-    watch: GradientWatch | None = None,
 ) -> Inputs:
     """Attack as the code of ALOE (Chen et al. 2020) or ATOM (Chen et al. 2021) does.
 
@@ -204,7 +198,7 @@ def paper_attack(
     omitted. ATOM attacks outliers only; the surrogate for the other side is its negative.
 
     Args:
-        detector, x, within, direction, batch_size, generator, watch: as in :func:`attack_score`.
+        detector, x, within, direction, batch_size, generator: as in :func:`attack_score`.
         paper: whose surrogate, steps, initial points and choice of iterate to use.
     """
     check_detector(detector)
@@ -214,10 +208,8 @@ def paper_attack(
     check_generator(generator)
     within = as_set(within)
     x = checked_inputs(x, within.box)
-    if watch is not None:
-        check_instance(watch, "watch", GradientWatch, "a GradientWatch()")
-    own = watch or GradientWatch()
-    plan, climbed = PAPERS[paper], own.over(surrogate(detector, direction, paper))
+    plan, watch = PAPERS[paper], GradientWatch()
+    climbed = watch.over(surrogate(detector, direction, paper))
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):
@@ -232,8 +224,7 @@ def paper_attack(
                 moved = torch.where(per_sample(gained, part), moved, part)
             found.append(moved)
     flat = isinstance(detector, Mahalanobis)  # whose surrogate has no gradient by design
-    if watch is None:
-        own.close(len(x), hidden=within.radius > 0 and not flat)
+    watch.close(len(x), hidden=within.radius > 0 and not flat)
     return torch.cat(found)
 
 

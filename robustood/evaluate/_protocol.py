@@ -20,7 +20,7 @@ from robustood.models import frozen
 from robustood.perturbations import Ball, PerturbationSet
 
 VERSION = "standard-1"  # a change of anything below that changes a result needs another version
-TARGETS = 3  # likeliest classes; all of ten find at most .002 AUROC more (experiments/standard.py)
+TARGETS = 10  # likeliest classes: on CIFAR-100, all 100 find at most .002 AUROC more (experiments/standard.py)
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,14 @@ _PAPERS = [
     Stage(f"as in {name}", partial(paper_attack, paper=paper), passes, frozenset({"classes"}))
     for name, paper, passes in (("ALOE", "aloe", 10), ("ATOM", "atom", 41))
 ]
-_CLIMB = partial(attack_score, steps=100, targets=TARGETS)
-_OWN = partial(_CLIMB, objectives=deployed_objective)
+_OWN = partial(attack_score, steps=100, objectives=deployed_objective)
 _BY_GRADIENT = [
     *_PAPERS,
     Stage(
         "APGD on surrogates", partial(attack_score, steps=50, restarts=0, objectives=surrogate_objectives), 100, _BOTH
     ),
     Stage("APGD on the score", partial(_OWN, restarts=0), 100, _GRADIENT),
-    Stage("APGD on each objective", _CLIMB, 300, _GRADIENT),
+    Stage("APGD on each objective", partial(attack_score, steps=50, targets=TARGETS), 400, _GRADIENT),
     Stage("another random start", _OWN, 100, _GRADIENT),
 ]  # fmt: skip
 _SQUARE = Stage("Square", partial(attack_score, steps=1000, restarts=0, rule=Square()), 400)

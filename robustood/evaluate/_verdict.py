@@ -38,7 +38,7 @@ class StandardReport:
 
     def __getitem__(self, side: str) -> Report:
         if side in self.reports:
-            return self.reports[side]  # ty: ignore[invalid-argument-type]
+            return self.reports[side]
         raise KeyError(f"no side {side!r}; choose one of: {', '.join(self.reports)}")
 
     def labelled(self, **labels: str) -> StandardReport:

@@ -10,6 +10,8 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TypeVar
 
@@ -76,6 +78,39 @@ def split(model: object, z: Tensor) -> tuple[Tensor, Tensor]:
     return z[:, :classes], z[:, classes:]
 
 
+# --- its passes
+
+
+@dataclass
+class Passes:
+    """How many inputs passed a network, forwards and backwards."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def meet(self, x: Tensor) -> None:
+        """Count a forward pass, and the backward pass if one follows."""
+        self.forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(self.back)
+
+    def back(self, grad: Tensor) -> None:
+        self.backwards += len(grad)
+
+
+_PASSES: ContextVar[Passes | None] = ContextVar("passes", default=None)
+
+
+@contextmanager
+def counting() -> Generator[Passes]:
+    """Count the passes of everything that reads a network inside."""
+    token = _PASSES.set(passes := Passes())
+    try:
+        yield passes
+    finally:
+        _PASSES.reset(token)
+
+
 # --- its outputs
 
 
@@ -115,8 +150,11 @@ def through(call: Callable[[Tensor], T], model: object, x: Tensor) -> T:
     Raises:
         ValueError: if the type, device or shape of x does not fit the weights.
     """
+    x = x.clone()
+    if not torch.compiler.is_compiling() and (passes := _PASSES.get()) is not None:
+        passes.meet(x)
     try:
-        return call(x.clone())
+        return call(x)
     except RuntimeError as error:
         if torch.compiler.is_compiling():
             raise
@@ -196,14 +234,11 @@ class GradientWatch:
     """Whether an attack saw only finite values, and a gradient other than zero; checked once, by ``close``.
 
     A gradient that is exactly zero at every step from every initial point is not small but hidden.
-
-    Attributes:
-        forwards, backwards: number of inputs that passed the objectives, and of those whose gradient was asked for.
     """
 
     def __init__(self) -> None:
         self.bad: int | Tensor = 0
-        self.forwards = self.backwards = 0
+        self.total = 0
         self.rose: Tensor | None = None  # whether any gradient was not zero
 
     def over(self, objective: Callable[[Tensor], Values]) -> Callable[[Tensor], Values]:
@@ -212,11 +247,10 @@ class GradientWatch:
         def watched(x: Tensor) -> Values:
             if x.requires_grad:
                 x.register_hook(self.meet)
-                self.backwards += len(x)
             values = objective(x)
             climb = values[0] if isinstance(values, tuple) else values
             self.bad = self.bad + (~climb.detach().isfinite()).sum()
-            self.forwards += len(x)
+            self.total += len(x)
             return values
 
         return watched
@@ -227,7 +261,7 @@ class GradientWatch:
 
     def close(self, inputs: int, hidden: bool = True) -> None:
         """Refuse NaN, and warn if the gradient was hidden for all inputs; waits for the device."""
-        check_finite(self.bad, self.forwards)
+        check_finite(self.bad, self.total)
         if hidden and self.rose is not None and not self.rose:
             warnings.warn(
                 f"the gradient is exactly zero for 100 % of {inputs} inputs at every step, so the attack moved "

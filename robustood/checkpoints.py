@@ -29,7 +29,7 @@ from robustood.identity import check_identity
 from robustood.inputs import check_instance, check_path, check_several, check_text
 
 __all__ = [
-    "Checkpoint", "as_json", "check_same", "from_json", "load_weights", "read_json", "read_state",
+    "Checkpoint", "as_csv", "as_json", "check_same", "from_json", "load_weights", "read_json", "read_state",
     "save_weights", "write_json", "write_state", "write_table", "write_whole",
 ]  # fmt: skip
 
@@ -152,12 +152,17 @@ def write_json(path: Path, value: object) -> None:
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows as CSV, with one column for each name that occurs in any row."""
+    write_whole(path, as_csv(rows).encode())
+
+
+def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as CSV, with one column for each name that occurs in any row."""
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     table = csv.DictWriter(text, list(names), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    return text.getvalue()
 
 
 def as_json(value: object, name: str) -> str:

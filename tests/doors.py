@@ -52,6 +52,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "callables.codes": PARTS,
     "checkpoints.Checkpoint": PARTS,
     "checkpoints.Checkpoint.*": PARTS,
+    "checkpoints.as_csv": PARTS,
     "checkpoints.as_json": PARTS,
     "checkpoints.check_same": CHECK,
     "checkpoints.from_json": PARTS,
@@ -75,6 +76,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.downhill": PARTS,
     "results.detector": PARTS,
     "results.learned_cells": PARTS,
+    "plotting.Scored": PROTOCOL,
     "recipes.Bounds": RESULT,
     "recipes.Evaluation": RESULT,
     "recipes.Images": RESULT,
@@ -107,6 +109,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Mahalanobis.unmoved": PARTS,
     "detectors.Mahalanobis.weighed": PARTS,
     "detectors.ODIN.stepped": PARTS,
+    "detectors.PRO.rectified": PARTS,
     "detectors.ReAct.outputs": PARTS,
     "detectors.RejectClass.halves": PARTS,
     "detectors.ViM.residual": PARTS,
@@ -122,6 +125,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "evaluate.Protocol": RESULT,
     "evaluate.Report": RESULT,
     "evaluate.Report.cells": PARTS,
+    "evaluate.Row": RESULT,
     "evaluate.mahalanobis_surrogate": LOOP,
     "detectors.score_objectives": PARTS,
     "evaluate.score_objectives": PARTS,
@@ -255,7 +259,14 @@ DATA = data.Data(*[data.Split(X, Y)] * 3, U, {"u": U})
 POOL = np.random.default_rng(0).normal(size=(9, 6))
 
 DETECTORS = ("MSP", "MaxLogit", "Entropy", "Energy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
-             "RejectClass")  # fmt: skip
+             "RejectClass", "PRO")  # fmt: skip
+
+
+class Darkness:
+    """Stands for an estimator of scikit-learn."""
+
+    def decision_function(self, h):
+        return -h.mean(1)
 
 
 def report():
@@ -264,7 +275,9 @@ def report():
 
 def fitted():
     """Every detector, fitted."""
-    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT)}
+    lowest = detectors.PRO(detectors.KNN(NET), steps=2).fit(MANY, MANY_Y)
+    reject = detectors.RejectClass(REJECT)
+    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": reject, "PRO": lowest}
 
 
 def prepare(tmp: Path):
@@ -387,8 +400,9 @@ def calls(tmp: Path):
             model=NET, shape=(1, 8, 8), device="cpu", precision="float32", channels_last=True, compile="auto",
             batch_size=4,
         ),
-        "evaluate.Report.from_json": dict(self=evaluate.Report, text=report().to_json()),
+        "evaluate.Report.from_json": dict(self=evaluate.Report, text_or_path=report().to_json()),
         "evaluate.Report.mean": dict(self=report(), metric="auroc"),
+        "evaluate.Report.to_csv": dict(self=report(), path=tmp / "report.csv"),
         "evaluate.Report.to_json": dict(self=report(), path=tmp / "report.json"),
         "evaluate.attack_in_turn": dict(
             detector=MSP(NET), x=X, within=[WITHIN, L2(0.1)], direction="raise", steps=2, restarts=1
@@ -496,6 +510,16 @@ def calls(tmp: Path):
         "plotting.band": dict(
             axis=plt.figure().gca(), x=[1.0, 2.0], estimates=[metrics.proportion(3, 8)] * 2, label="a", colour="red"
         ),
+        "plotting.fall": dict(
+            axis=plt.figure().gca(), rows=[{"eps": e, "auroc": metrics.proportion(3, 8)} for e in (0.0, 0.1)],
+            column="auroc",
+        ),
+        "plotting.roc": dict(
+            axis=plt.figure().gca(), measured={"a": report(), "b": (A, B)}, outliers="u", tpr=0.8, clean=A
+        ),
+        "plotting.score_histograms": dict(
+            axis=plt.figure().gca(), measured={"a": report()}, outliers="u", bins=[0.0, 0.5, 1.0], tpr=0.8, clean=A
+        ),
         "plotting.image_grid": dict(images=X[:3], titles=["a", "b", "c"], columns=2, scale=0.5),
         "plotting.use_style": {},
         "recipes.names": {},
@@ -594,5 +618,13 @@ def calls(tmp: Path):
         table[f"detectors.{name}.attack_objectives"] = dict(self=detector, x=X, direction="lower")
         table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
+    table["detectors.PRO"] = dict(base=MSP(NET), steps=2, step=0.01)
+    table["detectors.wrap"] = dict(
+        score=Darkness(),
+        higher="in",
+        features=lambda x: x.flatten(1)[:, :3],
+        model=NET,
+        name="darkness",
+    )
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

@@ -648,7 +648,7 @@ def test_the_worst_case_spends_later_attacks_on_samples_that_hold():
 
 def test_the_worst_case_of_a_finite_set_is_its_worst_member(batch):
     x, _ = batch
-    model, grid = Linear(10, 64), Spatial(1, 0.02).grid(3)
+    model, grid = Linear(10, 64), Spatial(10, 0.3).grid(3)
     y = model(x).argmax(1)
     broken = [
         model(found).argmax(1) != y

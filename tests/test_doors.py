@@ -391,6 +391,8 @@ def kinds(name, argument, value, parameter):
         return ["path", "read"] if name in READ and argument in ("path", "folder") else ["path"]
     if argument == "device":
         return ["device"]
+    if isinstance(value, bool):
+        return ["flag"]
     if argument.startswith("scores") or (argument == "clean" and isinstance(value, list)):
         return ["mapping"] if isinstance(value, dict) else ["scores"]
     if isinstance(value, Detector):
@@ -414,8 +416,6 @@ def kinds(name, argument, value, parameter):
         return ["images"] if value.ndim == 4 else ["tensor"]
     if isinstance(value, np.ndarray):
         return ["array"]
-    if isinstance(value, bool):
-        return ["flag"]
     if isinstance(value, int) and "float" not in annotation:
         return ["count"]
     if isinstance(value, (int, float)):
@@ -493,6 +493,11 @@ ACCEPTED = {
     **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
     **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},
     "plotting.band.label": {"number": ANY},  # a legend shows numbers as they are
+    "detectors.PRO.base": {
+        "NaN outputs": ANY,
+        "dict": ANY,
+        "one axis": ANY,
+    },  # it does not score yet
     "detectors.Mahalanobis.combine.x": VECTORS,
     "detectors.Mahalanobis.combine.outliers": VECTORS,
     "detectors.post_hoc.x": VECTORS,
@@ -550,6 +555,7 @@ ACCEPTED = {
     "perturbations.Spatial.grid.points": {"number": ANY},
     "plotting.band.x": SIGNED,
     "plotting.image_grid.images": {"five axes": REFUSED},
+    "plotting.score_histograms.bins": SIGNED | {"number": ANY},  # edges, or how many bins
     "toy.TsiprasDistribution.answer.t": ENDLESS,
     "toy.TsiprasDistribution.bound.delta": ARRAYS,
     "toy.TsiprasDistribution.frontier.t": ARRAYS | ENDLESS,

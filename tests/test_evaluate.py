@@ -1,5 +1,6 @@
 """Attacks on scores against closed forms and surrogates; reports against the scores behind them."""
 
+import csv
 from functools import partial
 
 import numpy as np
@@ -9,9 +10,23 @@ from torch import nn
 
 from robustood import evaluate, metrics
 from robustood.attacks import APGD, Ascent
-from robustood.detectors import KNN, MSP, ODIN, Energy, Mahalanobis, MaxLogit, RejectClass, post_hoc
+from robustood.detectors import (
+    KNN,
+    MSP,
+    ODIN,
+    Detector,
+    Energy,
+    Mahalanobis,
+    MaxLogit,
+    RejectClass,
+    post_hoc,
+    score_objectives,
+    wrap,
+)
 from robustood.evaluate import (
     Report,
+    StandardReport,
+    _standard,
     attack_in_turn,
     attack_score,
     epsilon_curve,
@@ -20,13 +35,14 @@ from robustood.evaluate import (
     measure,
     ood_report,
     paper_attack,
-    score_objectives,
     scores,
+    standard,
     surrogate,
 )
 from robustood.losses import to_uniform
-from robustood.models import frozen, readout, small_cnn
-from robustood.perturbations import L2, Corruption, Linf
+from robustood.metrics import auroc
+from robustood.models import counting, frozen, read, readout, small_cnn
+from robustood.perturbations import L2, Corruption, Linf, Spatial
 
 
 @pytest.fixture(scope="module")
@@ -326,30 +342,109 @@ def test_each_attacked_side_lowers_auroc(zoo, sets):
         assert alone.rows == sides["both"].rows
 
 
-def test_a_report_goes_through_json(net, sets, tmp_path):
-    report = ood_report(MSP(net), *sets)
+def test_a_report_goes_through_json_with_every_score(net, sets, tmp_path):
+    report = ood_report(MSP(net), *sets, Linf(0.05), side="both", steps=2)
     text = report.to_json(tmp_path / "report.json")
-    again = Report.from_json((tmp_path / "report.json").read_text("utf-8"))
-    assert again == report and again.to_json() == text
-    assert report.settings["attack"] == "none"
+    for source in (
+        text,
+        "\ufeff\n " + text,
+        tmp_path / "report.json",
+        str(tmp_path / "report.json"),
+    ):
+        again = Report.from_json(source)
+        assert again == report and again.to_json() == text and str(again) == str(report)
+        assert again.scores.keys() == report.scores.keys() == {"in (clean)", "in", *sets[1]}
+        for name, values in report.scores.items():
+            assert np.array_equal(again.scores[name], values)
+            assert again.scores[name].dtype == np.float64
+    clean, came, out = (report.scores[name] for name in ("in (clean)", "in", "letters"))
+    assert Report.from_json(text)["letters"] == {"set": "letters", **measure(clean, came, out)}
+    assert len(text.splitlines()) < 200  # a set of scores is one line
+    (tmp_path / "marked.json").write_text(text, "utf-8-sig")
+    assert Report.from_json(tmp_path / "marked.json") == report
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, 1 / 3, -1e-300, 5e-324, 1.7976931348623157e308, -0.0], [3.0]]
+)
+def test_scores_keep_all_their_bits_and_a_list_of_numbers_its_text(values):
+    names = {"[\n1, 2\n]": np.array(values), "in": np.float32(values[:2])}
+    report = Report({"eps": [0.1, 0.2], "note": "[ 1,  2 ]"}, [], names)
+    again = Report.from_json(report.to_json())
+    assert again.settings == report.settings and list(again.scores) == list(names)
+    for name, each in names.items():
+        assert again.scores[name].tobytes() == each.astype(np.float64).tobytes()
+
+
+def test_a_report_without_scores_is_read_as_before(net, sets):
+    report = ood_report(MSP(net), *sets)
+    text = report.to_json(scores=False)
+    assert "scores" not in text and text == Report(report.settings, report.rows).to_json()
+    again = Report.from_json(text)
+    assert again == report and again.scores == {} and again.to_json() == text
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "it is empty"),
         ("{", "Expecting property name"),
-        ("[1]", "it lacks settings, rows"),
+        ('{"rows": []}', "it lacks settings"),
         ('{"settings": {}, "rows": [3]}', "no attribute 'items'"),
         ('{"settings": {}, "rows": [{"auroc": {"value": 1}}]}', "missing .* required"),
         ('{"settings": {}, "rows": [{"auroc": NaN}]}', "it contains NaN"),
+        (
+            '{"settings": {}, "rows": [], "scores": {"in": ["a"]}}',
+            r"scores\['in'\] must be numbers",
+        ),
+        ('{"settings": {}, "rows": [], "scores": {"in": [[1]]}}', r"scores\['in'\] must have 1"),
+        ('{"settings": {}, "rows": [], "scores": [1]}', "no attribute 'items'"),
     ],
 )
-def test_a_text_that_is_no_report_is_refused(untyped, text, said):
-    with pytest.raises(
-        ValueError, match=rf"text is not a report \(.*{said}.*; pass what Report\.to_json"
-    ):
+def test_text_or_a_file_that_is_no_report_is_refused(untyped, tmp_path, text, said):
+    says = rf" is not a report \(.*{said}.*; pass what Report\.to_json"
+    with pytest.raises(ValueError, match="^text_or_path" + says):
         Report.from_json(text)
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^text_or_path .*other\.json" + says):
+        Report.from_json(tmp_path / "other.json")
+
+
+def test_what_is_neither_text_nor_a_file_is_refused(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "list.json").write_text("[1]")
+    for name, said in (("image.png", "can't decode"), ("list.json", "it lacks settings, rows")):
+        with pytest.raises(ValueError, match=rf"{name} is not a report \(.*{said}"):
+            Report.from_json(tmp_path / name)
+    for source in ("", "[1]", tmp_path, tmp_path / "none.json", "a\0b", "x" * 5000):
+        with pytest.raises(FileNotFoundError, match=r"begins with \{, or the path .*; pass what"):
+            Report.from_json(source)
+
+
+def test_an_unknown_column_names_the_known_ones(net, sets):
+    report = ood_report(MSP(net), *sets)
+    rows = epsilon_curve(MSP(net), sets[0][:8], sets[1]["letters"][:8], Linf(0.1), [0.0])
+    for row in (report["letters"], Report.from_json(report.to_json()).rows[0], rows[0]):
+        with pytest.raises(KeyError, match=r"'aurok' in this row; did you mean 'auroc'.*tie_rate"):
+            row["aurok"]
+        assert float(row["auroc"]) > 0.5 and "aurok" not in row and row.get("aurok") is None
+    with pytest.raises(KeyError, match="no column 3 in this row; there are: "):
+        report["letters"][3]
+
+
+def test_the_table_of_numbers_has_the_ends_of_each_interval(net, sets, tmp_path):
+    report = ood_report(MSP(net), *sets, Linf(0.05), side="out", steps=2)
+    text = report.to_csv(tmp_path / "report.csv")
+    assert (tmp_path / "report.csv").read_text("utf-8") == text
+    assert Report.from_json(report.to_json()).to_csv() == text  # columns in the same order
+    lines = list(csv.DictReader(text.splitlines()))
+    assert [line["set"] for line in lines] == list(sets[1])
+    for line, row in zip(lines, report.rows, strict=True):
+        for name in ("auroc", "fpr", "fpr_attacked", "rejected"):
+            ends = [float(line[name + end]) for end in ("", "_low", "_high")]
+            assert ends == [row[name].value, row[name].low, row[name].high]
+        for name in ("n_in", "n_out", "aupr_in", "aupr_out", "detection_error", "tie_rate"):
+            assert float(line[name]) == row[name]
+        assert len(line) == 11 + 2 * 4
 
 
 def test_settings_of_numpy_go_into_a_report():
@@ -458,3 +553,204 @@ def test_bad_input_is_refused(net, book, call, message):
 def test_a_detector_that_is_not_fitted_is_refused(net, book):
     with pytest.raises(RuntimeError, match="KNN is not fitted"):
         attack_score(KNN(net), book.test.x[:4], Linf(0.1), direction="raise")
+
+
+# --- the standard evaluation --------------------------------------------------------------------
+
+
+class Linear(Detector):
+    """A score w . x: every attack's optimum is known."""
+
+    has_classes = False
+
+    def __init__(self, w):
+        super().__init__(nn.Identity())
+        self.register_buffer("w", w)
+
+    def score(self, x):
+        return read(self.model, x.flatten(1)) @ self.w
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Vectors around 1/2 that a linear score ranks well, and its weights."""
+    source = torch.Generator().manual_seed(3)
+    w = torch.randn(16, generator=source)
+    x = 0.5 + 0.05 * torch.randn(80, 16, generator=source)
+    return Linear(w), x[:40] + 0.05 * w, x[40:] - 0.05 * w
+
+
+def test_the_standard_evaluation_reaches_the_optimum_of_a_linear_score(lines):
+    detector, x, u = lines
+    eps = 0.02
+    found = standard(detector, x, {"u": u}, Linf(eps, box=None))
+    clean = scores(detector, x), scores(detector, u)
+    reach = eps * float(detector.w.abs().sum())
+    expected = auroc(clean[0] - reach, clean[1] + reach)
+    assert found["none"].mean("auroc") == auroc(*clean)
+    assert found["both"].mean("auroc") == pytest.approx(expected, abs=1e-9)
+    assert found.attacks[0]["attack"] == "clean" and found.attacks[-1]["attack"] == "Square"
+    areas = [row["auroc"] for row in found.attacks]
+    assert areas == sorted(areas, reverse=True) and areas[-1] == found["both"].mean("auroc")
+
+
+def test_an_input_that_can_do_no_more_harm_is_left_alone_and_no_rate_changes(lines, monkeypatch):
+    detector, x, u = lines
+    within = Linf(0.12, box=None)
+    spared = standard(detector, x, {"u": u}, within)
+    monkeypatch.setattr(_standard._Bench, "bar", lambda self, direction: float("inf"))
+    whole = standard(detector, x, {"u": u}, within)
+    assert spared.attacks[-1]["inputs"] < 80 == whole.attacks[-1]["inputs"]
+    for side in ("in", "out", "both"):
+        for column in ("auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected"):
+            ours, theirs = spared[side]["u"][column], whole[side]["u"][column]
+            assert float(ours) == pytest.approx(float(theirs), abs=1e-12), (side, column)
+
+
+def test_the_standard_evaluation_counts_the_passes_of_the_network(lines):
+    _, x, u = lines
+    model = readout(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+    seen = {"forwards": 0, "backwards": 0}
+
+    def meet(module, given):
+        seen["forwards"] += len(given[0])
+        if given[0].requires_grad:
+            given[0].register_hook(
+                lambda grad: seen.update(backwards=seen["backwards"] + len(grad))
+            )
+
+    class Counted(MSP):
+        pass
+
+    detector = Counted(model)
+    before = standard(detector, x[:6], {"u": u[:6]}, Linf(0.02, box=None))
+    model.register_forward_pre_hook(meet)
+    with counting() as passes:
+        attack_score(detector, x[:6], Linf(0.02, box=None), direction="lower", steps=5)
+    assert (passes.forwards, passes.backwards) == (seen["forwards"], seen["backwards"])
+    assert passes.backwards == 2 * 5 * 6  # two objectives, five steps, six inputs
+    by_name = {row["attack"]: row for row in before.attacks}
+    own = by_name["APGD on the score"]
+    # A step forwards and backwards, then the last point, the best and the clean one twice, and the score.
+    assert own["backwards"] == 100 * own["inputs"]
+    assert own["forwards"] == 104 * own["inputs"]
+
+
+def test_a_score_without_gradient_is_attacked_by_values(lines):
+    plain, x, u = lines
+    weights = plain.w.numpy()
+    blind = wrap(lambda v: v.flatten(1).numpy() @ weights, higher="in")
+    found = standard(blind, x[:20], {"u": u[:20]}, Linf(0.02, box=None))
+    assert found["both"].settings["gradient"] == "none"
+    assert [row["attack"] for row in found.attacks] == ["clean", "Square"]
+    assert found.attacks[-1]["backwards"] == 0
+    open_one = standard(plain, x[:20], {"u": u[:20]}, Linf(0.02, box=None))
+    assert found["both"].mean("auroc") <= open_one["both"].mean("auroc") + 0.01
+
+
+def test_a_detector_whose_objectives_are_another_score_is_attacked_by_its_own(lines):
+    plain, x, u = lines
+
+    class Elsewhere(Linear):
+        def attack_objectives(self, x, direction="raise"):
+            return -super().attack_objectives(x, direction)  # runs away from the goal
+
+    within = Linf(0.02, box=None)
+    right = standard(plain, x, {"u": u}, within)["both"].mean("auroc")
+    assert standard(Elsewhere(plain.w), x, {"u": u}, within)["both"].mean("auroc") == right
+
+
+@pytest.mark.parametrize("within", [L2(0.1, box=None), Linf(0.02, box=None).scaled(0.5)], ids=str)
+def test_the_standard_evaluation_is_at_least_as_strong_as_each_attack(lines, within):
+    _, x, u = lines
+    detector = MSP(readout(torch.randn(4, 16, generator=torch.Generator().manual_seed(2))))
+    found = standard(detector, x, {"u": u}, within)["both"].mean("auroc")
+    for attack in (
+        partial(attack_score, steps=60, restarts=2), partial(paper_attack, paper="aloe"),
+        partial(paper_attack, paper="atom"), plain_pgd,
+    ):  # fmt: skip
+        worst = four_sides(detector, x, {"u": u}, within, attack=attack)["both"]
+        assert found <= worst.mean("auroc") + 1e-6
+
+
+def plain_pgd(detector, x, within, *, direction, generator=None, steps=200):
+    """Ascent on the score as most libraries write it: random start, fixed step, last iterate."""
+    sign = 1 if direction == "raise" else -1
+    z = within.draw(x, generator)
+    for _ in range(steps):
+        z.requires_grad_()
+        grad = torch.autograd.grad((sign * detector.score(x + z)).sum(), z)[0]
+        z = within.ascend(x, z.detach(), grad, within.radius / 4)
+    return (x + z).detach()
+
+
+def test_the_standard_evaluation_resumes_and_goes_through_json(lines, tmp_path):
+    detector, x, u = lines
+    call = partial(standard, detector, x[:8], {"u": u[:8]}, Linf(0.02, box=None), run_dir=tmp_path)
+    lines_said: list[str] = []
+    first = call(say=lines_said.append)
+    with counting() as passes:
+        again = call()
+    assert again == first
+    assert passes.forwards < first.attacks[-1]["forwards"]  # only the checks are made again
+    assert lines_said[0].startswith("in: APGD on the score on 8 of 8") and "left" in lines_said[1]
+    path = tmp_path / "report.json"
+    first.to_json(path)
+    kept = StandardReport.from_json(path)
+    assert kept == first and str(kept) == str(first)
+    assert (kept["both"].scores["in"] == first["both"].scores["in"]).all()
+    assert StandardReport.from_json(first.to_json(scores=False)) == first
+    header, *rows = first.to_csv().splitlines()
+    assert header.startswith("side,set,n_in,n_out,auroc,auroc_low") and len(rows) == 4
+    with pytest.raises(KeyError, match="no side 'neither'; choose one of: none, in, out, both"):
+        first["neither"]
+    with pytest.raises(ValueError, match=r"text_or_path is not a report .*StandardReport.to_json"):
+        StandardReport.from_json('{"version": 1}')
+
+
+def test_a_finite_set_is_searched_whole_by_the_standard_evaluation():
+    x, u = torch.rand(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    detector = MSP(small_cnn(3).eval())
+    grid = Spatial(20, 1).grid(3)
+    found = standard(detector, x, {"u": u}, grid)
+    assert [row["attack"] for row in found.attacks] == ["clean", "every member"]
+    exact = four_sides(detector, x, {"u": u}, grid)
+    assert found["both"].mean("auroc") == exact["both"].mean("auroc")
+
+
+def test_a_set_that_is_no_ball_gets_random_draws():
+    x, u = torch.rand(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = standard(MSP(small_cnn(3).eval()), x, {"u": u}, Spatial(20, 1))
+    assert found.attacks[-1]["attack"] == "random draws"
+
+
+def test_hashes_tell_weights_and_inputs_apart(lines):
+    detector, x, u = lines
+    call = lambda d, v: standard(d, v[:3], {"u": u[:3]}, Linf(0.0, box=None)).sha256
+    first = call(detector, x)
+    assert first == call(Linear(detector.w.clone()), x.clone()) and set(first) == {
+        "weights",
+        "in",
+        "out u",
+    }
+    other, moved = call(Linear(detector.w + 1), x), call(detector, x + 1)
+    assert other["weights"] != first["weights"] and other["in"] == first["in"]
+    assert moved["weights"] == first["weights"] and moved["in"] != first["in"]
+
+
+@pytest.mark.slow
+@each_detector
+def test_the_standard_evaluation_leaves_at_most_what_any_other_attack_leaves(zoo, book, name):
+    """On every detector: the adaptive attack at twice its default steps, the papers' own, and plain ascent."""
+    x, u, within = book.test.x[:40], {"letters": book.ood["letters"][:40]}, Linf(0.05)
+    left = standard(zoo[name], x, u, within)["both"].mean("auroc")
+    others = {
+        "attack_score": partial(attack_score, steps=80, restarts=2),
+        "ALOE": partial(paper_attack, paper="aloe"),
+        "ATOM": partial(paper_attack, paper="atom"),
+        "plain ascent": plain_pgd,
+    }
+    for label, attack in others.items():
+        rest = four_sides(zoo[name], x, u, within, attack=attack)["both"].mean("auroc")
+        print(f"{name}: standard {left:.4f}, {label} {rest:.4f}")
+        assert left <= rest, label

@@ -42,8 +42,9 @@ class Detector(nn.Module, ABC):
     model: Any
     fitted_attribute: str | None = None  # the attribute that fit sets, if fit is required
     n_untargeted: int = 1  # number of attack objectives that are not about one class
+    has_classes: bool = True  # whether logits(x) gives the outputs of a classifier
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Callable[[Tensor], Any]):
         super().__init__()
         check_model(model)
         self.model = model
@@ -88,7 +89,7 @@ class Detector(nn.Module, ABC):
         if (found := getattr(self.model, name, None)) is None:
             raise TypeError(
                 f"{type(self).__name__} needs model.{name}, which {type(self.model).__name__} lacks; wrap it in "
-                'models.adapt(model, head="name of its last linear layer")'
+                "models.adapt(model)"
             )
         return found
 
@@ -135,11 +136,18 @@ def signed(values: Tensor, direction: Direction) -> Tensor:
 def score_objectives(
     detector: Detector, x: Inputs, direction: Direction, targets: int | None = None
 ) -> list[AttackObjective]:
-    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score."""
+    """The objectives that an adaptive attack climbs in turn, each judged by the deployed score.
+
+    Args:
+        targets: number of classes to pull towards, the likeliest first; default all of up to ten, ten of more.
+    """
     with torch.no_grad():
         clean = detector.attack_objectives(x, direction)
     n_untargeted = detector.n_untargeted if direction == "raise" else clean.shape[1]
-    order = clean[:, n_untargeted:].argsort(1, descending=True)[:, :targets] + n_untargeted
+    order = clean[:, n_untargeted:].argsort(1, descending=True)[
+        :, : 10 if targets is None else targets
+    ]
+    order = order + n_untargeted
     always = torch.arange(n_untargeted, device=x.device).expand(len(x), -1)
     columns = torch.cat([always, order], 1)
 

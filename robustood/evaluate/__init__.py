@@ -18,22 +18,27 @@ from robustood.evaluate._attack import (
     Protocol,
     attack_in_turn,
     attack_score,
+    deployed_objective,
     mahalanobis_surrogate,
     paper_attack,
     score_objectives,
     surrogate,
+    surrogate_objectives,
 )
 from robustood.evaluate._report import (
     Report,
+    Row,
     epsilon_curve,
     four_sides,
     measure,
     ood_report,
     scores,
 )
+from robustood.evaluate._standard import standard
+from robustood.evaluate._verdict import StandardReport
 
 __all__ = [
-    "PAPERS", "Protocol", "Report", "attack_in_turn", "attack_score", "epsilon_curve", "four_sides",
-    "mahalanobis_surrogate", "measure", "ood_report", "paper_attack", "score_objectives", "scores",
-    "surrogate",
+    "PAPERS", "Protocol", "Report", "Row", "StandardReport", "attack_in_turn", "attack_score", "deployed_objective",
+    "epsilon_curve", "four_sides", "mahalanobis_surrogate", "measure", "ood_report", "paper_attack", "score_objectives",
+    "scores", "standard", "surrogate", "surrogate_objectives",
 ]  # fmt: skip

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robustood.attacks import APGD, Ascent, Rule, search
+from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, score_objectives
 from robustood.detectors._base import signed
 from robustood.inputs import (
+    check_callable,
     check_choice,
     check_count,
     check_generator,
@@ -29,6 +30,7 @@ from robustood.models import GradientWatch, frozen, read, split
 from robustood.perturbations import PerturbationSet, as_set, per_sample
 
 Inputs = Float[Tensor, "batch *shape"]
+Objectives = Callable[[Detector, Tensor, Direction], list[AttackObjective]]
 
 
 def attack_score(
@@ -42,6 +44,7 @@ def attack_score(
     targets: int | None = None,
     rule: Rule | None = None,
     step_size: float | None = None,
+    objectives: Objectives | None = None,
     batch_size: int = 512,
     generator: torch.Generator | None = None,
 ) -> Inputs:
@@ -58,8 +61,12 @@ def attack_score(
             inputs that are to be rejected.
         steps, restarts, step_size: as in :func:`robustood.attacks.maximise`; the best of several restarts
             is returned.
-        targets: number of classes to pull towards, the likeliest on the clean input; default all.
-        rule: default :class:`robustood.attacks.APGD`.
+        targets: number of classes to pull towards, the likeliest on the clean input; default all of up
+            to ten, ten of more.
+        rule: default :class:`robustood.attacks.APGD`. A rule by values, such as :class:`robustood.attacks.Square`,
+            climbs the score alone.
+        objectives: ``objectives(detector, x, direction)`` gives those to climb in place of
+            :func:`score_objectives`, such as :func:`surrogate_objectives`.
         batch_size: inputs attacked at a time.
         generator: source of the random initial points; default: a new one with seed 0.
 
@@ -81,33 +88,52 @@ def attack_score(
     batch_size = check_count(batch_size, "batch_size", low=1)
     if targets is not None:
         check_count(targets, "targets")
+    if objectives is not None:
+        check_callable(objectives, "objectives", "objectives(detector, x, direction)")
     generator = generator or torch.Generator(x.device).manual_seed(0)
+    rule = rule or APGD()
     worst = partial(
-        search, within=within, steps=steps, restarts=restarts, step_size=step_size,
-        rule=rule or APGD(), generator=generator,
+        search, within=within, steps=steps, restarts=restarts, step_size=step_size, rule=rule,
+        generator=generator,
     )  # fmt: skip
-    watch = GradientWatch()
-    if not within.differentiable:  # judging each member once is enough
-        climbed = watch.over(lambda v: signed(detector.score(v), direction))
-        with torch.no_grad(), frozen(detector):
-            found = [worst(climbed, v) for v in x.split(batch_size)]
-        watch.close(len(x), hidden=False)
-        return torch.cat(found)
-    found = []
+    climbs = objectives or partial(score_objectives, targets=targets)
+    if not (within.differentiable and isinstance(rule, Rule) and rule.uses_gradient):
+        climbs = deployed_objective
+    watch, found = GradientWatch(), []
+    judge = watch.over(lambda v: signed(detector.score(v), direction))
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
-            climbed = score_objectives(detector, part, direction, targets)
-            moved = worst([watch.over(each) for each in climbed], part)
-            with torch.no_grad():  # a failed search leaves the clean input
-                gained = signed(detector.score(moved) - detector.score(part), direction) >= 0
-            found.append(torch.where(per_sample(gained, part), moved, part))
-    watch.close(len(x), hidden=within.radius > 0)
+            moved = worst([watch.over(each) for each in climbs(detector, part, direction)], part)
+            if within.differentiable:  # a failed search leaves the clean input
+                with torch.no_grad():
+                    gained = judge(moved) - judge(part) >= 0
+                moved = torch.where(per_sample(gained, part), moved, part)
+            found.append(moved)
+    watch.close(len(x), hidden=within.radius > 0 and within.differentiable)
     return torch.cat(found)
 
 
 def check_detector(detector: Detector) -> None:
     """Refuse anything but a detector."""
     check_instance(detector, "detector", Detector, "a detector, such as MSP(model)")
+
+
+def deployed_objective(
+    detector: Detector, x: Inputs, direction: Direction
+) -> list[AttackObjective]:
+    """The deployed score itself, whatever objectives the detector proposes."""
+    return [lambda v: signed(detector.score(v), direction)]
+
+
+def surrogate_objectives(
+    detector: Detector, x: Inputs, direction: Direction
+) -> list[AttackObjective]:
+    """The surrogates of both papers, judged by the deployed score: attacks that transfer from another objective."""
+
+    def objective(climbed: Callable[[Tensor], Tensor]) -> AttackObjective:
+        return lambda v: (climbed(v), signed(detector.score(v), direction))
+
+    return [objective(surrogate(detector, direction, paper)) for paper in ("aloe", "atom")]
 
 
 def attack_in_turn(
@@ -182,13 +208,14 @@ def paper_attack(
     check_generator(generator)
     within = as_set(within)
     x = checked_inputs(x, within.box)
-    plan, climbed, watch = PAPERS[paper], surrogate(detector, direction, paper), GradientWatch()
+    plan, watch = PAPERS[paper], GradientWatch()
+    climbed = watch.over(surrogate(detector, direction, paper))
     generator = generator or torch.Generator(x.device).manual_seed(0)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
             moved = search(
-                watch.over(climbed), part, within, steps=plan.steps, step_size=plan.share * within.radius,
+                climbed, part, within, steps=plan.steps, step_size=plan.share * within.radius,
                 restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator,
             )  # fmt: skip
             if plan.keep == "best":  # the clean input competes, and wins ties

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics, tables
-from robustood.checkpoints import Checkpoint, as_json, from_json, write_whole
+from robustood.checkpoints import Checkpoint, as_csv, as_json, from_json, write_whole
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._attack import attack_score, check_detector
 from robustood.identity import describe, identity
@@ -22,6 +24,7 @@ from robustood.inputs import (
     check_callable,
     check_choice,
     check_count,
+    check_flag,
     check_keywords,
     check_mapping,
     check_number,
@@ -32,17 +35,26 @@ from robustood.inputs import (
     finite_inputs,
     numbers,
     reals,
+    suggest,
 )
 from robustood.metrics import Estimate
 from robustood.models import check_finite, frozen
 from robustood.perturbations import Ball, PerturbationSet, as_set
+from robustood.streams import Stream, stream_seed
 
 Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
 _Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
+# A list of numbers in indented JSON, each on a line of its own. A string holds no line break, so none matches.
+_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
+_COLUMNS = (
+    "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
+    "detection_error", "tie_rate",
+)  # fmt: skip
+T = TypeVar("T")
 Side = Literal["none", "in", "out", "both"]
-_SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
+SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
 
 @torch.no_grad()
@@ -61,13 +73,20 @@ def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     return found.numpy()
 
 
+class Row(dict[str, Any]):
+    """Numbers by the name of their column; asked for an unknown column, it names the known ones."""
+
+    def __missing__(self, column: object) -> NoReturn:
+        raise KeyError(f"no column {column!r} in this row; {suggest(str(column), self)}")
+
+
 @dataclass(frozen=True)
 class Report:
     """Detection before or after an attack.
 
     Attributes:
         settings: what was measured, and how.
-        rows: one dict per set of outliers: ``set``, ``n_in``, ``n_out``, ``auroc``, ``aupr_in``,
+        rows: one :class:`Row` per set of outliers: ``set``, ``n_in``, ``n_out``, ``auroc``, ``aupr_in``,
             ``aupr_out``, ``fpr`` (share of outliers accepted at the threshold that accepts ``tpr`` of *clean*
             in-distribution inputs), ``fpr_attacked`` (at the threshold that accepts ``tpr`` of them *as measured*,
             attacked or not), ``rejected`` (share of in-distribution inputs rejected at the clean threshold),
@@ -76,10 +95,13 @@ class Report:
     """
 
     settings: _Record
-    rows: list[_Record]
+    rows: list[Row]
     scores: dict[str, Scores] = field(default_factory=dict, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> _Record:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [Row(row) for row in self.rows])
+
+    def __getitem__(self, name: str) -> Row:
         for row in self.rows:
             if row["set"] == name:
                 return row
@@ -93,33 +115,60 @@ class Report:
         check_choice(metric, "metric", known)
         return float(np.mean([float(row[metric]) for row in self.rows]))
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, without the scores; also written to ``path`` if given."""
-        rows = [plain(row) for row in self.rows]
-        text = as_json({"settings": self.settings, "rows": rows}, "report")
-        if path is not None:
-            check_path(path, "path")
-            write_whole(Path(path), text.encode())
-        return text
+    def to_json(self, path: str | Path | None = None, *, scores: bool = True) -> str:
+        """The report as JSON.
+
+        Args:
+            path: file that receives it as well.
+            scores: keep the scores, in decimals that give the same float64 when read. An image takes about 20 bytes.
+        """
+        check_flag(scores, "scores")
+        return written(as_text(self.to_dict(scores)), path)
+
+    def to_dict(self, scores: bool = True) -> _Record:
+        """What :meth:`to_json` writes."""
+        kept: _Record = {"settings": self.settings, "rows": [plain(row) for row in self.rows]}
+        if scores and self.scores:
+            kept["scores"] = {name: each.tolist() for name, each in self.scores.items()}
+        return kept
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        """The report that :meth:`to_json` wrote.
+    def from_dict(cls, kept: _Record) -> Report:
+        """The report that :meth:`to_dict` returned.
 
         Raises:
-            ValueError: for any other text.
+            ValueError, TypeError, AttributeError, KeyError: for anything else.
         """
-        try:
-            kept = from_json(text, ("settings", "rows"))
-            rows = [
-                {k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()}
-                for row in kept["rows"]
-            ]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"text is not a report ({error}); pass what Report.to_json wrote"
-            ) from error
-        return cls(kept["settings"], rows)
+        rows = [
+            Row({k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()})
+            for row in kept["rows"]
+        ]
+        values = {
+            name: reals(each, f"scores[{name!r}]", axes=1)
+            for name, each in kept.get("scores", {}).items()
+        }
+        return cls(kept["settings"], rows, values)
+
+    @classmethod
+    def from_json(cls, text_or_path: str | Path) -> Report:
+        """The report that :meth:`to_json` wrote; without scores if none were kept.
+
+        Args:
+            text_or_path: the JSON, which begins with "{", or the path of its file.
+
+        Raises:
+            FileNotFoundError: for a path without a file.
+            ValueError: for text or a file that is not a report.
+        """
+        return parsed(text_or_path, ("settings", "rows"), "Report", cls.from_dict)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """The rows as CSV; also written to ``path`` if given.
+
+        A rate takes three columns: ``auroc``, ``auroc_low`` and ``auroc_high``, the ends of its interval.
+        """
+        ordered = [{c: row[c] for c in _COLUMNS if c in row} | row for row in self.rows]
+        return written(as_csv([flat(row) for row in ordered]), path)
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table, as text."""
@@ -177,10 +226,10 @@ def ood_report(
         ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or a missing
             ``name`` if one is needed.
     """
-    check_choice(side, "side", _SIDES)
+    check_choice(side, "side", SIDES)
     check_mapping(x_out, "x_out", "{name: images}")
     settings = (attack, tpr, confidence, batch_size, seed, run_dir, name)
-    return _Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
+    return Bench(detector, x_in, dict(x_out), within, *settings, how=how).report(side)
 
 
 def four_sides(
@@ -196,13 +245,13 @@ def four_sides(
         settings: those of :func:`ood_report`, except ``side``.
     """
     check_mapping(x_out, "x_out", "{name: images}")
-    own = {f.name: settings.pop(f.name) for f in fields(_Bench) if f.name in settings}
-    bench = _Bench(detector, x_in, dict(x_out), within, how=settings, **own)
-    return {side: bench.report(side) for side in _SIDES}
+    own = {f.name: settings.pop(f.name) for f in fields(Bench) if f.name in settings}
+    bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
+    return {side: bench.report(side) for side in SIDES}
 
 
 @dataclass
-class _Bench:
+class Bench:
     """Inputs, attack, and the scores measured so far; arguments as in :func:`ood_report`."""
 
     detector: Detector
@@ -260,7 +309,9 @@ class _Bench:
         """The scores of one batch."""
         x = x.to(self.detector.device(x), copy=True)
         if direction is not None:
-            noise = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + number)
+            noise = torch.Generator(x.device).manual_seed(
+                stream_seed(self.seed, number, Stream.BATCHES)
+            )
             how = {"direction": direction, "generator": noise, **self.how}
             x = self.attack(self.detector, x, self.within, **how)
         return torch.from_numpy(scores(self.detector, x, self.batch_size))
@@ -276,7 +327,7 @@ class _Bench:
         up = "raise" if side in ("out", "both") else None
         out = {name: self.of(f"out {name}", x, up) for name, x in self.x_out.items()}
         rows = [
-            {"set": name, **measure(clean, came, values, self.tpr, self.confidence)}
+            Row(set=name, **measure(clean, came, values, self.tpr, self.confidence))
             for name, values in out.items()
         ]
         settings = {**self.settings, "side": side, "tpr": self.tpr, "confidence": self.confidence}
@@ -290,41 +341,86 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
 
 
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a report as numbers and names alone, as CSV has it."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Estimate):
+            found |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+        else:
+            found[name] = value
+    return found
+
+
+def as_text(kept: _Record) -> str:
+    """JSON with each list of numbers on one line."""
+    return _LIST.sub(lambda found: "".join(found[0].split()), as_json(kept, "report"))
+
+
+def written(text: str, path: str | Path | None) -> str:
+    """The text, which a file receives if there is a path."""
+    if path is not None:
+        check_path(path, "path")
+        write_whole(Path(path), text.encode())
+    return text
+
+
+def parsed(
+    text_or_path: str | Path, keys: Sequence[str], kind: str, build: Callable[[_Record], T]
+) -> T:
+    """What ``build`` makes of JSON, which begins with "{", or of the file that holds it."""
+    check_path(text_or_path, "text_or_path")
+    is_text = isinstance(text_or_path, str) and text_or_path.lstrip("\ufeff \r\n\t")[:1] == "{"
+    if not is_text and not os.path.isfile(text_or_path):
+        raise FileNotFoundError(
+            f"text_or_path must be JSON, which begins with {{, or the path of a file, got "
+            f"{str(text_or_path)!r:.80}; pass what {kind}.to_json wrote, or its path"
+        )
+    try:
+        text = text_or_path if is_text else Path(text_or_path).read_text("utf-8")
+        return build(from_json(str(text).lstrip("\ufeff"), keys))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        source = "text_or_path" if is_text else f"text_or_path {text_or_path}"
+        raise ValueError(
+            f"{source} is not a report ({error}); pass what {kind}.to_json wrote"
+        ) from error
+
+
 def measure(
     clean: Scores,
     scores_in: Scores,
     scores_out: Scores,
     tpr: float = 0.95,
     confidence: float = 0.95,
-) -> _Record:
+) -> Row:
     """One row of a :class:`Report`, from clean scores, which set a threshold, and the scores as measured."""
     scores_in, scores_out = numbers(scores_in, "scores_in"), numbers(scores_out, "scores_out")
     fixed = metrics.threshold_at_tpr(numbers(clean, "clean"), tpr)
     moved = metrics.threshold_at_tpr(scores_in, tpr)
     kept = metrics.acceptance(scores_in, fixed, confidence)
-    return {
-        "n_in": scores_in.size,
-        "n_out": scores_out.size,
-        "auroc": metrics.confidence_interval(
+    return Row(
+        n_in=scores_in.size,
+        n_out=scores_out.size,
+        auroc=metrics.confidence_interval(
             metrics.auroc, scores_in, scores_out, confidence=confidence
         ),
-        "aupr_in": metrics.aupr(scores_in, scores_out, positive="in"),
-        "aupr_out": metrics.aupr(scores_in, scores_out, positive="out"),
-        "fpr": metrics.acceptance(scores_out, fixed, confidence),
-        "fpr_attacked": metrics.acceptance(scores_out, moved, confidence),
-        "rejected": Estimate(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n),
-        "detection_error": metrics.detection_error(scores_in, scores_out),
-        "tie_rate": metrics.tie_rate(scores_in, scores_out),
-    }
+        aupr_in=metrics.aupr(scores_in, scores_out, positive="in"),
+        aupr_out=metrics.aupr(scores_in, scores_out, positive="out"),
+        fpr=metrics.acceptance(scores_out, fixed, confidence),
+        fpr_attacked=metrics.acceptance(scores_out, moved, confidence),
+        rejected=Estimate(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n),
+        detection_error=metrics.detection_error(scores_in, scores_out),
+        tie_rate=metrics.tie_rate(scores_in, scores_out),
+    )
 
 
 class _Known:
     """Tensors computed before and stored in a folder; computes what is missing."""
 
-    def __init__(self, folder: str | Path | None, told: Callable[[], dict[str, str]]):
+    def __init__(self, folder: str | Path | None, is_text: Callable[[], dict[str, str]]):
         self.checkpoint, self.parts = None, {}
         if folder is not None:
-            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", told())
+            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", is_text())
             self.parts = (self.checkpoint.state or {"parts": {}})["parts"]
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -345,7 +441,7 @@ def epsilon_curve(
     side: Side = "both",
     run_dir: str | Path | None = None,
     **how: Any,
-) -> list[_Record]:
+) -> list[Row]:
     """Rows of a :class:`Report` for one set of outliers as the radius grows.
 
     What was found at a smaller radius is allowed at a larger one, so the worst scores so far are used: AUROC
@@ -358,7 +454,7 @@ def epsilon_curve(
         how: passed to :func:`ood_report`.
 
     Returns:
-        One dict per radius, with ``eps`` and the entries of a row.
+        One :class:`Row` per radius, with ``eps`` and the entries of a row.
     """
     check_several(radii, "radii", "radii, in increasing order")
     radii = [float(eps) for eps in reals(radii, "radii")]
@@ -379,5 +475,6 @@ def epsilon_curve(
         low = part.scores["in"] if low is None else np.minimum(low, part.scores["in"])
         high = part.scores["out"] if high is None else np.maximum(high, part.scores["out"])
         confidence, tpr = part.settings["confidence"], part.settings["tpr"]
-        rows.append({"eps": eps, **measure(part.scores["in (clean)"], low, high, tpr, confidence)})
+        row = measure(part.scores["in (clean)"], low, high, tpr, confidence)
+        rows.append(Row(eps=eps, **row))
     return rows

@@ -8,13 +8,12 @@ that reject outliers, which :func:`declared_outputs` finds through wrappers.
 
 from __future__ import annotations
 
+from robustood.models._adapted import Adapted, adapt
 from robustood.models._base import (
-    Adapted,
     CCUModel,
     Classifier,
     Mixture,
     Normalise,
-    adapt,
     batch_statistics,
     ccu_model,
     frozen,
@@ -27,7 +26,9 @@ from robustood.models._base import (
 from robustood.models._dense import densenet_bc
 from robustood.models._reading import (
     GradientWatch,
+    Passes,
     check_finite,
+    counting,
     declared_outputs,
     input_gradient,
     read,
@@ -39,7 +40,7 @@ from robustood.models._residual import STATISTICS, preact_resnet18, resnet, wide
 
 __all__ = [
     "STATISTICS", "Adapted", "CCUModel", "Classifier", "GradientWatch", "Mixture", "Normalise",
-    "adapt", "batch_statistics", "ccu_model", "check_finite", "declared_outputs", "densenet_bc",
-    "frozen", "input_gradient", "mlp", "networks", "preact_resnet18", "read", "reading", "readout",
-    "resnet", "seeded", "small_cnn", "split", "through", "wide_resnet",
+    "Passes", "adapt", "batch_statistics", "ccu_model", "check_finite", "counting", "declared_outputs",
+    "densenet_bc", "frozen", "input_gradient", "mlp", "networks", "preact_resnet18", "read", "reading",
+    "readout", "resnet", "seeded", "small_cnn", "split", "through", "wide_resnet",
 ]  # fmt: skip

@@ -10,6 +10,8 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TypeVar
 
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 from robustood.callables import modules
 
 Model = Callable[[Tensor], Tensor]
-Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # as of robustood.attacks
 T = TypeVar("T")
+Values = TypeVar(
+    "Values", bound=Tensor | tuple[Tensor, Tensor]
+)  # of an objective of robustood.attacks
 
 
 def declared_outputs(model: object) -> tuple[int | None, int]:
@@ -69,9 +73,42 @@ def split(model: object, z: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"model returns {width} outputs, but it, or a network inside it, declares classes = {classes} and "
             f"reject = {reject}; set both on the {type(model).__name__}, or wrap it in "
-            "models.adapt(model, head=..., reject=1), with the number of outputs that reject"
+            "models.adapt(model, reject=1), with the number of outputs that reject"
         )
     return z[:, :classes], z[:, classes:]
+
+
+# --- its passes
+
+
+@dataclass
+class Passes:
+    """How many inputs passed a network, forwards and backwards."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def meet(self, x: Tensor) -> None:
+        """Count a forward pass, and the backward pass if one follows."""
+        self.forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(self.back)
+
+    def back(self, grad: Tensor) -> None:
+        self.backwards += len(grad)
+
+
+_PASSES: ContextVar[Passes | None] = ContextVar("passes", default=None)
+
+
+@contextmanager
+def counting() -> Generator[Passes]:
+    """Count the passes of everything that reads a network inside."""
+    token = _PASSES.set(passes := Passes())
+    try:
+        yield passes
+    finally:
+        _PASSES.reset(token)
 
 
 # --- its outputs
@@ -92,7 +129,7 @@ def read(model: Model, x: Tensor) -> Tensor:
     if not isinstance(z, Tensor):
         raise TypeError(
             f"model must return a tensor (batch, outputs), got {type(z).__name__}; extract it with "
-            f"models.adapt(model, head=..., output={_place(z)})"
+            f"models.adapt(model, output={_place(z)})"
         )
     if z.ndim != 2 or len(z) != len(x) or not z.is_floating_point():
         raise ValueError(
@@ -113,8 +150,11 @@ def through(call: Callable[[Tensor], T], model: object, x: Tensor) -> T:
     Raises:
         ValueError: if the type, device or shape of x does not fit the weights.
     """
+    x = x.clone()
+    if not torch.compiler.is_compiling() and (passes := _PASSES.get()) is not None:
+        passes.meet(x)
     try:
-        return call(x.clone())
+        return call(x)
     except RuntimeError as error:
         if torch.compiler.is_compiling():
             raise
@@ -201,10 +241,10 @@ class GradientWatch:
         self.total = 0
         self.rose: Tensor | None = None  # whether any gradient was not zero
 
-    def over(self, objective: Objective) -> Objective:
+    def over(self, objective: Callable[[Tensor], Values]) -> Callable[[Tensor], Values]:
         """The objective; its values and gradients are watched as they pass."""
 
-        def watched(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def watched(x: Tensor) -> Values:
             if x.requires_grad:
                 x.register_hook(self.meet)
             values = objective(x)

@@ -1,8 +1,4 @@
-"""Figures in one style that everyone can read.
-
-Colours are those of Okabe and Ito (2008), which are distinct for every common form of colour
-blindness. The background is white on light and on dark pages.
-"""
+"""The style of all figures, grids of images, and lines with their intervals."""
 
 from __future__ import annotations
 
@@ -28,8 +24,6 @@ from robustood.inputs import (
     reals,
 )
 from robustood.metrics import Estimate
-
-__all__ = ["COLOURS", "STYLE", "band", "image_grid", "use_style"]
 
 COLOURS = {
     "blue": "#0072B2",
@@ -137,7 +131,7 @@ def band(
         colour: a name from ``COLOURS``.
         line: passed to ``Axes.plot``; a marker is drawn by default.
     """
-    check_instance(axis, "axis", Axes, "Matplotlib's Axes, such as plt.figure().gca()")
+    check_axis(axis)
     check_several(x, "x", "positions")
     check_several(estimates, "estimates", "Estimate, one per position")
     places = reals(x, "x")
@@ -154,3 +148,8 @@ def band(
     line.setdefault("marker", "o")
     axis.plot(places, value, color=COLOURS[colour], label=label, **line)
     axis.fill_between(places, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
+
+
+def check_axis(axis: object) -> None:
+    """Refuse what nothing can be drawn onto."""
+    check_instance(axis, "axis", Axes, "Matplotlib's Axes, such as plt.figure().gca()")

@@ -1,0 +1,215 @@
+"""The standard evaluation of a detector: a fixed sequence of attacks, and the worst case of each input."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustood import metrics, sanity
+from robustood.detectors import Detector, Direction
+from robustood.evaluate._protocol import VERSION, Stage, climbable, stages
+from robustood.evaluate._report import SIDES, Bench, Inputs, Row, Scores, scores
+from robustood.evaluate._verdict import StandardReport
+from robustood.inputs import check_callable, check_mapping
+from robustood.models import counting, networks
+from robustood.perturbations import PerturbationSet, as_set
+from robustood.streams import Stream, stream_seed
+
+
+def standard(
+    detector: Detector,
+    x_in: Inputs,
+    x_out: Mapping[str, Inputs],
+    within: PerturbationSet | float,
+    *,
+    batch_size: int = 512,
+    seed: int = 0,
+    tpr: float = 0.95,
+    confidence: float = 0.95,
+    run_dir: str | Path | None = None,
+    name: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> StandardReport:
+    """Measure what is left of a detector after all attacks of a fixed protocol, ``"standard-1"``.
+
+    Each input, of both sides, is attacked as in the papers, then by APGD on their surrogates, on the deployed score,
+    on each of the detector's own objectives (for a class each, the three likeliest), from another random start, and
+    by random search; the worst score counts. An attack is spent only on inputs that still hold: an outlier above
+    all clean in-distribution scores changes no entry of a report any more. A score without a gradient is attacked by
+    values alone, a finite set is searched exhaustively. :func:`robustood.sanity.check` runs first.
+
+    Nothing about the attacks can be chosen, so that two reports of one version can be compared. Any attack gives a
+    lower bound on the damage.
+
+    Args:
+        detector: fitted if it needs to be; :func:`robustood.detectors.wrap` makes one from any score.
+        x_in: in-distribution test inputs.
+        x_out: test outliers by name.
+        within: the perturbation set, such as ``Linf(8/255)``, or ``8/255`` for short.
+        batch_size: inputs attacked at a time.
+        seed: of all random draws.
+        tpr, confidence, run_dir, name: as in :func:`ood_report`.
+        say: receives a line of progress before each attack, with the time left, such as ``print``.
+
+    Returns:
+        The reports of all four sides, what each attack added and cost, and the findings of the checks.
+
+    Raises:
+        ValueError: for invalid inputs or settings, or a ``run_dir`` of another evaluation.
+    """
+    check_mapping(x_out, "x_out", "{name: images}")
+    if say is not None:
+        check_callable(say, "say", "say(line)")
+    bench = _Bench(
+        detector, x_in, dict(x_out), as_set(within), batch_size=batch_size, seed=seed, tpr=tpr,
+        confidence=confidence, run_dir=run_dir, name=name, say=say,
+    )  # fmt: skip
+    reports = {side: bench.report(side) for side in SIDES}
+    return StandardReport(VERSION, reports, bench.trace(), bench.findings(), bench.hashes())
+
+
+@dataclass
+class _Bench(Bench):
+    """The worst score of each input after each attack; an attack sees only inputs that still hold.
+
+    An outlier above all clean in-distribution scores cannot do more harm to any entry of a report, and neither can an
+    in-distribution input below all clean outliers: every rate depends on the order of the two sides alone.
+    """
+
+    say: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.set = cast(PerturbationSet, self.within)
+        can = climbable(self.detector, self.x_in, self.set)
+        self.stages = stages(self.detector, self.set, can)
+        self.settings |= {"attack": VERSION, "how": "all", "gradient": "yes" if can else "none"}
+        # Inputs, forward passes and backward passes of each attack.
+        self.cost = np.zeros((len(self.stages), 3), dtype=int)
+        self.worst: dict[str, list[Scores]] = {}  # of each set, clean and after each attack
+        inputs = len(self.x_in) + sum(map(len, self.x_out.values()))
+        self.clock = _Clock(sum(stage.passes for stage in self.stages) * inputs)
+
+    def identity(self) -> dict[str, str]:
+        """As that of any report, with the version of the protocol."""
+        return super().identity() | {"protocol": VERSION}
+
+    def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
+        """Clean scores, or the worst after all attacks."""
+        if direction is None:
+            return super().of(name, x, None)
+        if name not in self.worst:
+            self.worst[name] = self.after_each(name, x, direction)
+        return self.worst[name][-1]
+
+    def after_each(self, name: str, x: Inputs, direction: Direction) -> list[Scores]:
+        """The worst score of each input so far: clean, then after each attack."""
+        sign = 1 if direction == "raise" else -1
+        worst = [sign * super().of(name, x, None)]
+        bar = self.bar(direction)
+        for place, stage in enumerate(self.stages):
+            found = worst[-1].copy()
+            holding = torch.from_numpy(np.flatnonzero(found <= bar))
+            self.clock.skip(stage.passes * (len(x) - len(holding)))
+            if self.say is not None:
+                rest = self.clock.left()
+                self.say(f"{name}: {stage.name} on {len(holding)} of {len(x)} inputs{rest}")
+            for number, index in enumerate(holding.split(self.batch_size) if len(holding) else ()):
+                compute = partial(self.stage_batch, stage, x[index], place, number, direction)
+                values = self.known.get(f"{name} {stage.name} {number}", compute).numpy()
+                self.cost[place] += len(index), *values[-2:].astype(int)
+                np.maximum.at(found, index.numpy(), sign * values[:-2])
+                self.clock.done(stage.passes * len(index))
+            worst.append(found)
+        return [sign * each for each in worst]
+
+    def bar(self, direction: Direction) -> float:
+        """The signed score beyond which an input can do no more harm."""
+        if direction == "raise":
+            return float(super().of("in", self.x_in, None).max())
+        clean = [super(_Bench, self).of(f"out {k}", x, None) for k, x in self.x_out.items()]
+        return -float(np.concatenate(clean).min())
+
+    def stage_batch(
+        self, stage: Stage, x: Inputs, place: int, number: int, direction: Direction
+    ) -> Tensor:
+        """The scores of a batch after one attack, and then the number of forward and of backward passes."""
+        x = x.to(self.detector.device(x), copy=True)
+        seed = stream_seed(self.seed, 1000 * (place + 1) + number, Stream.BATCHES)
+        noise = torch.Generator(x.device).manual_seed(seed)
+        how = {"direction": direction, "batch_size": self.batch_size, "generator": noise}
+        with counting() as passes, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the gradient is exactly zero")  # a finding says so
+            x = stage.attack(self.detector, x, self.set, **how)
+            found = scores(self.detector, x, self.batch_size)
+        return torch.from_numpy(np.concatenate([found, [passes.forwards, passes.backwards]]))
+
+    def trace(self) -> list[Row]:
+        """AUROC with both sides attacked, the mean over the sets, after each attack; and what it cost."""
+        names = ["clean", *(stage.name for stage in self.stages)]
+        n_all = len(self.x_in) + sum(map(len, self.x_out.values()))
+        cost = np.concatenate([[[n_all, n_all, 0]], self.cost])
+        rows = []
+        for place, name in enumerate(names):
+            inside = self.worst["in"][place]
+            areas = [metrics.auroc(inside, self.worst[f"out {k}"][place]) for k in self.x_out]
+            spent = dict(
+                zip(("inputs", "forwards", "backwards"), cost[place].tolist(), strict=True)
+            )
+            rows.append(Row(attack=name, auroc=float(np.mean(areas)), **spent))
+        return rows
+
+    def findings(self) -> sanity.Findings:
+        """Those of the checks, with outliers of all sets in turn."""
+        mixed = torch.cat([x[:64] for x in self.x_out.values()])
+        return sanity.check(self.detector, self.x_in, mixed, self.set, seed=self.seed)
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the weights and of each set of inputs, by which two reports can be compared."""
+        held = [v for network in networks(self.detector) for v in network.state_dict().values()]
+        sets = {f"out {name}": [x] for name, x in sorted(self.x_out.items())}
+        return {k: _sha256(v) for k, v in {"weights": held, "in": [self.x_in], **sets}.items()}
+
+
+def _sha256(tensors: list[Tensor]) -> str:
+    """Of the values of some tensors."""
+    found = hashlib.sha256()
+    for each in tensors:
+        found.update(each.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class _Clock:
+    """The time left, from the time that the passes took so far."""
+
+    def __init__(self, planned: int):
+        self.planned, self.spent, self.start = planned, 0, time.monotonic()
+
+    def skip(self, passes: int) -> None:
+        """Passes that are not needed."""
+        self.planned -= passes
+
+    def done(self, passes: int) -> None:
+        """Passes that were made."""
+        self.spent += passes
+
+    def left(self) -> str:
+        """The end of a line of progress; at most what is said, since inputs that fall are not attacked again."""
+        if not self.spent:
+            return ""
+        seconds = (time.monotonic() - self.start) * (self.planned - self.spent) / self.spent
+        return (
+            f", at most {seconds / 60:.1f} min left"
+            if seconds > 90
+            else f", at most {seconds:.0f} s left"
+        )

@@ -262,6 +262,13 @@ DETECTORS = ("MSP", "MaxLogit", "Entropy", "Energy", "ODIN", "Mahalanobis", "KNN
              "RejectClass", "PRO")  # fmt: skip
 
 
+class Darkness:
+    """Stands for an estimator of scikit-learn."""
+
+    def decision_function(self, h):
+        return -h.mean(1)
+
+
 def report():
     return ood_report(MSP(NET), X, {"u": U}, WITHIN, side="out", steps=1)
 
@@ -612,5 +619,12 @@ def calls(tmp: Path):
         table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
     table["detectors.PRO"] = dict(base=MSP(NET), steps=2, step=0.01)
+    table["detectors.wrap"] = dict(
+        score=Darkness(),
+        higher="in",
+        features=lambda x: x.flatten(1)[:, :3],
+        model=NET,
+        name="darkness",
+    )
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

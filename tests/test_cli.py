@@ -17,8 +17,10 @@ import pytest
 import torch
 from photographs import need
 
-from robustood import artefacts, checkpoints, cli, data, recipes, results, training
-from robustood.evaluate import attack_score
+from robustood import artefacts, challenge, checkpoints, cli, data, recipes, results, training
+from robustood.detectors import wrap
+from robustood.evaluate import StandardReport, attack_score, standard
+from robustood.perturbations import Linf
 from robustood.recipes import reports, runs
 from robustood.recipes.recipe import Attack
 
@@ -671,6 +673,152 @@ def test_a_reader_who_leaves_does_not_stop_a_command(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Closed())
     assert cli.main(["recipes"]) == 0
+
+
+# --- detectors
+
+MINE = """
+import torch
+from robustood.detectors import Detector, MaxLogit, wrap
+
+def brightness(x):
+    return x.flatten(1).mean(1)
+
+def dark():
+    return wrap(brightness, higher="out", name="darkness")
+
+bright = wrap(brightness, higher="in")
+number = 3
+Kind = MaxLogit
+
+def blunt(x):
+    return brightness(x).round()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """An empty folder with a file of detectors, two folders of images and an array."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("import no_such_library")
+    noise = np.random.default_rng(0)
+    for name, levels in {"day/a": (120, 200), "day/b": (120, 200), "night": (60, 150)}.items():
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = noise.integers(*levels, (8, 8, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    np.save(tmp_path / "dusk.npy", noise.uniform(0.2, 0.6, (5, 3, 8, 8)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+ATTACK = ["--eps", "8/255", "--size", "8", "--n", "8"]
+
+
+def test_attack_gives_the_numbers_of_the_standard_evaluation(mine, capsys):
+    sets = ["day", "night", "dusk.npy"]
+    assert cli.main(["attack", "mine.py:dark", *sets, *ATTACK, "--out", "mine.json"]) in (0, 4)
+    said = capsys.readouterr().out
+    assert "night: APGD on the score on " in said and "full report: mine.json" in said
+    found = StandardReport.from_json("mine.json")
+    assert str(found) in said and "darkness within Linf" in said
+
+    x = {each: data.pixels(data.sample(each, 8, size=8)) for each in sets}
+    darkness = wrap(lambda v: v.flatten(1).mean(1), higher="out")
+    outliers = {"night": x["night"], "dusk": x["dusk.npy"]}
+    again = standard(darkness, x["day"], outliers, Linf(8 / 255))
+    assert [len(each) for each in x.values()] == [8, 6, 5]
+    for side, report in again.reports.items():
+        assert found[side].rows == report.rows
+        assert found[side].settings["data"] == "day"
+    assert found.sha256 == again.sha256 and found.attacks == again.attacks
+    assert Path("mine.csv").read_text() == again.to_csv()
+
+
+@pytest.mark.parametrize("how", [["mine:bright"], ["mine.py:brightness", "--higher", "in"]])
+def test_a_detector_and_a_score_with_its_direction_are_the_same(how, mine, capsys):
+    assert cli.main(["attack", *how, "day", "night", *ATTACK, "--norm", "l2", "--out", "a.json"]) in (0, 4)  # fmt: skip
+    capsys.readouterr()
+    found = StandardReport.from_json("a.json")
+    assert found["none"]["night"]["auroc"].value > 0.9 > 0.5 > found["both"]["night"]["fpr"].value
+    assert "L2(eps=0.031" in found["both"].settings["within"]
+
+
+def test_attack_ends_with_4_if_its_checks_found_errors(mine, capsys):
+    blunt = [
+        "attack",
+        "mine.py:blunt",
+        "day",
+        "night",
+        *ATTACK,
+        "--higher",
+        "in",
+        "--out",
+        "a.json",
+    ]
+    assert cli.main(blunt) == cli.FLAWED == 4
+    capsys.readouterr()
+    assert StandardReport.from_json("a.json").findings.errors
+
+
+def test_an_interrupted_attack_says_how_it_resumes(mine, monkeypatch, capsys):
+    def stop(*_, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robustood.evaluate.standard", stop)
+    assert cli.main(["attack", "mine.py:dark", "day", "night", *ATTACK]) == 130
+    assert "interrupted; with --folder DIR, the same command resumes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mine.py", "day", "night"], "must be module:name or path/to/file.py:name, got 'mine.py'"),
+        (["mine.py:drak", "day", "night"], "mine.py has no 'drak'; did you mean 'dark'"),
+        (["yours.py:dark", "day", "night"], "no file yours.py; write path/to/file.py:name"),
+        (["no_such_module:dark", "day", "night"], "no_such_module cannot be imported .Module"),
+        (["broken.py:dark", "day", "night"], "ModuleNotFoundError: No module named 'no_such_lib"),
+        (["mine.py:brightness", "day", "night"], "say by --higher in or --higher out"),
+        (["mine.py:number", "day", "night"], "is no Detector but a int"),
+        (["mine.py:number", "day", "night", "--higher", "in"], "score must be a function"),
+        (["mine.py:Kind", "day", "night"], "is the class Kind; name an object"),
+        (["mine.py:dark", "day", "night", "--higher", "in"], "leave out --higher"),
+        (["mine.py:dark", "day", "nowhere/"], "there is no 'nowhere/'"),
+        (["mine.py:dark", "day", "night", "day"], "must have different names, got day, night, day"),
+        (["mine.py:dark", "day", "night", "--out", "a.txt"], "a.txt: must end in .json"),
+        (["mine.py:dark", "day", "night", "--out", "no/a.json"], "in a folder that exists"),
+        (["mine.py:dark", "day", "night", "--device", "cuda:77"], "finds no CUDA|invalid device"),
+        (["mine.py:dark", "day", "mine.py"], "mine.py is not a .npy file"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_attack_are_one_line(arguments, said, mine, capsys):
+    assert cli.main(["attack", *arguments, *ATTACK]) == 2
+    found = capsys.readouterr()
+    assert re.search(said, found.err) and found.err.count("\n") == 1 and not found.out
+
+
+@pytest.mark.parametrize("eps", ["8/0", "little", "nan/1"])
+def test_a_radius_is_a_number_or_a_fraction(eps, mine, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["attack", "mine.py:dark", "day", "night", "--eps", eps])
+    assert left.value.code == 2
+    assert f"must be a number or a fraction such as 8/255, got {eps!r}" in capsys.readouterr().err
+
+
+def test_judge_prints_the_verdict(tmp_path, capsys):
+    x = challenge.clean_images()
+    np.save(tmp_path / "clean.npy", x.numpy())
+    assert cli.main(["judge", "C", str(tmp_path / "clean.npy")]) == 0
+    assert capsys.readouterr().out == f"{challenge.judge(challenge.box('C'), x)}\n"
+    x[7, 0, 0, 0] += 0.25
+    np.savez(tmp_path / "moved.npz", x=x.numpy())
+    assert cli.main(["judge", "C", str(tmp_path / "moved.npz")]) == 2
+    assert "image 7 is moved by 0.25, at most 0.1 is allowed" in capsys.readouterr().err
+    assert cli.main(["judge", "D", str(tmp_path / "clean.npy")]) == 2
+    assert "no box 'D'; there are: A, B, C" in capsys.readouterr().err
 
 
 def test_data_commands(packs, tmp_path, monkeypatch, capsys):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from sklearn.ensemble import IsolationForest
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from robustood import detectors
+from robustood.attacks import Square
 from robustood.detectors import (
     KNN,
     MSP,
@@ -26,6 +28,7 @@ from robustood.detectors import (
     RejectClass,
     ViM,
     post_hoc,
+    wrap,
 )
 from robustood.detectors import (
     _base as base,
@@ -36,6 +39,8 @@ from robustood.detectors import (
 from robustood.detectors import (
     _gaussian as gaussian,
 )
+from robustood.evaluate import attack_score, standard
+from robustood.identity import identity as fingerprint
 from robustood.losses import log_odds, to_uniform
 from robustood.metrics import auroc
 from robustood.models import adapt, frozen, mlp, readout, small_cnn
@@ -948,6 +953,214 @@ def refused(call) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     return str(caught.value)
+
+
+# --- scores from elsewhere -------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """A network with a method ``score``; called, it gives outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(64, (), classes=3)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def score(self, x):
+        return self.net(x).amax(1)
+
+
+class Predictor:
+    """In the manner of pytorch-ood: called, it predicts; its ``score`` takes outputs."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def predict(self, x):
+        return -self.model(x).amax(1)
+
+    def __call__(self, x):
+        return self.predict(x)
+
+    @staticmethod
+    def score(logits):
+        raise AssertionError("this is a function of outputs, not of inputs")
+
+
+class Silent:
+    """Has ``predict`` alone."""
+
+    def predict(self, x):
+        return x.flatten(1).mean(1)
+
+
+class Estimator:
+    """In the manner of scikit-learn; ``score`` and ``predict`` are other things there."""
+
+    def __init__(self, method="decision_function"):
+        setattr(self, method, self.estimate)
+
+    def estimate(self, h):
+        assert isinstance(h, np.ndarray) and h.ndim == 2
+        return h.mean(1)
+
+    def score(self, h):
+        raise AssertionError("the mean log-likelihood of a data set")
+
+    def predict(self, h):
+        raise AssertionError("labels, 1 and -1")
+
+
+PICTURES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+BRIGHT = PICTURES.flatten(1).mean(1)
+SCORER = Scorer().eval()
+ELSEWHERE = {
+    "a function": (lambda x: x.flatten(1).mean(1), BRIGHT),
+    "of NumPy": (lambda x: x.flatten(1).detach().numpy().mean(1), BRIGHT),
+    "a list": (lambda x: x.flatten(1).mean(1).tolist(), BRIGHT),
+    "whole numbers": (lambda x: (x.flatten(1).mean(1) > 0.5).int(), (BRIGHT > 0.5).double()),
+    "a network with score": (SCORER, SCORER.score(PICTURES)),
+    "called": (Predictor(SCORER), -SCORER.score(PICTURES)),
+    "predict": (Silent(), BRIGHT),
+    "decision_function": (Estimator(), BRIGHT),
+    "score_samples": (Estimator("score_samples"), BRIGHT),
+    "a detector of ours": (MSP(SCORER), MSP(SCORER).score(PICTURES)),
+}  # fmt: skip
+each_score = pytest.mark.parametrize(("score", "value"), ELSEWHERE.values(), ids=ELSEWHERE)
+
+
+@each_score
+def test_a_score_from_elsewhere_points_where_it_is_said_to(score, value):
+    inside, outside = wrap(score, higher="in"), wrap(score, higher="out")
+    torch.testing.assert_close(inside.score(PICTURES), value, check_dtype=False)
+    assert torch.equal(outside.score(PICTURES), -inside.score(PICTURES))
+    assert inside.score(PICTURES).is_floating_point()
+    for direction, sign in (("raise", 1), ("lower", -1)):
+        columns = outside.attack_objectives(PICTURES, direction)
+        assert torch.equal(columns, sign * outside.score(PICTURES)[:, None])
+    assert "higher='out'" in repr(outside)
+
+
+@pytest.mark.parametrize("method", ["decision_function", "score_samples"])
+def test_an_estimator_sees_features(method):
+    found = wrap(Estimator(method), higher="in", features=lambda x: 2 * x[:, :, :2])
+    expected = 2 * PICTURES[:, :, :2].flatten(1).mean(1)
+    torch.testing.assert_close(found.score(PICTURES), expected, check_dtype=False)
+    deep = wrap(Estimator(method), higher="in", features=SCORER)
+    assert deep.score(PICTURES.requires_grad_()).requires_grad is False
+    PICTURES.requires_grad_(False)
+
+
+def test_an_estimator_of_scikit_learn():
+    forest = IsolationForest(random_state=0).fit(PICTURES.flatten(1).numpy())
+    found = wrap(forest, higher="in")
+    expected = forest.decision_function(PICTURES.flatten(1).numpy())
+    np.testing.assert_allclose(found.score(PICTURES), expected)
+    assert found.name == "IsolationForest"
+
+
+def test_a_gradient_flows_where_there_is_one():
+    weight = SCORER.net.head.weight
+    x = PICTURES.clone().requires_grad_()
+    best = SCORER(x).argmax(1)
+    for score, sign in ((SCORER, 1), (Predictor(SCORER), -1)):
+        (grad,) = torch.autograd.grad(wrap(score, higher="in").score(x).sum(), x)
+        torch.testing.assert_close(grad.flatten(1), sign * weight[best])
+    careless = lambda x: SCORER(x).numpy().max(1)
+    for score in (Estimator(), ELSEWHERE["of NumPy"][0], careless):
+        with pytest.raises(RuntimeError, match="no gradient"):
+            attack_score(wrap(score, higher="in"), PICTURES, 0.1, direction="raise", steps=2)
+
+
+def test_a_score_with_its_network_pulls_towards_each_class():
+    found = wrap(SCORER, higher="in", model=SCORER)
+    columns = found.attack_objectives(PICTURES)
+    torch.testing.assert_close(columns[:, 0], SCORER.score(PICTURES))
+    torch.testing.assert_close(columns[:, 1:], log_odds(SCORER(PICTURES)))
+    assert found.has_classes and not wrap(SCORER, higher="in").has_classes
+    assert found.attack_objectives(PICTURES, "lower").shape == (6, 1)
+
+
+def test_networks_inside_a_score_are_found_frozen_and_restored():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 3)).train()
+    for score in (lambda x: net(x).amax(1), Predictor(net)):
+        found = wrap(score, higher="in")
+        with frozen(found):
+            assert not net[1].training and not net[2].weight.requires_grad
+            assert torch.equal(found.score(PICTURES), found.score(PICTURES))
+        assert net[1].training and net[2].weight.requires_grad
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_values_alone_are_enough_for_an_attack(direction):
+    """Brightness in NumPy moves by the radius, as far as the box allows."""
+    found = wrap(ELSEWHERE["of NumPy"][0], higher="out")
+    moved = attack_score(found, PICTURES, 0.1, direction=direction, steps=300, rule=Square())
+    change = found.score(moved) - found.score(PICTURES)
+    assert ((change if direction == "raise" else -change) > 0.06).all()
+    assert ((moved - PICTURES).abs() <= 0.1 + 1e-6).all() and 0 <= moved.min() <= moved.max() <= 1
+
+
+def test_the_standard_evaluation_of_a_score_without_a_gradient_uses_values():
+    found = wrap(ELSEWHERE["of NumPy"][0], higher="in", name="brightness")
+    x_in, x_out = PICTURES[:3] / 2 + 0.5, {"dark": PICTURES[3:] / 2}
+    report = standard(found, x_in, x_out, 0.1)
+    assert report["both"].settings["gradient"] == "none"
+    assert [row["attack"] for row in report.attacks] == ["clean", "Square"]
+    assert all(row["backwards"] == 0 for row in report.attacks)
+    assert report.attacks[1]["forwards"] >= 1000
+
+
+def test_the_identity_of_a_score_covers_what_it_is_made_of():
+    def scaled(factor):
+        return lambda x: factor * x.flatten(1).mean(1)
+
+    tellings = [
+        fingerprint(detector=wrap(score, higher=higher, **more))
+        for score, higher, more in [
+            (scaled(1.0), "in", {}), (scaled(2.0), "in", {}), (scaled(1.0), "out", {}),
+            (scaled(1.0), "in", {"model": SCORER}), (Estimator(), "in", {}),
+            (Estimator(), "in", {"features": scaled(1.0)}), (lambda x: x.flatten(1).amax(1), "in", {}),
+        ]
+    ]  # fmt: skip
+    assert all(a != b for i, a in enumerate(tellings) for b in tellings[:i])
+    assert tellings[0] == fingerprint(detector=wrap(scaled(1.0), higher="in"))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: wrap(Predictor, higher="in"), ["score must be an object", "the class Predictor"]),
+        (lambda: wrap(3, higher="in"), ["score must be a function", "decision_function", "int"]),
+        (lambda: wrap(SCORER, higher="up"), ["higher must be one of 'in', 'out'", "'up'"]),
+        (lambda: wrap(Silent(), higher="in", features=SCORER), ["features is for estimators", "call it inside"]),
+        (lambda: wrap(Estimator(), higher="in", features=3), ["features must be a function"]),
+        (lambda: wrap(SCORER, higher="in", model=lambda x: x), ["model must be the network behind"]),
+        (lambda: wrap(SCORER, higher="in", name=3), ["name must be a str"]),
+        *[
+            (lambda change=change: wrap(lambda x: change(SCORER(x)), higher="in").score(PICTURES), words)
+            for change, words in [
+                (lambda z: z, ["one number per input", "(6,)", "(6, 3)", "reduce"]),
+                (lambda z: z.amax(), ["one number per input", "got ()"]),
+                (lambda z: z[:3, 0], ["(6,)", "got (3,)"]),
+                (lambda z: z[:, 0] + 0j, ["one number per input"]),
+                (lambda z: z.detach().numpy()[:, 0] + 0j, ["score must be numbers"]),
+                (lambda z: None, ["score must be numbers", "None"]),
+            ]
+        ],
+    ],
+)  # fmt: skip
+def test_a_score_that_is_none_is_refused(call, words):
+    message = refused(call)
+    assert all(word in message for word in words), message
+
+
+def test_a_score_needs_its_direction(untyped):
+    with pytest.raises(TypeError, match="higher"):
+        wrap(SCORER)
 
 
 @pytest.mark.usefixtures("untyped")

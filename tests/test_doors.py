@@ -379,6 +379,9 @@ FREE = {
 }  # texts of any content
 
 
+HOLDERS = ("smoothing.Smoothed", "sanity.zoo")  # hold a network without running it
+
+
 def kinds(name, argument, value, parameter):
     """Which lists of values an argument is tried with."""
     annotation = str(parameter.annotation) if parameter else ""
@@ -396,7 +399,7 @@ def kinds(name, argument, value, parameter):
         return ["detector"]
     if isinstance(value, nn.Module):
         runs = name.split(".")[0] in ("attacks", "evaluate", "mining", "sanity", "smoothing")
-        return ["model"] if runs and name != "smoothing.Smoothed" else ["instance"]
+        return ["model"] if runs and name not in HOLDERS else ["instance"]
     if isinstance(value, torch.Generator):
         return ["generator"]
     if isinstance(value, np.random.Generator):

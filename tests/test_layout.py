@@ -55,7 +55,7 @@ FLOORS = {
         "widgets",
     },
     1: {"toy", "perturbations", "detectors", "metrics"},
-    2: {"attacks", "mining", "plotting"},
+    2: {"attacks", "challenge", "mining", "plotting"},
     3: {"engine", "generative", "objectives", "sanity", "smoothing"},
     4: {"evaluate", "training"},
     5: {"results"},

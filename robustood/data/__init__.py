@@ -44,6 +44,7 @@ from robustood.data._relighting import (
     render,
     scenes,
 )
+from robustood.data._sampling import sample
 from robustood.data._sets import available, check, folder, load, root, without_overlap
 
 __all__ = [
@@ -52,5 +53,5 @@ __all__ = [
     "check", "check_trainable", "compress", "corrupted", "counted_as", "digest", "digits", "draw",
     "fetch", "folder", "folder_of_views", "glyphs", "hold_out", "light_grid", "load", "noise",
     "paired", "patches", "perturbed", "pixels", "random_lights", "read_pack", "redrawn", "relit",
-    "render", "root", "scenes", "without_overlap", "write_pack",
+    "render", "root", "sample", "scenes", "without_overlap", "write_pack",
 ]  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from robustood import tables
 from robustood.checkpoints import as_csv
 from robustood.evaluate._report import Report, Row, Side, as_text, flat, parsed, written
-from robustood.inputs import check_flag
+from robustood.inputs import check_flag, check_text
 from robustood.sanity import Finding, Findings
 
 _KEYS = ("version", "reports", "attacks", "findings", "sha256")
@@ -40,6 +40,16 @@ class StandardReport:
         if side in self.reports:
             return self.reports[side]
         raise KeyError(f"no side {side!r}; choose one of: {', '.join(self.reports)}")
+
+    def labelled(self, **labels: str) -> StandardReport:
+        """The same report with words for a reader among its settings, such as ``network="small CNN, ALOE"``."""
+        for name, text in labels.items():
+            check_text(text, f"labels[{name!r}]")
+        named = {
+            side: replace(each, settings=each.settings | labels)
+            for side, each in self.reports.items()
+        }
+        return replace(self, reports=named)
 
     def to_json(self, path: str | Path | None = None, *, scores: bool = True) -> str:
         """The result as JSON.

@@ -346,7 +346,7 @@ PRO_STEPS, PRO_STEP = 5, 0.01
 def perturbed(training: str, seed: int) -> Row:
     """PRO on MSP: AUROC on four sides, attacked through its own descent, and through MSP alone.
 
-    On no page: it stands behind the docstring of `detectors.PRO`.
+    Shown in book/12_sanity.md, "A published idea, measured again".
     """
     model, seconds = defended(training, seed)
     base, pro = MSP(model), PRO(MSP(model), PRO_STEPS, PRO_STEP)

@@ -178,7 +178,7 @@ def judge(box: Box, images: Images) -> Verdict:
     if outside:
         more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
         raise ValueError(
-            f"images lie outside the set in {len(outside)} places: {'; '.join(outside[:_SHOWN])}{more}; project them "
+            f"images lie outside the set at {len(outside)} places: {'; '.join(outside[:_SHOWN])}{more}; project them "
             "by WITHIN.project(clean, images - clean)"
         )
     return Verdict(box.name, _rates(box, clean), _rates(box, moved), float(distances.max()))

@@ -96,9 +96,9 @@ def test_the_threshold_of_one_box_does_not_keep_its_promise():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda x: x[7].add_(0.15).clamp_(0, 1), r"in 1 places: image 7 is moved by 0\.15, at most"),
+        (lambda x: x[7].add_(0.15).clamp_(0, 1), r"at 1 places: image 7 is moved by 0\.15, at most"),
         (lambda x: x[150].sub_(0.05), r"image 150 has values in \[-0\.05, .*\], outside \[0, 1\]"),
-        (lambda x: x.copy_(1 - x), r"in 200 places: .*image 9 is moved by .* and 190 more; project"),
+        (lambda x: x.copy_(1 - x), r"at 200 places: .*image 9 is moved by .* and 190 more; project"),
         (lambda x: x[0].mul_(torch.nan), "images contains NaN or infinity"),
     ],
 )  # fmt: skip

@@ -818,7 +818,7 @@ def test_judge_prints_the_verdict(tmp_path, capsys):
     assert cli.main(["judge", "C", str(tmp_path / "moved.npz")]) == 2
     assert "image 7 is moved by 0.25, at most 0.1 is allowed" in capsys.readouterr().err
     assert cli.main(["judge", "D", str(tmp_path / "clean.npy")]) == 2
-    assert "no box 'D'; there are: A, B, C" in capsys.readouterr().err
+    assert "name must be one of 'A', 'B', 'C', got 'D'" in capsys.readouterr().err
 
 
 def test_data_commands(packs, tmp_path, monkeypatch, capsys):

@@ -38,8 +38,8 @@ from robustood.perturbations import Linf, PerturbationSet
 
 PACKAGE = Path(robustood.__file__).parent
 MODULES = """
-artefacts attacks callables checkpoints corruptions data detectors distributed engine evaluate generative identity
-inputs losses metrics mining models objectives perturbations plotting recipes results rng smoothing streams
+artefacts attacks callables challenge checkpoints corruptions data detectors distributed engine evaluate generative
+identity inputs losses metrics mining models objectives perturbations plotting recipes results rng smoothing streams
 tables toy training widgets
 """.split()  # noqa: SIM905
 REFUSED, SAME, EITHER, ANY = (

@@ -36,7 +36,9 @@ def faults(text):
                 continue
             again = metrics.auroc(each.scores["in"], each.scores[row["set"]])
             if abs(again - row["auroc"].value) > 1e-9:
-                found.append(f"{where}: AUROC {row['auroc'].value:.4f}, the scores give {again:.4f}")
+                found.append(
+                    f"{where}: AUROC {row['auroc'].value:.4f}, the scores give {again:.4f}"
+                )
             rates = {k: v for k, v in row.items() if isinstance(v, Estimate)}
             found += [
                 f"{where}: {k} {v} is no interval"
@@ -94,14 +96,16 @@ def test_the_table_shows_every_row_most_robust_first():
     )
     lines = [re.findall("<td[^>]*>(.*?)</td>", line) for line in text.split("<tr>")[2:]]
     assert all(len(line) == len(board.HEADS) for line in lines)
-    assert [html.unescape(each) for each in re.findall('<th scope="col">(.*?)</th>', text)] == [*board.HEADS]
+    assert [html.unescape(each) for each in re.findall('<th scope="col">(.*?)</th>', text)] == [
+        *board.HEADS
+    ]
     both = [float(line[board.HEADS.index("both attacked")].split()[0]) for line in lines]
     assert both == sorted(both, reverse=True)
 
 
 @pytest.mark.parametrize(
     ("within", "short"),
-    [("Linf(eps=0.1, box=(0, 1))", "Linf 0.1"), ("Spatial(10, 1)", "Spatial(10, 1)"),
+    [("Linf(eps=0.1, box=[0, 1])", "Linf 0.1"), ("Spatial(10, 1)", "Spatial(10, 1)"),
      (f"L2(eps={128 / 255}, box=(0, 1))", "L2 128/255")],
 )  # fmt: skip
 def test_a_set_is_written_in_short(within, short):

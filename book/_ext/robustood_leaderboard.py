@@ -1,7 +1,7 @@
 """The directive ``leaderboard``: a table of all kept standard evaluations, which a few lines of script make sortable.
 
-Each file ``data/results/leaderboard_NAME.json`` is a :class:`robustood.evaluate.StandardReport`, and gives one row for each
-of its sets of outliers.
+Each file ``data/results/leaderboard_NAME.json`` is a :class:`robustood.evaluate.StandardReport`, and gives one row for
+each of its sets of outliers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADS = (
     "detector", "network", "data", "outliers", "set", "protocol", "AUROC clean", "in attacked", "out attacked",
     "both attacked", "FPR (both)", "findings", "passes",
 )  # fmt: skip
-RADIUS = re.compile(r"(\w+)\(eps=([\d.e-]+), box=\(0, 1\)\)")
+RADIUS = re.compile(r"(\w+)\(eps=([\d.e-]+), box=[(\[]0, 1[)\]]\)")
 
 
 class Cell(NamedTuple):
@@ -76,9 +76,12 @@ def radius(within: str) -> str:
 def findings(report: StandardReport) -> Cell:
     """What the checks found: errors, then warnings."""
     errors, warnings = report.findings.errors, report.findings.warnings
-    told = [f"{kind}: {each.check}" for kind, found in
-            (("error", errors), ("warning", warnings)) for each in found]  # fmt: skip
-    return Cell(", ".join(told) or "none", 1000 * len(errors) + len(warnings))
+    told = [
+        f"{len(found)} {kind}{'s' * (len(found) > 1)}: {', '.join(each.check for each in found)}"
+        for kind, found in (("error", errors), ("warning", warnings))
+        if found
+    ]
+    return Cell("; ".join(told) or "none", 1000 * len(errors) + len(warnings))
 
 
 def passes(report: StandardReport) -> Cell:

@@ -400,7 +400,7 @@ def _reject_outputs(model: nn.Module) -> tuple[int, int]:
     if classes is None or not rejects:
         raise ValueError(
             "model has no reject output; build it with reject=1, or wrap a network from elsewhere in "
-            "models.adapt(model, head=..., reject=1)"
+            "models.adapt(model, reject=1)"
         )
     return classes, rejects
 

@@ -24,6 +24,7 @@ from robustood import (
     metrics,
     mining,
     objectives,
+    sanity,
     toy,
 )
 from robustood.attacks import APGD, Ascent
@@ -124,6 +125,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Mahalanobis.unmoved": PARTS,
     "detectors.Mahalanobis.weighed": PARTS,
     "detectors.ODIN.stepped": PARTS,
+    "detectors.PRO.rectified": PARTS,
     "detectors.ReAct.outputs": PARTS,
     "detectors.RejectClass.halves": PARTS,
     "detectors.ViM.residual": PARTS,
@@ -141,6 +143,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "evaluate.Report.cells": PARTS,
     "evaluate.Row": RESULT,
     "evaluate.mahalanobis_surrogate": LOOP,
+    "detectors.score_objectives": PARTS,
     "evaluate.score_objectives": PARTS,
     "generative.*.forward": LAYER,
     "generative.Diagonal": LAYER,
@@ -227,6 +230,10 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "recipes.data": "reads packs of images: see data.load",
     "recipes.evaluate": "takes minutes: its arguments are swept in test_recipes",
     "recipes.train": "takes minutes: its arguments are swept in test_recipes",
+    "sanity.Defence": RESULT,
+    "sanity.Finding": RESULT,
+    "sanity.Findings": RESULT,
+    "sanity.Findings.cells": PARTS,
     "smoothing.CertifiedScore": RESULT,
     "smoothing.CertifiedScore.moved": PARTS,
     "smoothing.CertifiedVote": RESULT,
@@ -260,6 +267,7 @@ MANY, MANY_Y = grey(60, 2), torch.arange(60) % 3  # enough to fit every detector
 NET, REJECT = small_cnn(3).eval(), small_cnn(3, reject=1).eval()
 VAE = plain_cvae((1, 8, 8), latent=2, hidden=4, decoder=4).eval()
 A, B = [0.875, 0.75, 0.6875, 0.625, 0.25], [0.5625, 0.375, 0.34375, 0.1875]  # exact in float32
+FINDINGS = sanity.Findings((sanity.Finding("ok", "ties", 0.0, "0% of the inputs tie"),))
 TOY = toy.TsiprasDistribution(0.9, 10, 0.4)
 FAR = toy.GaussianOutliers(d=6)
 WITHIN = Linf(0.1)
@@ -267,7 +275,14 @@ DATA = data.Data(*[data.Split(X, Y)] * 3, U, {"u": U})
 POOL = np.random.default_rng(0).normal(size=(9, 6))
 
 DETECTORS = ("MSP", "MaxLogit", "Entropy", "Energy", "ODIN", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
-             "RejectClass")  # fmt: skip
+             "RejectClass", "PRO")  # fmt: skip
+
+
+class Darkness:
+    """Stands for an estimator of scikit-learn."""
+
+    def decision_function(self, h):
+        return -h.mean(1)
 
 
 def report():
@@ -276,7 +291,9 @@ def report():
 
 def fitted():
     """Every detector, fitted."""
-    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": detectors.RejectClass(REJECT)}
+    lowest = detectors.PRO(detectors.KNN(NET), steps=2).fit(MANY, MANY_Y)
+    reject = detectors.RejectClass(REJECT)
+    return {**post_hoc(NET, MANY, MANY_Y), "RejectClass": reject, "PRO": lowest}
 
 
 def prepare(tmp: Path):
@@ -534,6 +551,16 @@ def calls(tmp: Path):
         "results.load": dict(folder=tmp),
         "results.pooled": dict(scores=score, detector="detector", attack="a", sets=["u"]),
         "results.table": dict(runs=[], markdown=True),
+        "sanity.Defence.check": dict(
+            self=sanity.Defence(NET, "Nothing is wrong."), x=X, y=Y, outliers=U, within=WITHIN, steps=1
+        ),
+        "sanity.Findings.from_dict": dict(self=sanity.Findings, kept=FINDINGS.to_dict()),
+        "sanity.Findings.to_dict": dict(self=FINDINGS),
+        "sanity.check": dict(
+            model_or_detector=MSP(NET), x=X, y=U, within=WITHIN, seed=0, samples=4, steps=1,
+            attack=partial(attack_score, steps=1), threshold=0.0, tpr=0.9,
+        ),
+        "sanity.zoo": dict(network=NET, robust=NET, exposed=REJECT),
         "tables.html": dict(cells=[["a", "b"], ["c", "d"]]),
         "tables.text": dict(cells=[["a", "b"], ["c", "d"]], markdown=True),
         "smoothing.CertifiedScore.lower": dict(self=CertifiedScore(*[torch.tensor([0.5])] * 3, 0.1), radius=0.1),
@@ -613,5 +640,13 @@ def calls(tmp: Path):
         table[f"detectors.{name}.attack_objectives"] = dict(self=detector, x=X, direction="lower")
         table[f"detectors.{name}.paper_score"] = dict(self=detector, x=X)
         table[f"detectors.{name}.score"] = dict(self=detector, x=X)
+    table["detectors.PRO"] = dict(base=MSP(NET), steps=2, step=0.01)
+    table["detectors.wrap"] = dict(
+        score=Darkness(),
+        higher="in",
+        features=lambda x: x.flatten(1)[:, :3],
+        model=NET,
+        name="darkness",
+    )
     table["detectors.Mahalanobis.combine"] = dict(self=fitted()["Mahalanobis"], x=MANY, outliers=U)
     return table

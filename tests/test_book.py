@@ -223,6 +223,22 @@ def test_the_table_of_contents_is_complete():
     assert order == sorted(order), f"chapters out of order in _toc.yml: {order}"
 
 
+def test_the_page_on_other_libraries_names_every_comparison_and_the_versions_compared():
+    page = (BOOK / "oracles.md").read_text("utf-8")
+    named = {}
+    for part in page.split("\n## ")[1:]:
+        named[re.search(r"tests/oracles/(\w+)\.py", part)[1]] = set(
+            re.findall(r"`(test_\w+)`", part)
+        )
+    for path in (ROOT / "tests" / "oracles").glob("test_*.py"):
+        written = set(re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE))
+        assert named.pop(path.stem) == written, path.name
+    assert not named
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for library, version in re.findall(r"^## ([\w-]+) ([\d.]+)$", page, re.MULTILINE):
+        assert f" {library}=={version}" in makefile
+
+
 def test_every_style_sheet_is_linked():
     """A sheet in a static folder is copied; only one that the settings name is also used."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["sphinx"]["config"]

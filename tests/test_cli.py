@@ -715,18 +715,18 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
+SETS = ["day", "night", "dusk.npy"]
 ATTACK = ["--eps", "8/255", "--size", "8", "--n", "8"]
 
 
 def test_attack_gives_the_numbers_of_the_standard_evaluation(mine, capsys):
-    sets = ["day", "night", "dusk.npy"]
-    assert cli.main(["attack", "mine.py:dark", *sets, *ATTACK, "--out", "mine.json"]) in (0, 4)
+    assert cli.main(["attack", "mine.py:dark", *SETS, *ATTACK, "--out", "mine.json"]) in (0, 4)
     said = capsys.readouterr().out
     assert "night: APGD on the score on " in said and "full report: mine.json" in said
     found = StandardReport.from_json("mine.json")
     assert str(found) in said and "darkness within Linf" in said
 
-    x = {each: data.pixels(data.sample(each, 8, size=8)) for each in sets}
+    x = {each: data.pixels(data.sample(each, 8, size=8)) for each in SETS}
     darkness = wrap(lambda v: v.flatten(1).mean(1), higher="out")
     outliers = {"night": x["night"], "dusk": x["dusk.npy"]}
     again = standard(darkness, x["day"], outliers, Linf(8 / 255))
@@ -740,7 +740,7 @@ def test_attack_gives_the_numbers_of_the_standard_evaluation(mine, capsys):
 
 @pytest.mark.parametrize("how", [["mine:bright"], ["mine.py:brightness", "--higher", "in"]])
 def test_a_detector_and_a_score_with_its_direction_are_the_same(how, mine, capsys):
-    assert cli.main(["attack", *how, "day", "night", *ATTACK, "--norm", "l2", "--out", "a.json"]) in (0, 4)  # fmt: skip
+    assert cli.main(["attack", *how, *SETS, *ATTACK, "--norm", "l2", "--out", "a.json"]) in (0, 4)  # fmt: skip
     capsys.readouterr()
     found = StandardReport.from_json("a.json")
     assert found["none"]["night"]["auroc"].value > found["both"]["night"]["auroc"].value

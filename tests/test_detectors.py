@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from sklearn.ensemble import IsolationForest
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from robustood import detectors
+from robustood.attacks import Square
 from robustood.detectors import (
     KNN,
     MSP,
     ODIN,
+    PRO,
     Energy,
     Entropy,
     GradNorm,
@@ -25,6 +28,7 @@ from robustood.detectors import (
     RejectClass,
     ViM,
     post_hoc,
+    wrap,
 )
 from robustood.detectors import (
     _base as base,
@@ -35,6 +39,8 @@ from robustood.detectors import (
 from robustood.detectors import (
     _gaussian as gaussian,
 )
+from robustood.evaluate import attack_score, standard
+from robustood.identity import identity as fingerprint
 from robustood.losses import log_odds, to_uniform
 from robustood.metrics import auroc
 from robustood.models import adapt, frozen, mlp, readout, small_cnn
@@ -85,6 +91,8 @@ BUILD = {
     "ReAct": lambda m, x, y: ReAct(m).fit(x, y),
     "GradNorm": lambda m, x, y: GradNorm(m),
     "RejectClass": lambda m, x, y: RejectClass(rejecting(m)),
+    "PRO": lambda m, x, y: PRO(MSP(m), 3, 0.01),
+    "PRO, neighbours": lambda m, x, y: PRO(KNN(m, 5), 2, 0.01).fit(x, y),
 }
 
 
@@ -517,7 +525,7 @@ def test_scores_and_gradients_are_finite_everywhere(x, direction, dtype):
 
 
 def test_the_gradient_is_that_of_the_values(detector, inputs):
-    """Central differences, where the score carries no stand-in gradient of its own."""
+    """Central differences, where the score carries no stand-in gradient of its own and has no jumps nearby."""
     if isinstance(detector, (ODIN, ReAct)) or getattr(detector, "step", 0):
         return
     x = inputs.double()[[3, 160, 290]]
@@ -592,6 +600,121 @@ def test_forward_is_the_score_and_frozen_reaches_the_network(detector, inputs):
     with frozen(detector):
         assert not any(p.requires_grad for p in detector.model.parameters())
     assert all(p.requires_grad for p in detector.model.parameters())
+
+
+# --- the lowest score near the input -------------------------------------------------------------
+
+
+def slope(weight, bias: float = 0.0) -> MaxLogit:
+    """The linear score w x + b, as the larger of it and an output far below."""
+    rows = torch.stack([double(weight), torch.zeros(len(weight)).double()])
+    return MaxLogit(readout(rows, double([bias, -1e6])))
+
+
+def test_a_linear_score_falls_by_the_one_norm_at_each_step():
+    weight = (2.0, -1.0, 0.0, 0.5)
+    x = double([(1, 0.5, 3, -2), (0, 0, 0, 0)])
+    for steps, step in ((0, 0.1), (1, 0.1), (4, 0.02)):
+        pro = PRO(slope(weight), steps, step)
+        wanted = x @ double(weight) - steps * step * 3.5
+        assert torch.allclose(pro.score(x), wanted, atol=1e-12)
+        moved = steps * step * double(weight).sign()
+        assert torch.allclose(pro.rectified(x), x - moved, atol=1e-12)  # sgn(0) = 0
+        assert torch.allclose(gradient(pro.score, x), double(weight).expand(2, -1), atol=1e-12)
+
+
+@seeds
+def test_the_lowest_score_is_that_of_the_visited_points(seed, scale):
+    """Against the definition, in a plain loop; it never rises with K, and no step leaves the base."""
+    x, base = some(seed, scale=scale), Entropy(raw())
+    point, seen = x, [base.score(x)]
+    for steps in range(6):
+        pro = PRO(base, steps, 0.3)
+        assert torch.equal(pro.score(x), torch.stack(seen).amin(0))
+        assert torch.allclose(pro.paper_score(x), base.paper_score(pro.rectified(x)), atol=0)
+        assert ((pro.rectified(x) - x).abs() <= steps * 0.3 + 1e-9).all()
+        point = point - 0.3 * gradient(base.score, point).sign()
+        seen.append(base.score(point))
+
+
+def test_without_steps_the_base_is_left(net, inputs):
+    for steps, step in ((0, 0.1), (4, 0.0)):
+        pro, base = PRO(MSP(net), steps, step), MSP(net)
+        assert torch.equal(pro.rectified(inputs), inputs)
+        for direction in DIRECTIONS:
+            columns = pro.attack_objectives(inputs, direction)
+            assert torch.equal(columns, base.attack_objectives(inputs, direction))
+        assert torch.equal(gradient(pro.score, inputs), gradient(base.score, inputs))
+
+
+def test_it_is_the_attack_loop_run_by_the_defender(net, inputs):
+    from robustood.attacks import maximise
+    from robustood.perturbations import Linf
+
+    pro = PRO(Energy(net), 5, 0.02)
+    within = Linf(1.0, box=None)  # wider than five steps, so nothing is projected
+    with frozen(net):
+        lowest = maximise(
+            lambda v: -pro.base.score(v), inputs, within, steps=5, step_size=0.02, restarts=0
+        )
+    assert torch.allclose(pro.rectified(inputs), lowest, atol=1e-6)
+
+
+def test_the_order_is_that_of_a_descent_on_the_probability(net, inputs):
+    """The paper descends the largest probability; where that does not round to 1, the signs agree."""
+    model, x = copy.deepcopy(net).double(), inputs.double()
+    msp = MSP(model)
+    point, seen = x, [msp.paper_score(x)]
+    for _ in range(3):
+        point = point - 0.01 * gradient(msp.paper_score, point).sign()
+        seen.append(msp.paper_score(point))
+    assert torch.allclose(PRO(msp, 3, 0.01).paper_score(x), torch.stack(seen).amin(0), atol=1e-9)
+
+
+@pytest.mark.parametrize("base", [MSP, Energy, lambda m: ODIN(m, 10.0, 0)])
+def test_the_gradient_at_the_lowest_point_is_exact(net, inputs, base):
+    """The displacement is constant nearby: central differences, but at a jump, where a sign flips."""
+    pro = PRO(base(copy.deepcopy(net).double()), 3, 0.02)
+    x = inputs.double()[::7]
+    along = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ahead, behind = (x + sign * 1e-7 * along for sign in (1, -1))
+    apart = [pro.rectified(v) - v for v in (ahead, behind)]
+    smooth = ((apart[0] - apart[1]).abs() < 1e-9).flatten(1).all(1)
+    assert smooth.double().mean() > 0.9
+    by_values = (pro.score(ahead) - pro.score(behind)) / 2e-7
+    by_graph = (gradient(pro.score, x) * along).flatten(1).sum(1)
+    assert torch.allclose(by_graph[smooth], by_values[smooth], rtol=1e-3, atol=1e-4)
+
+
+def test_what_it_gains_on_one_side_it_pays_on_the_other():
+    """For a linear score exactly: an attack downwards within eps is one on the base within eps + K step."""
+    from robustood.evaluate import attack_score
+    from robustood.perturbations import Linf
+
+    base, x = slope((2.0, -1.0, 0.5)), double([(0.5, 0.4, 0.6)])
+    pro = PRO(base, 2, 0.05)
+    low = {
+        eps: [
+            d.score(attack_score(d, x, Linf(eps), direction="lower", steps=5)).item()
+            for d in (base, pro)
+        ]
+        for eps in (0.1, 0.2)
+    }
+    assert low[0.1][1] == pytest.approx(low[0.2][0], abs=1e-6)
+
+
+def test_no_gradient_is_a_clear_error():
+    class Rounded(MaxLogit):
+        def score(self, x):
+            return super().score(x).detach()
+
+    with pytest.raises(RuntimeError, match="there is no gradient"):
+        PRO(Rounded(raw())).score(double([(3, 1, 0)]))
+
+
+def test_an_unfitted_base_says_so(net, inputs):
+    with pytest.raises(RuntimeError, match=r"KNN is not fitted; call fit\(x, y\)"):
+        PRO(KNN(net)).score(inputs)
 
 
 # --- fitting in a stream --------------------------------------------------------------------------
@@ -832,6 +955,214 @@ def refused(call) -> str:
     return str(caught.value)
 
 
+# --- scores from elsewhere -------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """A network with a method ``score``; called, it gives outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(64, (), classes=3)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def score(self, x):
+        return self.net(x).amax(1)
+
+
+class Predictor:
+    """In the manner of pytorch-ood: called, it predicts; its ``score`` takes outputs."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def predict(self, x):
+        return -self.model(x).amax(1)
+
+    def __call__(self, x):
+        return self.predict(x)
+
+    @staticmethod
+    def score(logits):
+        raise AssertionError("this is a function of outputs, not of inputs")
+
+
+class Silent:
+    """Has ``predict`` alone."""
+
+    def predict(self, x):
+        return x.flatten(1).mean(1)
+
+
+class Estimator:
+    """In the manner of scikit-learn; ``score`` and ``predict`` are other things there."""
+
+    def __init__(self, method="decision_function"):
+        setattr(self, method, self.estimate)
+
+    def estimate(self, h):
+        assert isinstance(h, np.ndarray) and h.ndim == 2
+        return h.mean(1)
+
+    def score(self, h):
+        raise AssertionError("the mean log-likelihood of a data set")
+
+    def predict(self, h):
+        raise AssertionError("labels, 1 and -1")
+
+
+PICTURES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+BRIGHT = PICTURES.flatten(1).mean(1)
+SCORER = Scorer().eval()
+ELSEWHERE = {
+    "a function": (lambda x: x.flatten(1).mean(1), BRIGHT),
+    "of NumPy": (lambda x: x.flatten(1).detach().numpy().mean(1), BRIGHT),
+    "a list": (lambda x: x.flatten(1).mean(1).tolist(), BRIGHT),
+    "whole numbers": (lambda x: (x.flatten(1).mean(1) > 0.5).int(), (BRIGHT > 0.5).double()),
+    "a network with score": (SCORER, SCORER.score(PICTURES)),
+    "called": (Predictor(SCORER), -SCORER.score(PICTURES)),
+    "predict": (Silent(), BRIGHT),
+    "decision_function": (Estimator(), BRIGHT),
+    "score_samples": (Estimator("score_samples"), BRIGHT),
+    "a detector of ours": (MSP(SCORER), MSP(SCORER).score(PICTURES)),
+}  # fmt: skip
+each_score = pytest.mark.parametrize(("score", "value"), ELSEWHERE.values(), ids=ELSEWHERE)
+
+
+@each_score
+def test_a_score_from_elsewhere_points_where_it_is_said_to(score, value):
+    inside, outside = wrap(score, higher="in"), wrap(score, higher="out")
+    torch.testing.assert_close(inside.score(PICTURES), value, check_dtype=False)
+    assert torch.equal(outside.score(PICTURES), -inside.score(PICTURES))
+    assert inside.score(PICTURES).is_floating_point()
+    for direction, sign in (("raise", 1), ("lower", -1)):
+        columns = outside.attack_objectives(PICTURES, direction)
+        assert torch.equal(columns, sign * outside.score(PICTURES)[:, None])
+    assert "higher='out'" in repr(outside)
+
+
+@pytest.mark.parametrize("method", ["decision_function", "score_samples"])
+def test_an_estimator_sees_features(method):
+    found = wrap(Estimator(method), higher="in", features=lambda x: 2 * x[:, :, :2])
+    expected = 2 * PICTURES[:, :, :2].flatten(1).mean(1)
+    torch.testing.assert_close(found.score(PICTURES), expected, check_dtype=False)
+    deep = wrap(Estimator(method), higher="in", features=SCORER)
+    assert deep.score(PICTURES.requires_grad_()).requires_grad is False
+    PICTURES.requires_grad_(False)
+
+
+def test_an_estimator_of_scikit_learn():
+    forest = IsolationForest(random_state=0).fit(PICTURES.flatten(1).numpy())
+    found = wrap(forest, higher="in")
+    expected = forest.decision_function(PICTURES.flatten(1).numpy())
+    np.testing.assert_allclose(found.score(PICTURES), expected)
+    assert found.name == "IsolationForest"
+
+
+def test_a_gradient_flows_where_there_is_one():
+    weight = SCORER.net.head.weight
+    x = PICTURES.clone().requires_grad_()
+    best = SCORER(x).argmax(1)
+    for score, sign in ((SCORER, 1), (Predictor(SCORER), -1)):
+        (grad,) = torch.autograd.grad(wrap(score, higher="in").score(x).sum(), x)
+        torch.testing.assert_close(grad.flatten(1), sign * weight[best])
+    careless = lambda x: SCORER(x).numpy().max(1)
+    for score in (Estimator(), ELSEWHERE["of NumPy"][0], careless):
+        with pytest.raises(RuntimeError, match="no gradient"):
+            attack_score(wrap(score, higher="in"), PICTURES, 0.1, direction="raise", steps=2)
+
+
+def test_a_score_with_its_network_pulls_towards_each_class():
+    found = wrap(SCORER, higher="in", model=SCORER)
+    columns = found.attack_objectives(PICTURES)
+    torch.testing.assert_close(columns[:, 0], SCORER.score(PICTURES))
+    torch.testing.assert_close(columns[:, 1:], log_odds(SCORER(PICTURES)))
+    assert found.has_classes and not wrap(SCORER, higher="in").has_classes
+    assert found.attack_objectives(PICTURES, "lower").shape == (6, 1)
+
+
+def test_networks_inside_a_score_are_found_frozen_and_restored():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 3)).train()
+    for score in (lambda x: net(x).amax(1), Predictor(net)):
+        found = wrap(score, higher="in")
+        with frozen(found):
+            assert not net[1].training and not net[2].weight.requires_grad
+            assert torch.equal(found.score(PICTURES), found.score(PICTURES))
+        assert net[1].training and net[2].weight.requires_grad
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_values_alone_are_enough_for_an_attack(direction):
+    """Brightness in NumPy moves by the radius, as far as the box allows."""
+    found = wrap(ELSEWHERE["of NumPy"][0], higher="out")
+    moved = attack_score(found, PICTURES, 0.1, direction=direction, steps=300, rule=Square())
+    change = found.score(moved) - found.score(PICTURES)
+    assert ((change if direction == "raise" else -change) > 0.06).all()
+    assert ((moved - PICTURES).abs() <= 0.1 + 1e-6).all() and 0 <= moved.min() <= moved.max() <= 1
+
+
+def test_the_standard_evaluation_of_a_score_without_a_gradient_uses_values():
+    found = wrap(ELSEWHERE["of NumPy"][0], higher="in", name="brightness")
+    x_in, x_out = PICTURES[:3] / 2 + 0.5, {"dark": PICTURES[3:] / 2}
+    report = standard(found, x_in, x_out, 0.1)
+    assert report["both"].settings["gradient"] == "none"
+    assert [row["attack"] for row in report.attacks] == ["clean", "Square"]
+    assert all(row["backwards"] == 0 for row in report.attacks)
+    assert report.attacks[1]["forwards"] >= 1000
+
+
+def test_the_identity_of_a_score_covers_what_it_is_made_of():
+    def scaled(factor):
+        return lambda x: factor * x.flatten(1).mean(1)
+
+    tellings = [
+        fingerprint(detector=wrap(score, higher=higher, **more))
+        for score, higher, more in [
+            (scaled(1.0), "in", {}), (scaled(2.0), "in", {}), (scaled(1.0), "out", {}),
+            (scaled(1.0), "in", {"model": SCORER}), (Estimator(), "in", {}),
+            (Estimator(), "in", {"features": scaled(1.0)}), (lambda x: x.flatten(1).amax(1), "in", {}),
+        ]
+    ]  # fmt: skip
+    assert all(a != b for i, a in enumerate(tellings) for b in tellings[:i])
+    assert tellings[0] == fingerprint(detector=wrap(scaled(1.0), higher="in"))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: wrap(Predictor, higher="in"), ["score must be an object", "the class Predictor"]),
+        (lambda: wrap(3, higher="in"), ["score must be a function", "decision_function", "int"]),
+        (lambda: wrap(SCORER, higher="up"), ["higher must be one of 'in', 'out'", "'up'"]),
+        (lambda: wrap(Silent(), higher="in", features=SCORER), ["features is for estimators", "call it inside"]),
+        (lambda: wrap(Estimator(), higher="in", features=3), ["features must be a function"]),
+        (lambda: wrap(SCORER, higher="in", model=lambda x: x), ["model must be the network behind"]),
+        (lambda: wrap(SCORER, higher="in", name=3), ["name must be a str"]),
+        *[
+            (lambda change=change: wrap(lambda x: change(SCORER(x)), higher="in").score(PICTURES), words)
+            for change, words in [
+                (lambda z: z, ["one number per input", "(6,)", "(6, 3)", "reduce"]),
+                (lambda z: z.amax(), ["one number per input", "got ()"]),
+                (lambda z: z[:3, 0], ["(6,)", "got (3,)"]),
+                (lambda z: z[:, 0] + 0j, ["one number per input"]),
+                (lambda z: z.detach().numpy()[:, 0] + 0j, ["score must be numbers"]),
+                (lambda z: None, ["score must be numbers", "None"]),
+            ]
+        ],
+    ],
+)  # fmt: skip
+def test_a_score_that_is_none_is_refused(call, words):
+    message = refused(call)
+    assert all(word in message for word in words), message
+
+
+def test_a_score_needs_its_direction(untyped):
+    with pytest.raises(TypeError, match="higher"):
+        wrap(SCORER)
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("call", "words"),
@@ -858,6 +1189,11 @@ def refused(call) -> str:
         (lambda m: ODIN(m, 0), ["temperature", "0"]),
         (lambda m: ODIN(m, step=math.nan), ["step", "nan"]),
         (lambda m: Energy(m, -1), ["temperature", "-1"]),
+        (lambda m: PRO(m), ["base", "a detector", "Classifier"]),
+        (lambda m: PRO(MSP), ["base", "the class MSP"]),
+        (lambda m: PRO(MSP(m), 1.5), ["steps", "1.5"]),
+        (lambda m: PRO(MSP(m), step=-0.1), ["step", "-0.1"]),
+        (lambda m: PRO(MSP(m)).attack_objectives(GOOD, "up"), ["direction", "'up'"]),
         (lambda m: ReAct(m, share=1.5), ["share", "1.5"]),
         (
             lambda m: MSP(m).attack_objectives(GOOD, "up"),
@@ -882,4 +1218,4 @@ def test_a_dead_layer_is_refused():
 def test_the_package_exports_every_detector():
     kinds = detectors.Detector.__subclasses__()
     own = {kind.__name__ for kind in kinds if kind.__module__.startswith(detectors.__name__)}
-    assert len(own) == 11 and own | {"post_hoc", "Detector"} <= {*detectors.__all__}
+    assert len(own) == 13 and own | {"post_hoc", "Detector"} <= {*detectors.__all__}

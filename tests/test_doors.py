@@ -39,8 +39,8 @@ from robustood.perturbations import Linf, PerturbationSet
 PACKAGE = Path(robustood.__file__).parent
 MODULES = """
 artefacts attacks callables challenge checkpoints corruptions data detectors distributed engine evaluate generative
-identity inputs losses metrics mining models objectives perturbations plotting recipes results rng smoothing streams
-tables toy training widgets
+identity inputs losses metrics mining models objectives perturbations plotting recipes results rng sanity
+smoothing streams tables toy training widgets
 """.split()  # noqa: SIM905
 REFUSED, SAME, EITHER, ANY = (
     "an error",
@@ -379,6 +379,9 @@ FREE = {
 }  # texts of any content
 
 
+HOLDERS = ("smoothing.Smoothed", "sanity.zoo")  # hold a network without running it
+
+
 def kinds(name, argument, value, parameter):
     """Which lists of values an argument is tried with."""
     annotation = str(parameter.annotation) if parameter else ""
@@ -395,8 +398,8 @@ def kinds(name, argument, value, parameter):
     if isinstance(value, Detector):
         return ["detector"]
     if isinstance(value, nn.Module):
-        runs = name.split(".")[0] in ("attacks", "evaluate", "mining", "smoothing")
-        return ["model"] if runs and name != "smoothing.Smoothed" else ["instance"]
+        runs = name.split(".")[0] in ("attacks", "evaluate", "mining", "sanity", "smoothing")
+        return ["model"] if runs and name not in HOLDERS else ["instance"]
     if isinstance(value, torch.Generator):
         return ["generator"]
     if isinstance(value, np.random.Generator):
@@ -447,6 +450,7 @@ ALIASES = {
     "inside": ("within", "eps"),
     "known": ("list",),
     "model": ("layer", "network"),
+    "model_or_detector": ("detector", "model", "network", "y"),
     "name": ("set", "recipe"),
     "outliers": ("x",),
     "outside": ("within", "eps"),
@@ -489,11 +493,20 @@ ACCEPTED = {
     **{f"detectors.{kind}.fit.x": VECTORS for kind in doors.DETECTORS},
     **{f"detectors.{kind}.fit.y": {"too large": ANY} for kind in doors.DETECTORS},
     "plotting.band.label": {"number": ANY},  # a legend shows numbers as they are
+    "detectors.PRO.base": {
+        "NaN outputs": ANY,
+        "dict": ANY,
+        "one axis": ANY,
+    },  # it does not score yet
     "detectors.Mahalanobis.combine.x": VECTORS,
     "detectors.Mahalanobis.combine.outliers": VECTORS,
     "detectors.post_hoc.x": VECTORS,
     "detectors.post_hoc.y": {"too large": ANY},
     "evaluate.scores.x": VECTORS,
+    # inputs that are no pixels are a finding
+    **{f"sanity.check.{part}": VECTORS for part in ("x", "y")},
+    **{f"sanity.Defence.check.{part}": VECTORS for part in ("x", "outliers")},
+    "sanity.check.threshold": SIGNED,
     "attacks.maximise.objective": {"list": ANY},
     # inputs of any shape; a wider dtype draws other initial points
     "attacks.maximise.x": {"float64": ANY, "one image": ANY, "five axes": ANY},

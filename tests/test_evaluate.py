@@ -736,3 +736,21 @@ def test_hashes_tell_weights_and_inputs_apart(lines):
     other, moved = call(Linear(detector.w + 1), x), call(detector, x + 1)
     assert other["weights"] != first["weights"] and other["in"] == first["in"]
     assert moved["weights"] == first["weights"] and moved["in"] != first["in"]
+
+
+@pytest.mark.slow
+@each_detector
+def test_the_standard_evaluation_leaves_at_most_what_any_other_attack_leaves(zoo, book, name):
+    """On every detector: the adaptive attack at twice its default steps, the papers' own, and plain ascent."""
+    x, u, within = book.test.x[:40], {"letters": book.ood["letters"][:40]}, Linf(0.05)
+    left = standard(zoo[name], x, u, within)["both"].mean("auroc")
+    others = {
+        "attack_score": partial(attack_score, steps=80, restarts=2),
+        "ALOE": partial(paper_attack, paper="aloe"),
+        "ATOM": partial(paper_attack, paper="atom"),
+        "plain ascent": plain_pgd,
+    }
+    for label, attack in others.items():
+        rest = four_sides(zoo[name], x, u, within, attack=attack)["both"].mean("auroc")
+        print(f"{name}: standard {left:.4f}, {label} {rest:.4f}")
+        assert left <= rest, label

@@ -56,10 +56,11 @@ FLOORS = {
     },
     1: {"toy", "perturbations", "detectors", "metrics"},
     2: {"attacks", "challenge", "mining", "plotting"},
-    3: {"engine", "evaluate", "generative", "objectives", "smoothing"},
-    4: {"training", "sanity", "results"},
-    5: {"recipes"},
-    6: {"cli"},
+    3: {"engine", "generative", "objectives", "sanity", "smoothing"},
+    4: {"evaluate", "training"},
+    5: {"results"},
+    6: {"recipes"},
+    7: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 MAX_LINES = 480

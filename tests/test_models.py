@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock
 
 from robustood import attacks, detectors, evaluate, mining, objectives, smoothing, training
 from robustood.detectors import Mahalanobis
+from robustood.identity import identity
 from robustood.models import (
     STATISTICS,
     Classifier,
@@ -274,6 +275,179 @@ def test_adapt_reads_a_torchvision_network():
         assert h.shape == (2, 512) and model.classes == 7
         torch.testing.assert_close(model.head(h), inner(x))
         assert torch.equal(model(x), inner(x))
+
+
+# What adapt finds by itself, and whether what stands behind the layer lets it be the head.
+FAMILIES = {
+    "resnet18": ("fc", 32), "mobilenet_v3_small": ("classifier.3", 32), "vgg11": ("classifier.6", 32),
+    "alexnet": ("classifier.6", 64), "densenet121": ("classifier", 32), "efficientnet_b0": ("classifier.1", 32),
+    "convnext_tiny": ("classifier.2", 32), "vit_b_16": ("heads.head", 224), "swin_t": ("head", 64),
+    "googlenet": ("fc", 32), "inception_v3": ("fc", 80), "shufflenet_v2_x0_5": ("fc", 32),
+    "mnasnet0_5": ("classifier.1", 32), "regnet_y_400mf": ("fc", 32),
+}  # fmt: skip
+QUICK = ("resnet18", "mobilenet_v3_small")
+
+
+def torchvision_network(name, **how):
+    """A network with random weights; a head that starts at zero gets some, so that its outputs differ."""
+    if name in ("googlenet", "inception_v3"):
+        how["init_weights"] = False
+    inner = torchvision.models.get_model(name, weights=None, **how).eval()
+    for p in inner.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    return inner
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FAMILIES]
+)
+def test_adapt_finds_the_head_of_each_family(name):
+    where, size = FAMILIES[name]
+    inner = torchvision_network(name)
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    model = adapt(inner)
+    with torch.no_grad():
+        h = model.features(x)
+        torch.testing.assert_close(model.head(h), inner(x))
+        assert torch.equal(model(x), inner(x))
+    assert model.where == where and h.shape == (2, model.head.in_features)
+
+
+def test_an_auxiliary_head_is_not_the_head():
+    inner = Elsewhere().eval()
+    inner.AuxLogits = nn.Linear(6, 5)
+    assert adapt(inner).where == "top.fc"
+    only = nn.ModuleDict({"auxiliary": nn.Linear(6, 5)})
+    assert adapt(only).where == "auxiliary"
+
+
+def test_a_head_behind_which_something_follows_is_refused():
+    """SqueezeNet has a ReLU behind its last convolution."""
+    model = adapt(torchvision_network("squeezenet1_1", num_classes=7))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for call in (model, model.features):
+        with pytest.raises(ValueError, match=r"head 'classifier\.1' is not .*activation.*MSP"):
+            call(x)
+
+
+class Pixelwise(nn.Module):
+    """A head that is a 1 x 1 convolution, before or behind the mean over the pixels."""
+
+    def __init__(self, pool_first, bias=True):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.last = nn.Conv2d(6, 4, 1, bias=bias)
+        self.pool_first = pool_first
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        if self.pool_first:
+            return self.last(h.mean((2, 3), keepdim=True)).flatten(1)
+        return self.last(h).mean((2, 3))
+
+
+@pytest.mark.parametrize("pool_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_can_be_the_head(pool_first, bias):
+    inner = Pixelwise(pool_first, bias)
+    model = adapt(inner, reject=1)
+    x = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.head(model.features(x)), inner(x))
+    assert isinstance(model.head, nn.Linear) and (model.classes, model.reject) == (3, 1)
+    assert model.head.weight.data_ptr() == inner.last.weight.data_ptr()
+    model.head.weight.sum().backward()  # a view: gradients reach the convolution
+    assert torch.equal(inner.last.weight.grad, torch.ones(4, 6, 1, 1))
+    y = torch.arange(60) % 3
+    for name, detector in detectors.post_hoc(model, x, y).items():
+        assert detector.score(x[:7]).isfinite().all(), name
+
+
+class Inverted(nn.Module):
+    """A network that registers its layers in another order than it runs them."""
+
+    def __init__(self, behind=lambda z: z):
+        super().__init__()
+        self.classify, self.hidden = nn.Linear(16, 5), nn.Linear(64, 16)
+        self.behind = behind
+
+    def forward(self, x):
+        return self.behind(self.classify(self.hidden(x.flatten(1)).relu()))
+
+
+@pytest.mark.parametrize("head", [None, "hidden"])
+@pytest.mark.parametrize("first", ["forward", "features"])
+def test_an_inner_layer_is_refused_with_the_name_of_the_right_one(head, first):
+    model = adapt(Inverted(), head)
+    for _ in range(2):  # an error is no confirmation
+        with pytest.raises(ValueError, match=r"head 'hidden' is not the output.*head='classify'"):
+            getattr(model, first)(torch.rand(3, 1, 8, 8))
+    assert adapt(Inverted(), "classify").features(torch.rand(3, 1, 8, 8)).shape == (3, 16)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda z: z.relu_(), lambda z: z.softmax(1), lambda z: 2 * z, lambda z: z[:, :4],
+        lambda z: z.view(-1, 3, 5).mean(1),
+    ],
+    ids=["ReLU in place", "softmax", "scale", "fewer outputs", "mean of views"],
+)  # fmt: skip
+def test_what_follows_the_head_is_noticed(behind):
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"head 'classify' is not .*\['classify'\]|\[\].*output="):
+        adapt(Inverted(behind), "classify")(x)
+
+
+def test_a_head_that_runs_twice_or_never_is_refused():
+    class Shared(Inverted):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x.flip(3))
+
+    class Bypassed(Inverted):
+        def forward(self, x):
+            h = self.hidden(x.flatten(1)).relu()
+            return functional.linear(h, self.classify.weight, self.classify.bias)
+
+    for kind, runs in ((Shared, 2), (Bypassed, 0)):
+        with pytest.raises(ValueError, match=rf"it ran {runs} times"):
+            adapt(kind(), "classify").features(torch.rand(3, 1, 8, 8))
+
+
+def test_the_head_is_confirmed_by_values_once_and_by_shapes_always():
+    inner = Inverted()
+    model, x = adapt(inner, "classify"), torch.rand(3, 1, 8, 8)
+    model(x * torch.nan)  # whatever is not finite confirms nothing, and is refused by what reads it
+    assert not model.confirmed.done
+    model(x)
+    assert model.confirmed.done and not inner.classify._forward_hooks
+    inner.behind = lambda z: z[:, :4]
+    with pytest.raises(ValueError, match=r"of shape \(3, 4\)"):
+        model.features(x)
+
+
+def test_an_adapted_network_compiles_and_is_traced(run_script):
+    """Where there are no values, nothing is compared."""
+    printed = run_script("""
+        import torch
+        from torch import nn
+        from robustood.models import adapt
+
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
+        x = torch.rand(2, 1, 8, 8)
+        for model in (adapt(net), adapt(net)):
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            print(torch.equal(compiled(x), net(x)), model.confirmed.done)
+        print(torch.equal(torch.jit.trace(adapt(net), x)(x), net(x)))
+    """)
+    assert printed.split() == ["True", "False", "True", "False", "True"]
+
+
+def test_the_confirmation_is_no_part_of_the_identity_of_a_network():
+    model = adapt(Inverted(), "classify")
+    before = identity(model=model)
+    model(torch.rand(3, 1, 8, 8))
+    assert model.confirmed.done and identity(model=model) == before
 
 
 def test_adapt_leaves_no_hook_after_an_error():

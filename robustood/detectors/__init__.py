@@ -29,12 +29,13 @@ from robustood.detectors._base import (
 from robustood.detectors._features import KNN, GradNorm, Mahalanobis, ReAct, ViM
 from robustood.detectors._gaussian import Gaussian
 from robustood.detectors._outputs import MSP, ODIN, Energy, Entropy, MaxLogit, RejectClass
-from robustood.detectors._wrapped import wrap
+from robustood.detectors._perturbed import PRO
+from robustood.detectors._wrapped import Wrapped, wrap
 
 __all__ = [
-    "KNN", "MSP", "ODIN", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
-    "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "downhill", "post_hoc", "score_objectives",
-    "wrap",
+    "KNN", "MSP", "ODIN", "PRO", "Detector", "Direction", "Energy", "Entropy", "Gaussian", "GradNorm",
+    "Mahalanobis", "MaxLogit", "ReAct", "RejectClass", "ViM", "Wrapped", "downhill", "post_hoc",
+    "score_objectives", "wrap",
 ]  # fmt: skip
 
 

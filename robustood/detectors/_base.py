@@ -89,7 +89,7 @@ class Detector(nn.Module, ABC):
         if (found := getattr(self.model, name, None)) is None:
             raise TypeError(
                 f"{type(self).__name__} needs model.{name}, which {type(self.model).__name__} lacks; wrap it in "
-                'models.adapt(model, head="name of its last linear layer")'
+                "models.adapt(model)"
             )
         return found
 

@@ -274,7 +274,8 @@ class ViM(Detector):
         if dims > width:
             raise ValueError(f"dims must be at most the number of features, {width}, got {dims}")
         weight = self.class_logits(head.weight.T).T.double()
-        origin = -torch.linalg.pinv(weight) @ self.class_logits(head.bias[None])[0].double()
+        bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+        origin = -torch.linalg.pinv(weight) @ self.class_logits(bias[None])[0].double()
         second = origin.new_zeros(width, width)
         for h, _ in self.stream(self.features, x):
             own = h.double() - origin

@@ -220,7 +220,7 @@ class RejectClass(Detector):
             raise ValueError(
                 "model must have reject outputs (model.reject of at least 1), got a network with "
                 "class outputs only; build it with reject=1, or wrap a network from elsewhere in "
-                "models.adapt(model, head=..., reject=1)"
+                "models.adapt(model, reject=1)"
             )
 
     def halves(self, x: Inputs) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from robustood.detectors._base import Columns, Detector, Direction, Inputs, Values, signed
-from robustood.inputs import as_floats, check_callable, check_choice, check_instance
+from robustood.inputs import (
+    as_floats,
+    check_callable,
+    check_choice,
+    check_instance,
+    check_text,
+    numbers,
+)
 from robustood.losses import log_odds
 from robustood.models import through
 
@@ -29,7 +36,7 @@ class Wrapped(Detector):
         x = as_floats(x)
         found = through(self._called, self, x)
         if not isinstance(found, Tensor):
-            found = torch.as_tensor(np.asarray(found), device=x.device)
+            found = torch.as_tensor(numbers(found, "score"), device=x.device)
         if found.shape != (len(x),) or found.is_complex():
             raise ValueError(
                 f"score must return one number per input, shape ({len(x)},), got {tuple(found.shape)}; reduce it, "
@@ -38,13 +45,14 @@ class Wrapped(Detector):
         return self.sign * (found if found.is_floating_point() else found.double())
 
     def _called(self, x: Tensor) -> object:
-        """The score as it comes; NumPy takes only tensors without a gradient."""
+        """What the score returns; one that calls ``x.numpy()`` has no gradient, and need not detach x for it."""
         try:
             return self.call(x)
         except RuntimeError as error:
             if "Can't call numpy()" not in str(error):
                 raise
-            return self.call(x.detach())
+            with torch.no_grad():
+                return self.call(x.detach())
 
     def attack_objectives(self, x: Inputs, direction: Direction = "raise") -> Columns:
         """The score; to raise it, also the log-odds of each class if the network is known."""
@@ -92,6 +100,8 @@ def wrap(
         check_instance(model, "model", nn.Module, "the network behind the score")
     if features is not None:
         check_callable(features, "features", "features(x)")
+    if name is not None:
+        check_text(name, "name")
     call = _call(score, features)
     own = getattr(score, "__name__", type(score).__name__)
     return Wrapped(call, 1 if higher == "in" else -1, model, name or str(own))
@@ -133,4 +143,4 @@ class _Estimate:
     def __call__(self, x: Tensor) -> object:
         with torch.no_grad():
             h = x if self.features is None else self.features(x)
-        return self.estimate(h.flatten(1).cpu().numpy())
+        return self.estimate(h.detach().flatten(1).cpu().numpy())

@@ -8,13 +8,12 @@ that reject outliers, which :func:`declared_outputs` finds through wrappers.
 
 from __future__ import annotations
 
+from robustood.models._adapted import Adapted, adapt
 from robustood.models._base import (
-    Adapted,
     CCUModel,
     Classifier,
     Mixture,
     Normalise,
-    adapt,
     batch_statistics,
     ccu_model,
     frozen,

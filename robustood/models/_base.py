@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,6 @@ from robustood.inputs import (
     check_values,
     reals,
 )
-
-Output = str | int | Callable[[Any], Tensor] | None  # of what a foreign network returns
 
 
 @contextmanager
@@ -276,87 +274,6 @@ def readout(
         model.head.weight.copy_(weight)
         model.head.bias.copy_(torch.zeros(outputs) if bias is None else bias)
     return model.eval()
-
-
-class Adapted(nn.Module):
-    """A network from elsewhere with the parts that detectors use; made by :func:`adapt`."""
-
-    def __init__(
-        self,
-        inner: nn.Module,
-        where: str,
-        reject: int,
-        normalise: nn.Module | None,
-        output: Output = None,
-    ):
-        super().__init__()
-        self.inner, self.where, self.reject, self.output = inner, where, reject, output
-        self.normalise = normalise or nn.Identity()
-        self.classes = self.head.out_features - reject
-
-    @property
-    def head(self) -> nn.Linear:
-        """The last linear layer."""
-        head = self.inner.get_submodule(self.where)
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"head {self.where!r} must be a linear layer, got {head!r}")
-        return head
-
-    def features(self, x: Tensor) -> Float[Tensor, "batch width"]:
-        """What the head receives."""
-        seen: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            self(x)
-        finally:
-            hook.remove()
-        return seen[0].flatten(1)
-
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """The features, as the only known stage."""
-        return [self.features(x)]
-
-    def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
-        return _entry(self.inner(self.normalise(x)), self.output)
-
-
-def _entry(returned: Any, output: Output) -> Tensor:
-    """The output tensor in what a network returns."""
-    if output is None:
-        return returned
-    if isinstance(output, str) and not isinstance(returned, Mapping):
-        return getattr(returned, output)
-    return returned[output] if isinstance(output, (str, int)) else output(returned)
-
-
-def adapt(
-    module: nn.Module,
-    head: str = "fc",
-    reject: int = 0,
-    normalise: nn.Module | None = None,
-    output: Output = None,
-) -> Adapted:
-    """Give any network, such as torchvision's, the parts of a :class:`Classifier`.
-
-    Args:
-        module: maps what ``normalise`` returns to outputs.
-        head: dotted name of the last linear layer, such as ``"fc"`` or ``"classifier.1"``.
-        reject: number of outputs, the last ones, that reject outliers.
-        normalise: applied to the pixels first, such as :class:`Normalise`.
-        output: where the outputs are, if the network does not return a tensor: an attribute or key such as
-            ``"logits"``, an index such as 0, or a function that extracts them.
-
-    Raises:
-        ValueError: if ``head`` is not the name of a linear layer.
-    """
-    check_instance(module, "module", nn.Module, "a network, such as torchvision's")
-    if normalise is not None:
-        check_instance(normalise, "normalise", nn.Module, "a module, such as Normalise(mean, std)")
-    check_count(reject, "reject")
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    if head not in names:
-        raise ValueError(f"head must name a linear layer, one of {names}, got {head!r}")
-    return Adapted(module, head, reject, normalise, output)
 
 
 class Mixture(nn.Module):

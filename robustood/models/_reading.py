@@ -73,7 +73,7 @@ def split(model: object, z: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"model returns {width} outputs, but it, or a network inside it, declares classes = {classes} and "
             f"reject = {reject}; set both on the {type(model).__name__}, or wrap it in "
-            "models.adapt(model, head=..., reject=1), with the number of outputs that reject"
+            "models.adapt(model, reject=1), with the number of outputs that reject"
         )
     return z[:, :classes], z[:, classes:]
 
@@ -129,7 +129,7 @@ def read(model: Model, x: Tensor) -> Tensor:
     if not isinstance(z, Tensor):
         raise TypeError(
             f"model must return a tensor (batch, outputs), got {type(z).__name__}; extract it with "
-            f"models.adapt(model, head=..., output={_place(z)})"
+            f"models.adapt(model, output={_place(z)})"
         )
     if z.ndim != 2 or len(z) != len(x) or not z.is_floating_point():
         raise ValueError(

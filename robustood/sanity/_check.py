@@ -11,11 +11,11 @@ from robustood import inputs
 from robustood.detectors import Detector
 from robustood.inputs import check_count, check_number, check_seed, finite_inputs
 from robustood.models import frozen
-from robustood.perturbations import Inputs, PerturbationSet, as_set
+from robustood.perturbations import PerturbationSet, as_set
 from robustood.sanity import _checks
 from robustood.sanity._evidence import Case
 from robustood.sanity._findings import Finding, Findings
-from robustood.sanity._subject import Model, Subject, classifier, detector, unchanged
+from robustood.sanity._subject import Inputs, Model, Subject, classifier, detector, unchanged
 
 BATCH = 512  # inputs scored at a time, for a threshold
 

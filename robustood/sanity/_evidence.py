@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from robustood.attacks import APGD, AttackObjective, search, value_and_grad
+from robustood.attacks import APGD, AttackObjective, Rule, Square, search, value_and_grad
 from robustood.inputs import checked_inputs
 from robustood.models import GradientWatch, input_gradient
-from robustood.perturbations import Ball, Inputs, Linf, PerturbationSet
-from robustood.sanity._subject import Side, Subject
+from robustood.perturbations import Ball, Linf, PerturbationSet
+from robustood.sanity._subject import Inputs, Side, Subject
 
 NOISE = 100  # rounding errors, in units of the number type, that a network may accumulate
 SURPLUS = 1.25  # a rise counts as higher than another one if it is a quarter higher
@@ -24,9 +24,10 @@ RESTARTS = 2  # other initial points: a random one, and the clean input
 SIZES = (1.0, 1 / 4, 1 / 16, 1 / 64)  # lengths of a single step, as shares of the radius
 
 
-def noise(values: Tensor, x: Tensor) -> float:
-    """A difference of values that the arithmetic alone may cause, whatever their number type."""
-    return NOISE * torch.finfo(x.dtype).eps * float(values.abs().max())
+def noise(values: Tensor) -> float:
+    """A difference of values that the arithmetic of a network alone may cause; few of them compute in float64."""
+    coarse = max(torch.finfo(values.dtype).eps, torch.finfo(torch.float32).eps)
+    return NOISE * coarse * float(values.detach().abs().max())
 
 
 def _climb(objective: AttackObjective, x: Tensor) -> Tensor:
@@ -78,7 +79,9 @@ class Evidence:
 
     @cached_property
     def tolerance(self) -> float:
-        return noise(self.clean, self.x)
+        """A rise that may be rounding."""
+        with torch.no_grad():
+            return noise(self.side.harm(self.x))
 
     def harm(self, x: Inputs) -> Tensor:
         """What the attacker wants to be high, in float64."""
@@ -96,12 +99,13 @@ class Evidence:
         steps: int | None = None,
         restarts: int = 1,
         seed: int | None = None,
+        rule: Rule | None = None,
     ) -> Inputs:
         """The worst inputs that an attack finds, from one random initial point or more."""
         generator = torch.Generator(self.x.device).manual_seed(self.seed if seed is None else seed)
         return search(
             list(objectives), self.x, within or self.within, steps=self.steps if steps is None else steps,
-            restarts=restarts, rule=APGD(), generator=generator,
+            restarts=restarts, rule=rule or APGD(), generator=generator,
         )  # fmt: skip
 
     # --- gradients
@@ -136,6 +140,11 @@ class Evidence:
         return self.rise(self.white[0])
 
     @cached_property
+    def won(self) -> Tensor:
+        """Who is already where the attacker wants it, so that a stronger attack has nothing to show."""
+        return self.clean + self.white_rise > self.side.goal
+
+    @cached_property
     def stalled(self) -> tuple[Tensor, Tensor]:
         """Whose gradient promises a difference, and whose objective is no higher along it than against it.
 
@@ -153,7 +162,7 @@ class Evidence:
                 for sign in (1, -1)
             )
             slope = ((along - against) * grad).flatten(1).sum(1)
-            promised = promised | (slope > noise(value, x))
+            promised = promised | (slope > noise(value))
             votes = votes + (climbed(along) - climbed(against)).sign()
         return promised, promised & (votes <= 0)
 
@@ -161,8 +170,12 @@ class Evidence:
 
     @cached_property
     def black_rise(self) -> Tensor:
-        """By random members of the set."""
-        return self.rise(self.found([self.side.harm], steps=0, restarts=DRAWS))
+        """By random members of the set, and in a ball by random search."""
+        risen = self.rise(self.found([self.side.harm], steps=0, restarts=DRAWS))
+        if not isinstance(self.within, Ball):
+            return risen
+        rule = Square(generator=torch.Generator(self.x.device).manual_seed(self.seed))
+        return risen.maximum(self.rise(self.found([self.side.harm], steps=QUERIES, rule=rule)))
 
     @cached_property
     def transferred_rise(self) -> Tensor:
@@ -195,13 +208,13 @@ class Evidence:
             span / 2 if isinstance(self.within, Linf) else span / 2 * math.sqrt(self.x[0].numel())
         )
         ball = self.within.scaled(max(reach / self.within.radius, 1))
-        return torch.maximum(self.harm(self.found(self.side.own[:1], ball)), self.clean)
+        return self.clean + self.rise(self.found(self.side.own[:1], ball))
 
     # --- 8 bits, and the user's own attack
 
     @cached_property
     def rounded_rise(self) -> Tensor:
-        """After rounding the white-box result to 8 bits, each pixel towards the clean one, so that it stays in the ball."""
+        """After rounding the white-box result to 8 bits, towards the clean pixel, so that it stays in the ball."""
         moved, whole = 255 * self.white[0], 1e-3  # what is a grey level up to rounding stays one
         down, up = (moved + whole).floor(), (moved - whole).ceil()
         return self.rise((torch.where(self.white[0] > self.x, down, up) / 255).clamp(0, 1))
@@ -217,6 +230,12 @@ class Evidence:
                 f"attack must return inputs shaped like x, {tuple(self.x.shape)}, got {tuple(moved.shape)}"
             )
         return moved
+
+    def outdone(self) -> Tensor:
+        """Who is left by the user's attack with a clearly lower value, not yet won, than by the white-box attack."""
+        given = self.rise(self.given)
+        lost = self.clean + given <= self.side.goal
+        return lost & (self.white_rise > SURPLUS * given + self.tolerance)
 
 
 class Case:
@@ -251,5 +270,6 @@ class Case:
         return self.subject.measure([harm(side) for side in self.sides])
 
     def beaten(self, rise: Callable[[Evidence], Tensor]) -> Tensor:
-        """Whose rise is clearly higher than that of the white-box attack."""
-        return self.gather(lambda side: rise(side) > SURPLUS * side.white_rise + side.tolerance)
+        """Whose rise is clearly higher than that of the white-box attack, among those that it has not won."""
+        higher = lambda side: rise(side) > SURPLUS * side.white_rise + side.tolerance
+        return self.gather(lambda side: higher(side) & ~side.won)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustood.attacks import AttackObjective
@@ -16,8 +17,9 @@ from robustood.inputs import check_labels
 from robustood.losses import cross_entropy, margin, to_uniform
 from robustood.metrics import auroc
 from robustood.models import check_finite, networks, read
-from robustood.perturbations import Inputs, PerturbationSet
+from robustood.perturbations import PerturbationSet
 
+Inputs = Float[Tensor, "_ *shape"]  # sides differ in size
 Model = Callable[[Tensor], Tensor]
 TARGETS = 1  # classes that an attack on a score pulls towards, the likeliest: enough to see that gradients help
 
@@ -33,6 +35,7 @@ class Side:
         own: objectives of the white-box attack on this model; the first is the principal one.
         others: objectives that are not its own, whose maxima are tried as a transfer.
         run: calls an attack of the user's on x within a set.
+        goal: harm above which the attacker has won: a misclassification, or a score like those of the other side.
         loss: the cross-entropy, for a classifier.
         declared: what a detector declares as the value to raise, the first of its attack objectives.
     """
@@ -43,6 +46,7 @@ class Side:
     own: Sequence[AttackObjective]
     others: Sequence[AttackObjective]
     run: Callable[[Callable[..., Tensor], PerturbationSet], Tensor]
+    goal: float
     loss: Callable[[Tensor], Tensor] | None = None
     declared: Callable[[Tensor], Tensor] | None = None
 
@@ -95,7 +99,7 @@ def classifier(model: Model, x: Inputs, y: Tensor) -> Subject:
 
     others = [towards(likeliest[:, [j]]) for j in range(min(2, clean.shape[1] - 1))]
     run = lambda attack, within: attack(model, x, y, within)
-    side = Side("inputs", x, harm, [harm, by_loss], others, run, loss)
+    side = Side("inputs", x, harm, [harm, by_loss], others, run, 0.0, loss)
     accuracy = lambda harms: float((harms[0] < 0).double().mean())
     return Subject(
         [side], logits, logits, accuracy, "accuracy", float(y.bincount().max()) / len(y), y
@@ -106,24 +110,29 @@ def detector(scored: Detector, x: Inputs, outliers: Inputs) -> Subject:
     """A detector: in-distribution scores are to be lowered, those of outliers to be raised."""
     score = lambda v: scored.score(v.clone())
     logits = _network(scored, x)
-    with torch.no_grad():
-        for part in (x, outliers):
-            clean = score(part)
-            check_scores(clean, part)
-            check_finite((~clean.isfinite()).sum(), len(part))
+    typical = []
+    for part in (x, outliers):
+        with torch.no_grad():
+            check_scores(clean := score(part), part)
+        check_finite((~clean.isfinite()).sum(), len(part))
+        typical.append(float(clean.double().median()))
 
-    def side(name: str, v: Inputs, direction: Direction) -> Side:
+    def side(name: str, v: Inputs, direction: Direction, other_side: float) -> Side:
         sign = 1 if direction == "raise" else -1
         harm = lambda v: sign * score(v)
-        others = [harm if logits is None else lambda v: sign * to_uniform(logits(v))]
+        other = harm if logits is None else lambda v: sign * to_uniform(logits(v))
         return Side(
             name, v, harm, score_objectives(scored, v, direction, TARGETS),
-            [_judged(each, harm) for each in others],
+            [lambda v: (other(v), harm(v))],
             lambda attack, within: attack(scored, v, within, direction=direction),
+            sign * other_side,
             declared=lambda v: scored.attack_objectives(v.clone(), direction)[:, 0],
         )  # fmt: skip
 
-    sides = [side("in-distribution inputs", x, "lower"), side("outliers", outliers, "raise")]
+    sides = [
+        side("in-distribution inputs", x, "lower", typical[1]),
+        side("outliers", outliers, "raise", typical[0]),
+    ]
     area = lambda harms: auroc((-harms[0]).cpu().numpy(), harms[1].cpu().numpy())
     return Subject(sides, lambda v: score(v)[:, None], logits, area, "AUROC", 0.5)
 
@@ -136,10 +145,6 @@ def check_scores(values: object, x: Inputs) -> None:
             f"the detector must return a tensor of one score per sample, ({len(x)},), got {seen}; average or "
             "select inside its score"
         )
-
-
-def _judged(climbed: AttackObjective, judge: Callable[[Tensor], Tensor]) -> AttackObjective:
-    return lambda v: (climbed(v), judge(v))
 
 
 def _network(scored: Detector, x: Inputs) -> Callable[[Tensor], Tensor] | None:
@@ -160,10 +165,9 @@ def unchanged(subject: object, device: torch.device, seed: int) -> Generator[Non
     """Restore parameters, buffers, generators and the global random state on leaving; inside, a seed is set."""
     found = [part for network in networks(subject) for part in network.modules()]
     kept = [
-        (table, name, value, value.detach().clone())
+        (part, name, value, value.detach().clone())
         for part in found
-        for table in (part._parameters, part._buffers)
-        for name, value in table.items()
+        for name, value in (part._parameters | part._buffers).items()
         if value is not None
     ]
     held = [v for part in found for v in vars(part).values() if isinstance(v, torch.Generator)]
@@ -175,8 +179,9 @@ def unchanged(subject: object, device: torch.device, seed: int) -> Generator[Non
             yield
     finally:
         with torch.no_grad():
-            for table, name, value, before in kept:
-                table[name] = value
+            for part, name, value, before in kept:
+                if getattr(part, name) is not value:
+                    setattr(part, name, value)
                 if not torch.equal(value, before):
                     value.copy_(before)
         for generator, state in zip(held, states, strict=True):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from robustood.attacks import pgd
 from robustood.detectors import MSP, Detector, Direction, Energy, RejectClass
 from robustood.detectors._base import Columns, Values, signed
-from robustood.inputs import check_instance
+from robustood.inputs import check_instance, finite_inputs
 from robustood.losses import log_odds
-from robustood.models import declared_outputs
-from robustood.perturbations import Inputs, Linf, PerturbationSet
+from robustood.models import Classifier, declared_outputs
+from robustood.perturbations import Linf, PerturbationSet
 from robustood.sanity._check import check
 from robustood.sanity._findings import Findings
+from robustood.sanity._subject import Inputs
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Defence:
         **settings: Any,
     ) -> Findings:
         """:func:`check` on this defence; a detector is given the outliers, a classifier the labels."""
+        x, outliers = finite_inputs(x), finite_inputs(outliers, "outliers")
+        if outliers.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"outliers must be shaped like x, (outliers, {', '.join(map(str, x.shape[1:]))}), got "
+                f"{tuple(outliers.shape)}"
+            )
         prepare = self.prepare or (lambda v: v)
         other = prepare(outliers) if isinstance(self.subject, Detector) else y
         if self.attack is not None:
@@ -55,14 +62,13 @@ class Defence:
         return check(self.subject, prepare(x), other, within, **settings)
 
 
-def zoo(network: nn.Module, robust: nn.Module, exposed: nn.Module) -> dict[str, Defence]:
-    """Defences by name: thirteen broken ones, built around a network that has no defence, and five honest ones.
+def zoo(network: Classifier, robust: nn.Module, exposed: nn.Module) -> dict[str, Defence]:
+    """Defences by name: broken ones around a network that has no defence, and honest ones.
 
     The networks are copied and left as they are.
 
     Args:
-        network: trained without defence; with ``normalise`` as its first layer, as those of
-            :mod:`robustood.models` have.
+        network: trained without defence.
         robust: trained against attacks.
         exposed: trained on outliers, attacked or not; with reject outputs :class:`~robustood.detectors.RejectClass`
             joins the honest ones.
@@ -72,10 +78,12 @@ def zoo(network: nn.Module, robust: nn.Module, exposed: nn.Module) -> dict[str, 
     >>> defences["saturated logits"].expected
     'saturation'
     """
-    for name, given in (("network", network), ("robust", robust), ("exposed", exposed)):
+    check_instance(network, "network", Classifier, "a trained network, such as small_cnn()")
+    for name, given in (("robust", robust), ("exposed", exposed)):
         check_instance(given, name, nn.Module, "a trained network, such as small_cnn()")
-    network, robust, exposed = (copy.deepcopy(each).eval() for each in (network, robust, exposed))
-    return {**_masked(network), **_misused(network), **_honest(network, robust, exposed)}
+    plain = copy.deepcopy(network).eval()
+    robust, exposed = (copy.deepcopy(each).eval() for each in (robust, exposed))
+    return {**_masked(plain), **_misused(plain), **_honest(plain, robust, exposed)}
 
 
 def _masked(network: nn.Module) -> dict[str, Defence]:
@@ -124,12 +132,11 @@ def _masked(network: nn.Module) -> dict[str, Defence]:
     }
 
 
-def _misused(network: nn.Module) -> dict[str, Defence]:
+def _misused(network: Classifier) -> dict[str, Defence]:
     """Networks that are given, attacked or left in the wrong way."""
     bare = copy.deepcopy(network)
     bare.normalise = nn.Identity()
-    classes, reject = declared_outputs(network)
-    outputs = (classes or 0) + reject
+    outputs = network.classes + network.reject
     norms = [nn.BatchNorm1d(outputs, track_running_stats=tracked) for tracked in (True, False)]
     return {
         "batch norm in train mode": Defence(
@@ -144,7 +151,7 @@ def _misused(network: nn.Module) -> dict[str, Defence]:
         ),
         "vacuous start": Defence(
             network,
-            "Start and steps are smaller than a grey level and are truncated to 8 bits, so that the attack never moves.",
+            "Start and steps, smaller than a grey level, are truncated to 8 bits: the attack never moves.",
             "no_op",
             attack=truncated_attack,
         ),

@@ -237,6 +237,6 @@ def _reject(model: nn.Module, x: Tensor) -> Int[Tensor, " batch"]:
     if classes is None or rejects != 1:
         raise ValueError(
             f"model must have one reject output, got {rejects}; build it with reject=1, or wrap a network from "
-            "elsewhere in models.adapt(model, head=..., reject=1)"
+            "elsewhere in models.adapt(model, reject=1)"
         )
     return torch.full((len(x),), classes, device=x.device)

@@ -7,7 +7,7 @@ network and, where single precision matters, on well-conditioned random features
 import pytest
 import torch
 
-from robustood import detectors
+from robustood import detectors, metrics
 from robustood.models import readout
 
 pytestmark = pytest.mark.oracle
@@ -172,3 +172,52 @@ def test_react_agrees(peer, net, book, inputs):
 def test_gradnorm_agrees(peer, net, inputs):
     theirs = peer.GradNorm(net, param_filter=lambda name: name == "head.weight").to("cpu")
     agree(detectors.GradNorm(net).paper_score(inputs), theirs.predict(inputs), "GradNorm")
+
+
+@pytest.mark.parametrize("name", ["MaxSoftmax", "EnergyBased"])
+def test_a_wrapped_detector_scores_as_ours(peer, net, inputs, name):
+    """Their outlier scores, told to be higher for outliers, become the published scores here."""
+    theirs = detectors.wrap(getattr(peer, name)(net), higher="out")
+    ours = {"MaxSoftmax": detectors.MSP, "EnergyBased": detectors.Energy}[name](net)
+    with torch.no_grad():
+        agree(ours.paper_score(inputs), -theirs.score(inputs), name)
+
+
+@pytest.fixture(params=[None, 1, 0], ids=["no ties", "ties", "mostly ties"])
+def scored(request):
+    """Scores of both sides, rounded to so many decimals, and what theirs takes: outlier scores and labels."""
+    generator = torch.Generator().manual_seed(8)
+    a = 1 + torch.randn(700, generator=generator, dtype=torch.float64)
+    b = 1.5 * torch.randn(400, generator=generator, dtype=torch.float64)
+    if request.param is not None:
+        a, b = a.round(decimals=request.param), b.round(decimals=request.param)
+    return a, b, -torch.cat([a, b]), torch.cat([torch.zeros(700), -torch.ones(400)])
+
+
+def test_the_metrics_agree_ties_included(peer, scored):
+    """Theirs has the outliers as positives, always; AUROC and FPR need no other difference."""
+    from pytorch_ood.metrics import functional
+
+    a, b, outlier_scores, labels = scored
+    theirs = functional.auroc(outlier_scores, labels).item()
+    assert metrics.auroc(a, b) == pytest.approx(theirs, abs=1e-12)
+    for tpr in (0.5, 0.8, 0.95, 1.0):
+        theirs = functional.fpr_at_tpr(outlier_scores, labels, tpr).item()
+        assert metrics.fpr_at_tpr(a, b, tpr, positive="out") == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize(("positive", "name"), [("in", "id"), ("out", "ood")])
+def test_the_area_under_precision_and_recall_differs_by_the_rule_alone(
+    peer, scored, positive, name
+):
+    """Ours adds steps. Theirs joins the same points by straight lines, whose area may be larger or smaller."""
+    from pytorch_ood.metrics import functional
+
+    a, b, outlier_scores, labels = scored
+    precision, recall, _ = functional.pr_curve(outlier_scores, labels, positive=name)
+    steps = -((recall[1:] - recall[:-1]) * precision[:-1]).sum().item()
+    ours = metrics.aupr(a, b, positive=positive)
+    assert ours == pytest.approx(steps, abs=1e-12)
+    lines = functional.aupr(outlier_scores, labels, positive=name).item()
+    print(f"AUPR, {positive} positive: steps {ours:.4f}, lines {lines:.4f}")
+    assert abs(ours - lines) < 0.1

@@ -1,0 +1,65 @@
+"""What the standard evaluation of a detector rests on: how many classes an attack must pull towards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from experiments.harness import Row, digits, experiment, grid, train
+from robustood import metrics
+from robustood import objectives as rules
+from robustood.attacks import robust_accuracy
+from robustood.data import Data, Split
+from robustood.detectors import MSP
+from robustood.evaluate import attack_score, scores
+from robustood.models import small_cnn
+from robustood.perturbations import Linf
+
+FIT: Row = {"batch_size": 64, "epochs": 20, "lr": 3e-3}
+EPS = {"standard": 0.05, "ADV": 0.1}
+
+
+def turned(part: Split) -> Split:
+    """Each digit in four orientations, each of which is a class of its own: 40 classes."""
+    x = torch.cat([part.x.rot90(k, (2, 3)) for k in range(4)])
+    y = torch.cat([4 * part.y + k for k in range(4)])
+    return Split(x, y)
+
+
+def many_classes() -> Data:
+    """The digits with 40 classes."""
+    found = digits()
+    return replace(found, train=turned(found.train), val=turned(found.val), test=turned(found.test))
+
+
+@experiment(
+    grid(training=("standard", "ADV")),
+    {
+        **FIT,
+        "eps": EPS,
+        "classes": 40,
+        "detector": "MSP",
+        "images": "100 letters, raised; 400 turned digits, clean",
+        "attack": "APGD, 50 steps, 1 random start; the score and its T likeliest classes, best by the score",
+    },
+)
+def targets(training: str, seed: int) -> Row:
+    """AUROC with the outliers attacked towards the T likeliest of 40 classes; 40 are all.
+
+    Shown in book/12_sanity.md, "The standard evaluation".
+    """
+    data, model = many_classes(), small_cnn(40, seed=seed)
+    objective = rules.Standard() if training == "standard" else rules.ADV(EPS[training])
+    seconds = train(model, objective, data, seed=seed, **FIT)
+    detector, within = MSP(model), Linf(EPS[training])
+    inside, letters = data.test.x[::5], digits().ood["letters"][:100]
+    clean = scores(detector, inside)
+
+    def left(count: int) -> metrics.Estimate:
+        moved = attack_score(detector, letters, within, direction="raise", steps=50, targets=count)
+        return metrics.confidence_interval(metrics.auroc, clean, scores(detector, moved))
+
+    areas = {str(count): left(count) for count in (0, 1, 3, 10, 20, 40)}
+    accuracy = robust_accuracy(model, inside, data.test.y[::5])
+    return {"clean": accuracy, "auroc by T": areas, "seconds": seconds}

@@ -1,0 +1,64 @@
+"""The page about one's own model: each of its snippets runs, and is short."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+PAGE = (Path(__file__).parents[1] / "book" / "own_model.md").read_text("utf-8")
+SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.+?)```", PAGE, re.M | re.S))
+TORCHVISION, TIMM, PYTORCH_OOD, FUNCTION, FOREST = SNIPPETS
+
+
+def images(n, channels, size, seed):
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def printed(title, capsys, channels=1, size=8):
+    """What a snippet prints, for a few images and a tiny network."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    x_in, x_out, x_train = (images(n, channels, size, seed) for seed, n in enumerate((2, 2, 30)))
+    given = {"net": net, "x_in": x_in, "x_out": 0.2 + 0.1 * x_out, "x_train": x_train}
+    exec(SNIPPETS[title], given)
+    return capsys.readouterr().out
+
+
+def test_no_snippet_is_longer_than_ten_lines():
+    assert len(SNIPPETS) == 5
+    for title, code in SNIPPETS.items():
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10, title
+        assert "print(evaluate.standard(detector, x_in," in code.splitlines()[-1], title
+
+
+@pytest.mark.parametrize(
+    ("title", "attack"), [(FUNCTION, "another random start"), (FOREST, "Square")]
+)
+def test_a_snippet_about_a_score_prints_a_report(capsys, title, attack):
+    found = printed(title, capsys)
+    assert "by standard-1" in found and "both attacked" in found
+    assert attack in found and ("APGD" in found) == (title is FUNCTION)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_snippet_about_torchvision_prints_a_report(capsys, size):
+    found = printed(TORCHVISION, capsys, channels=3, size=size)
+    assert "Energy" in found and "as in ALOE" in found and "Square" in found
+
+
+@pytest.mark.oracle
+def test_the_snippet_about_timm_prints_a_report(capsys):
+    pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm==1.0.31")
+    found = printed(TIMM, capsys, channels=3, size=32)
+    assert "MSP" in found and "as in ALOE" in found and "Square" in found
+
+
+@pytest.mark.oracle
+def test_the_snippet_about_pytorch_ood_prints_a_report(capsys):
+    pytest.importorskip(
+        "pytorch_ood", reason="pytorch-ood is not installed: pip install --no-deps pytorch-ood"
+    )
+    found = printed(PYTORCH_OOD, capsys)
+    assert "MaxSoftmax" in found and "as in ALOE" in found and "Square" in found

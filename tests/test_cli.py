@@ -657,6 +657,10 @@ def test_arguments_that_argparse_refuses(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--help"])
     assert left.value.code == 0 and "Exit codes: 0 done" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["attack", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 attack is done, but its checks found errors" in said and "such as 8/255" in said
 
 
 def test_recipes_are_listed_with_what_they_are_about(capsys):

@@ -45,7 +45,8 @@ def test_the_snippet_about_an_estimator_prints_a_report(capsys):
     assert "IsolationForest" in found and "Square" in found and "APGD" not in found
 
 
-@pytest.mark.parametrize("size", [32, pytest.param(224, marks=pytest.mark.slow)])
+@pytest.mark.slow  # half a minute of forward passes
+@pytest.mark.parametrize("size", [32, 224])
 def test_the_snippet_about_torchvision_prints_a_report(capsys, size):
     found = printed(TORCHVISION, capsys, channels=3, size=size)
     assert "Energy" in found and "as in ALOE" in found and "Square" in found

@@ -113,7 +113,6 @@ def test_each_test_file_belongs_to_a_module():
         "typecheck",
         "photographs",
         "doors",
-        "second_zoo",
         "test_second_zoo",
     }
     strays = [

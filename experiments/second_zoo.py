@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustood import models, objectives
 from robustood.attacks import APGD, Ascent, AttackObjective, Square, maximise, pgd
 from robustood.data import Data
-from robustood.detectors import MSP, Detector, Mahalanobis, RejectClass
+from robustood.detectors import MSP, Detector, Direction, Mahalanobis, RejectClass
 from robustood.evaluate import attack_score, scores
 from robustood.losses import margin
 from robustood.metrics import auroc
@@ -267,17 +267,18 @@ def _verify_classifier(entry: Entry, data: Data, samples: int) -> Verdict:
 
 
 def _verify_detector(entry: Entry, data: Data, samples: int) -> Verdict:
-    detector, within = entry.model_or_detector, RADIUS["detector"]
-    sides = {
+    detector, source = cast(Detector, entry.model_or_detector), cast(Detector, entry.source)
+    within = RADIUS["detector"]
+    sides: dict[Direction, Tensor] = {
         "lower": data.test.x[:samples],
         "raise": torch.cat([data.ood[name][: samples // 2] for name in ("letters", "patches")]),
     }
 
-    def transfer(judge: Detector, x: Tensor, direction: str) -> list[AttackObjective]:
+    def transfer(judge: Detector, x: Tensor, direction: Direction) -> list[AttackObjective]:
         sign = 1 if direction == "raise" else -1
-        return [lambda v: (sign * entry.source.score(v), sign * judge.score(v))]
+        return [lambda v: (sign * source.score(v), sign * judge.score(v))]
 
-    def attacked(**how) -> dict[str, Tensor]:
+    def attacked(**how: Any) -> dict[Direction, Tensor]:
         moved = {
             side: attack_score(detector, x, within, direction=side, targets=2, **how)
             for side, x in sides.items()

@@ -1,8 +1,8 @@
 """The second zoo: its broken defences are broken, and its honest ones are not."""
 
 import pytest
-from experiments.second_zoo import second_zoo, verify
 
+from experiments.second_zoo import second_zoo, verify
 from robustood.models import small_cnn
 from robustood.objectives import Adversarial, Standard
 from robustood.training import fit

@@ -66,8 +66,9 @@ def test_a_box_shows_no_gradient(name, clean):
 
 def test_the_honest_box_falls_a_little_and_the_masked_one_far(verdicts):
     honest, masked = verdicts[HONEST], verdicts[MASKED]
-    assert honest.after.auroc.value > 0.8 and masked.after.auroc.value < 0.4
-    assert honest.before.auroc.value - honest.after.auroc.value < 0.2
+    assert honest.after.auroc.value > 0.8 and masked.after.auroc.value < 0.6
+    fall = {v.name: v.before.auroc.value - v.after.auroc.value for v in (honest, masked)}
+    assert fall[HONEST] < 0.15 and fall[MASKED] > 0.3
     assert verdicts[MISCALIBRATED].after.auroc.value > 0.8  # its ranking is good
     assert masked.moved == pytest.approx(0.1, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""What the standard evaluation of a detector rests on: how many classes an attack must pull towards."""
+"""What the standard evaluation of a detector rests on: the number of classes to pull towards, and the checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from experiments.harness import Row, digits, experiment, grid, train
-from robustood import metrics
+from experiments.second_zoo import RADIUS, second_zoo
+from robustood import metrics, sanity
 from robustood import objectives as rules
 from robustood.attacks import robust_accuracy
 from robustood.data import Data, Split
@@ -63,3 +64,31 @@ def targets(training: str, seed: int) -> Row:
     areas = {str(count): left(count) for count in (0, 1, 3, 10, 20, 40)}
     accuracy = robust_accuracy(model, inside, data.test.y[::5])
     return {"clean": accuracy, "auroc by T": areas, "seconds": seconds}
+
+
+@experiment(
+    grid(),
+    {
+        "standard": {"epochs": 40, "lr": 3e-3},
+        "robust": {"eps": 0.15, "epochs": 20, "lr": 3e-3},
+        "radius": {kind: within.eps for kind, within in RADIUS.items()},
+        "images": "200 digits, 200 letters, of which a check draws 64 each",
+    },
+)
+def second(seed: int) -> Row:
+    """What the checks say of a second zoo of defences, written without knowledge of the checks.
+
+    Shown in book/12_sanity.md, "A second zoo".
+    """
+    plain, robust = small_cnn(seed=seed), small_cnn(seed=seed)
+    seconds = train(plain, rules.Standard(), digits(), seed=seed, epochs=40)
+    seconds += train(robust, rules.ADV(RADIUS["classifier"].eps), digits(), seed=seed, epochs=20)
+    x, letters = digits().test.x[:200], digits().ood["letters"][:200]
+    found: Row = {}
+    for entry in second_zoo(plain, robust, digits(), seed):
+        y = letters if entry.kind == "detector" else digits().test.y[:200]
+        findings = sanity.check(entry.model_or_detector, x, y, RADIUS[entry.kind], seed=seed)
+        levels = {"errors": findings.errors, "warnings": findings.warnings}
+        named = {level: {each.check: each.value for each in of} for level, of in levels.items()}
+        found[entry.name] = {"broken": entry.broken, "why": entry.why, **named}
+    return {"defences": found, "seconds": seconds}

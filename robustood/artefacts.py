@@ -1,8 +1,8 @@
 """The files that ship with the project: results, the scores behind them, and weights.
 
 A checkout holds ``data/results/NAME.json``, ``data/scores/NAME.npz`` and ``data/weights/NAME.safetensors``; an
-installed package has the first two. :func:`save` copies the folder of a run (:func:`robustood.recipes.train`) to
-these places, and :func:`restore` rebuilds the folder from them.
+installed package has the first two, and of the weights those of :mod:`robustood.challenge`. :func:`save` copies the
+folder of a run (:func:`robustood.recipes.train`) to these places, and :func:`restore` rebuilds the folder from them.
 """
 
 from __future__ import annotations

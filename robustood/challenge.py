@@ -3,7 +3,7 @@
 One of the boxes ``"A"``, ``"B"`` and ``"C"`` is as robust as it seems, one hides its weakness, and one does not keep
 what its threshold promises. Which is which is for you to find out, from the scores alone:
 
-1. :func:`clean_images` returns 100 digits and 100 letters. Move each of them within :data:`WITHIN`, the digits to a low
+1. :func:`clean_images` returns 100 digits and 100 letters. Move each of them within ``WITHIN``, the digits to a low
    score, the letters to a high one.
 2. ``box("A").score(x)`` answers as often as you like. It has no gradient.
 3. :func:`judge` verifies that each image lies in the set around its own clean image, and measures what is left.
@@ -26,7 +26,7 @@ from robustood import artefacts, metrics, tables
 from robustood.checkpoints import load_weights, read_json
 from robustood.data import digits
 from robustood.detectors import MSP
-from robustood.inputs import TOLERANCE, check_instance, check_number, check_values, suggest
+from robustood.inputs import TOLERANCE, check_choice, check_instance, check_number, check_values
 from robustood.metrics import Estimate
 from robustood.models import small_cnn
 from robustood.perturbations import Linf
@@ -121,15 +121,18 @@ def names() -> tuple[str, ...]:
     return ("A", "B", "C")
 
 
-@lru_cache
 def box(name: str) -> Box:
     """A box by its name.
 
     Raises:
-        ValueError: for an unknown name, or if the weights are missing; they come with a checkout of the repository.
+        ValueError: for an unknown name, or damaged weights.
     """
-    if name not in names():
-        raise ValueError(f"no box {name!r}; {suggest(str(name), names())}")
+    check_choice(name, "name", names())
+    return _loaded(name)
+
+
+@lru_cache
+def _loaded(name: str) -> Box:
     file = artefacts.find("weights", f"challenge_{name.lower()}")
     card = read_json(file.with_suffix(".json"), ("width", "step", "threshold"))
     model = small_cnn(width=card["width"])
@@ -176,10 +179,10 @@ def judge(box: Box, images: Images) -> Verdict:
     distances = WITHIN.norm(moved - clean)
     outside = [*_too_far(distances), *_out_of_range(moved)]
     if outside:
-        more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
+        more = f"; and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
         raise ValueError(
-            f"images lie outside the set in {len(outside)} places: {'; '.join(outside[:_SHOWN])}{more}; project them "
-            "by WITHIN.project(clean, images - clean)"
+            f"images must lie in the set, but {'; '.join(outside[:_SHOWN])}{more}; project them by "
+            "WITHIN.project(clean, images - clean)"
         )
     return Verdict(box.name, _rates(box, clean), _rates(box, moved), float(distances.max()))
 

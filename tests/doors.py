@@ -15,7 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robustood import artefacts, data, detectors, evaluate, metrics, mining, objectives, sanity, toy
+from robustood import (
+    artefacts,
+    challenge,
+    data,
+    detectors,
+    evaluate,
+    metrics,
+    mining,
+    objectives,
+    sanity,
+    toy,
+)
 from robustood.attacks import APGD, Ascent
 from robustood.checkpoints import save_weights
 from robustood.detectors import MSP, post_hoc
@@ -69,6 +80,11 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "data.Pairs.*": LOOP,
     "data.Views.redraw": LOOP,
     "data.fetch": FETCHES,
+    "challenge.Box": RESULT,
+    "challenge.Rates": RESULT,
+    "challenge.Verdict": RESULT,
+    "challenge.log_odds": LOOP,
+    "challenge.Verdict.cells": PARTS,
     "data.redrawn": LOOP,
     "callables.function_state": PARTS,
     "detectors.Gaussian": PARTS,
@@ -355,6 +371,11 @@ def calls(tmp: Path):
         "data.Views.of": dict(
             self=data.Views, views=torch.stack([X, U], 1), labels=Y, pairing="any", seed=0
         ),
+        "challenge.Box.score": dict(self=challenge.box("C"), x=X),
+        "challenge.box": dict(name="A"),
+        "challenge.clean_images": {},
+        "challenge.judge": dict(box=challenge.box("C"), images=challenge.clean_images()),
+        "challenge.names": {},
         "data.available": dict(root=tmp),
         "data.check": dict(name="mine", split="test", root=tmp),
         "data.compress": dict(images=COLOURED, quality=80),
@@ -370,6 +391,7 @@ def calls(tmp: Path):
         "data.glyphs": dict(which="test", n=3, seed=0, pen=True),
         "data.hold_out": dict(split=data.Split(X, Y), n=2, seed=0),
         "data.light_grid": dict(elevations=[30.0, 50.0], azimuths=[0, 90], warmths=[0.5], strength=0.5),
+        "data.sample": dict(source=tmp / "tree", n=1, size=8, seed=0, root=tmp),
         "data.load": dict(name="mine", split="test", root=tmp),
         "data.noise": dict(n=3, seed=0),
         "data.paired": dict(data=DATA, change=lambda x, generator: x.flip(3), border=1, seed=0),

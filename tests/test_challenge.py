@@ -66,8 +66,9 @@ def test_a_box_shows_no_gradient(name, clean):
 
 def test_the_honest_box_falls_a_little_and_the_masked_one_far(verdicts):
     honest, masked = verdicts[HONEST], verdicts[MASKED]
-    assert honest.after.auroc.value > 0.8 and masked.after.auroc.value < 0.4
-    assert honest.before.auroc.value - honest.after.auroc.value < 0.2
+    assert honest.after.auroc.value > 0.8 and masked.after.auroc.value < 0.6
+    fall = {v.name: v.before.auroc.value - v.after.auroc.value for v in (honest, masked)}
+    assert fall[HONEST] < 0.15 and fall[MASKED] > 0.3
     assert verdicts[MISCALIBRATED].after.auroc.value > 0.8  # its ranking is good
     assert masked.moved == pytest.approx(0.1, abs=1e-6)
 
@@ -96,9 +97,9 @@ def test_the_threshold_of_one_box_does_not_keep_its_promise():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda x: x[7].add_(0.15).clamp_(0, 1), r"in 1 places: image 7 is moved by 0\.15, at most"),
+        (lambda x: x[7].add_(0.15).clamp_(0, 1), r"in the set, but image 7 is moved by 0\.15, at most"),
         (lambda x: x[150].sub_(0.05), r"image 150 has values in \[-0\.05, .*\], outside \[0, 1\]"),
-        (lambda x: x.copy_(1 - x), r"in 200 places: .*image 9 is moved by .* and 190 more; project"),
+        (lambda x: x.copy_(1 - x), r"image 9 is moved by 1, at .*; and 190 more; project"),
         (lambda x: x[0].mul_(torch.nan), "images contains NaN or infinity"),
     ],
 )  # fmt: skip
@@ -125,13 +126,13 @@ def test_what_is_just_inside_passes(clean):
         (lambda x: x.numpy(), "images must be a torch.Tensor, got ndarray"),
     ],
 )
-def test_images_of_another_form_are_refused(images, said, clean):
+def test_images_of_another_form_are_refused(images, said, clean, untyped):
     with pytest.raises(ValueError, match=said):
         judge(challenge.box(HONEST), images(clean))
 
 
-def test_unknown_boxes_and_other_things_are_refused(clean):
-    with pytest.raises(ValueError, match="no box 'D'; there are: A, B, C"):
+def test_unknown_boxes_and_other_things_are_refused(clean, untyped):
+    with pytest.raises(ValueError, match="name must be one of 'A', 'B', 'C', got 'D'"):
         challenge.box("D")
     with pytest.raises(ValueError, match=r"box must be a box, such as challenge\.box\(.A.\)"):
         judge("A", clean)

@@ -657,6 +657,10 @@ def test_arguments_that_argparse_refuses(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--help"])
     assert left.value.code == 0 and "Exit codes: 0 done" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["attack", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 attack is done, but its checks found errors" in said and "such as 8/255" in said
 
 
 def test_recipes_are_listed_with_what_they_are_about(capsys):
@@ -705,32 +709,32 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("import no_such_library")
     noise = np.random.default_rng(0)
-    for name, levels in {"day/a": (120, 200), "day/b": (120, 200), "night": (60, 150)}.items():
+    for name, level in {"day/a": 90, "day/b": 95, "night": 60}.items():
         (tmp_path / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = noise.integers(*levels, (8, 8, 3)).astype(np.uint8)
+        for number in range(4):
+            pixels = (level + 15 * number + noise.integers(0, 9, (8, 8, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
-    np.save(tmp_path / "dusk.npy", noise.uniform(0.2, 0.6, (5, 3, 8, 8)))
+    np.save(tmp_path / "dusk.npy", noise.uniform(0.2, 0.6, (4, 3, 8, 8)))
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
 
 
+SETS = ["day", "night", "dusk.npy"]
 ATTACK = ["--eps", "8/255", "--size", "8", "--n", "8"]
 
 
 def test_attack_gives_the_numbers_of_the_standard_evaluation(mine, capsys):
-    sets = ["day", "night", "dusk.npy"]
-    assert cli.main(["attack", "mine.py:dark", *sets, *ATTACK, "--out", "mine.json"]) in (0, 4)
+    assert cli.main(["attack", "mine.py:dark", *SETS, *ATTACK, "--out", "mine.json"]) in (0, 4)
     said = capsys.readouterr().out
     assert "night: APGD on the score on " in said and "full report: mine.json" in said
     found = StandardReport.from_json("mine.json")
     assert str(found) in said and "darkness within Linf" in said
 
-    x = {each: data.pixels(data.sample(each, 8, size=8)) for each in sets}
+    x = {each: data.pixels(data.sample(each, 8, size=8)) for each in SETS}
     darkness = wrap(lambda v: v.flatten(1).mean(1), higher="out")
     outliers = {"night": x["night"], "dusk": x["dusk.npy"]}
     again = standard(darkness, x["day"], outliers, Linf(8 / 255))
-    assert [len(each) for each in x.values()] == [8, 6, 5]
+    assert [len(each) for each in x.values()] == [8, 4, 4]
     for side, report in again.reports.items():
         assert found[side].rows == report.rows
         assert found[side].settings["data"] == "day"
@@ -740,10 +744,10 @@ def test_attack_gives_the_numbers_of_the_standard_evaluation(mine, capsys):
 
 @pytest.mark.parametrize("how", [["mine:bright"], ["mine.py:brightness", "--higher", "in"]])
 def test_a_detector_and_a_score_with_its_direction_are_the_same(how, mine, capsys):
-    assert cli.main(["attack", *how, "day", "night", *ATTACK, "--norm", "l2", "--out", "a.json"]) in (0, 4)  # fmt: skip
+    assert cli.main(["attack", *how, *SETS, *ATTACK, "--norm", "l2", "--out", "a.json"]) in (0, 4)  # fmt: skip
     capsys.readouterr()
     found = StandardReport.from_json("a.json")
-    assert found["none"]["night"]["auroc"].value > 0.9 > 0.5 > found["both"]["night"]["fpr"].value
+    assert found["none"]["night"]["auroc"].value > found["both"]["night"]["auroc"].value
     assert "L2(eps=0.031" in found["both"].settings["within"]
 
 
@@ -818,7 +822,7 @@ def test_judge_prints_the_verdict(tmp_path, capsys):
     assert cli.main(["judge", "C", str(tmp_path / "moved.npz")]) == 2
     assert "image 7 is moved by 0.25, at most 0.1 is allowed" in capsys.readouterr().err
     assert cli.main(["judge", "D", str(tmp_path / "clean.npy")]) == 2
-    assert "no box 'D'; there are: A, B, C" in capsys.readouterr().err
+    assert "name must be one of 'A', 'B', 'C', got 'D'" in capsys.readouterr().err
 
 
 def test_data_commands(packs, tmp_path, monkeypatch, capsys):

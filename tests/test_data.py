@@ -1892,3 +1892,58 @@ def test_relit_scenes_are_seeded_and_split():
     assert torch.equal(test.labels, scenes(10, 2).kind) and test.views.shape == (10, 4, 3, 16, 16)
     with pytest.raises(ValueError, match="size must be a whole number of at least 8"):
         scenes(3, 0, size=4)
+
+
+# --- images from wherever they lie
+
+
+@pytest.fixture
+def places(tmp_path):
+    """The same ten images in a folder, a pack, a .npy and a .npz file, by its name."""
+    from PIL import Image
+
+    x = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{number}.png")
+    moved = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    np.save(tmp_path / "x.npy", moved)
+    np.savez(tmp_path / "x.npz", moved)
+    np.save(tmp_path / "floats.npy", moved / 255)
+    data.write_pack(tmp_path / "mine_test.npz", x, [0] * 10)
+    return tmp_path, torch.from_numpy(moved)
+
+
+def test_images_are_the_same_wherever_they_lie(places):
+    folder, x = places
+    for source in ("photos", "x.npy", "x.npz", "mine_test.npz"):
+        assert data.sample(folder / source, size=8).equal(x), source
+        few = data.sample(folder / source, 4, size=8, seed=3)
+        rows = [(x == each).flatten(1).all(1).nonzero().item() for each in few]
+        assert len(few) == 4 and rows == sorted({*rows}), "in their order, each once"
+        assert few.equal(data.sample(str(folder / source), 4, size=8, seed=3))
+    assert data.sample("mine:test", root=folder).equal(x)
+    floats = data.sample(folder / "floats.npy")
+    assert floats.dtype == torch.float32 and (255 * floats - x).abs().max() < 1e-4
+    assert len(data.sample(folder / "photos", 99, size=8)) == 10
+    draws = [data.sample(folder / "x.npy", 4, seed=seed) for seed in (0, 1)]
+    assert not draws[0].equal(draws[1])
+
+
+def test_images_that_cannot_be_read_are_named(places):
+    folder, x = places
+    np.savez(folder / "two.npz", a=x, b=x)
+    np.save(folder / "whole.npy", x.numpy().astype(int))
+    np.save(folder / "none.npy", x[:0].numpy())
+    (folder / "text.npy").write_text("no array")
+    for source, said in {
+        "two.npz": r"two\.npz is not a \.npy file.*it holds 2 arrays, not one.*np\.save",
+        "whole.npy": r"must hold \(samples, \.\.\.\) of 8-bit pixels or floats, got int64",
+        "none.npy": r"none\.npy is empty \(shape \(0, 3, 8, 8\)\)",
+        "text.npy": r"text\.npy is not a \.npy file",
+        "missing.npy": r"source must be a folder of images, .* there is no .*missing\.npy",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            data.sample(folder / source)
+    with pytest.raises(ValueError, match=r"no set 'yours' in .*there are: mine:test"):
+        data.sample("yours", root=folder)

@@ -1108,6 +1108,7 @@ def test_the_standard_evaluation_of_a_score_without_a_gradient_uses_values():
     x_in, x_out = PICTURES[:3] / 2 + 0.5, {"dark": PICTURES[3:] / 2}
     report = standard(found, x_in, x_out, 0.1)
     assert report["both"].settings["gradient"] == "none"
+    assert report["both"].settings["detector"] == "brightness"
     assert [row["attack"] for row in report.attacks] == ["clean", "Square"]
     assert all(row["backwards"] == 0 for row in report.attacks)
     assert report.attacks[1]["forwards"] >= 1000
@@ -1160,7 +1161,7 @@ def test_a_score_that_is_none_is_refused(call, words):
 
 def test_a_score_needs_its_direction(untyped):
     with pytest.raises(TypeError, match="higher"):
-        wrap(SCORER)
+        wrap(SCORER)  # ty: ignore[missing-argument]
 
 
 @pytest.mark.usefixtures("untyped")

@@ -1,4 +1,15 @@
-"""The command line: train and evaluate recipes, attack and judge detectors, and fetch, check and pack images."""
+"""The command line: train and evaluate recipes, attack detectors, judge images, and fetch, check and pack images.
+
+How a command ends is its exit code:
+
+====  =================================================================================================
+0     done
+2     an error, which one line explains
+3     the time given by ``--minutes`` ran out; the same command resumes
+4     ``attack`` is done, but its checks found errors, so that its numbers cannot be trusted
+130   interrupted
+====  =================================================================================================
+"""
 
 from __future__ import annotations
 

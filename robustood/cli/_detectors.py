@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from robustood import challenge, data, evaluate
 from robustood.cli._shell import FLAWED, Add, chosen, count, place, radius, say
@@ -110,7 +111,7 @@ def _name(source: str) -> str:
     return place.resolve().name.removesuffix(place.suffix) if place.exists() else source
 
 
-def _detector(where: str, higher: str | None) -> Detector:
+def _detector(where: str, higher: Literal["in", "out"] | None) -> Detector:
     """The detector that an argument names; a score becomes one if its direction is stated."""
     module, _, name = where.rpartition(":")
     if not module or not name:

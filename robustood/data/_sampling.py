@@ -42,6 +42,8 @@ def sample(
         ValueError: if nothing is there, or it cannot be read; the message names the source.
     """
     check_path(source, "source")
+    if root is not None:
+        check_path(root, "root")
     size, seed = check_count(size, "size", low=1), check_seed(seed)
     if n is not None:
         n = check_count(n, "n", low=1)

@@ -61,8 +61,12 @@ class Wrapped(Detector):
             return columns
         return torch.cat([columns, log_odds(self.logits(x)).to(columns)], 1)
 
+    def _get_name(self) -> str:
+        """As reports and ``repr`` show it."""
+        return self.name
+
     def extra_repr(self) -> str:
-        return f"{self.name}, higher={'in' if self.sign > 0 else 'out'!r}"
+        return f"higher={'in' if self.sign > 0 else 'out'!r}"
 
 
 def wrap(

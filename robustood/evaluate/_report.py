@@ -286,7 +286,7 @@ class Bench:
         self.x_out = {k: checked_inputs(v, box, f"x_out[{k!r}]") for k, v in self.x_out.items()}
         given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
         run = {"seed": self.seed, "batch_size": self.batch_size}
-        self.settings = {"detector": type(self.detector).__name__, **given, **run}
+        self.settings = {"detector": self.detector._get_name(), **given, **run}
         self.known = _Known(self.run_dir, self.identity)
 
     def identity(self) -> dict[str, str]:

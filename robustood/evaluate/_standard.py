@@ -128,7 +128,8 @@ class _Bench(Bench):
                 compute = partial(self.stage_batch, stage, x[index], place, number, direction)
                 values = self.known.get(f"{name} {stage.name} {number}", compute).numpy()
                 self.cost[place] += len(index), *values[-2:].astype(int)
-                np.maximum.at(found, index.numpy(), sign * values[:-2])
+                at = index.numpy()  # as a tensor, a single index would be read as a number
+                found[at] = np.maximum(found[at], sign * values[:-2])
                 self.clock.done(stage.passes * len(index))
             worst.append(found)
         return [sign * each for each in worst]

@@ -218,7 +218,7 @@ def test_worst_case_leaves_no_more_on_the_robust_network(peer, robust, book, wit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [n for n in artefacts.names("weights") if "cifar10_cpu" in n])
+@pytest.mark.parametrize("run", ["standard_cifar10_cpu", "atom_cifar10_cpu", "adv_cifar10_cpu_8"])
 def test_worst_case_leaves_no_more_on_photographs(peer, run, tmp_path):
     """500 images at 8/255: minutes for a network of which nothing is left, tens of them for one that holds."""
     photographs.need("cifar10:test")

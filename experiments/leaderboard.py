@@ -1,0 +1,53 @@
+"""The rows of the leaderboard: detectors of networks that ship with the project, by the standard evaluation.
+
+    python -m experiments.leaderboard                       measure the missing rows
+    python -m experiments.leaderboard digits_aloe_msp       measure this one again
+
+Each becomes ``data/results/leaderboard_NAME.json``, as ``robustood attack --out`` writes it; the page
+``book/leaderboard.md`` shows them all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from robustood import artefacts, challenge
+from robustood.checkpoints import load_weights
+from robustood.detectors import MSP, Detector
+from robustood.evaluate import StandardReport, standard
+from robustood.models import small_cnn
+
+PREFIX = "leaderboard_"
+
+
+def of_box(name: str, network: str, width: int) -> StandardReport:
+    """MSP on the network of a box of :mod:`robustood.challenge`, without its mask, on 100 digits and 100 letters."""
+    model = small_cnn(width=width)
+    load_weights(artefacts.find("weights", f"challenge_{name.lower()}"), model)
+    digits, letters = challenge.clean_images().split(challenge.DIGITS)
+    detector: Detector = MSP(model)
+    report = standard(detector, digits, {"letters": letters}, challenge.WITHIN, say=print)
+    return report.labelled(network=network, data="digits")
+
+
+ROWS: dict[str, Callable[[], StandardReport]] = {
+    "digits_standard_msp": partial(of_box, "A", "small CNN, standard training", 1),
+    "digits_aloe_msp": partial(of_box, "C", "small CNN of width 2, ALOE", 2),
+}
+
+
+def main() -> None:
+    """Measure the rows that are named, or those that are missing."""
+    torch.set_num_threads(1)
+    there = artefacts.names("results")
+    missing = [name for name in ROWS if PREFIX + name not in there]
+    for name in sys.argv[1:] or missing:
+        ROWS[name]().to_json(artefacts.FOLDERS[0] / "results" / f"{PREFIX}{name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,10 @@ from functools import partial
 
 import torch
 
+from experiments import cifar10
 from robustood import artefacts, challenge
 from robustood.checkpoints import load_weights
+from robustood.data import pixels
 from robustood.detectors import MSP, Detector
 from robustood.evaluate import StandardReport, standard
 from robustood.models import small_cnn
@@ -34,9 +36,30 @@ def of_box(name: str, network: str, width: int) -> StandardReport:
     return report.labelled(network=network, data="digits")
 
 
+def of_run(run: str, training: str) -> StandardReport:
+    """The deployed detector of a kept run, on images of CIFAR-10, SVHN and textures, within 1/255."""
+    outliers = {"SVHN": "svhn:train", "textures": "textures"}
+    x_out = {name: pixels(cifar10.stored(pack, 30)) for name, pack in outliers.items()}
+    detector, *_ = cifar10.network(run)
+    report = standard(
+        detector, pixels(cifar10.stored("cifar10:test", 60)), x_out, 1 / 255, say=print
+    )
+    return report.labelled(network=f"small residual network, {training}", data="CIFAR-10")
+
+
 ROWS: dict[str, Callable[[], StandardReport]] = {
     "digits_standard_msp": partial(of_box, "A", "small CNN, standard training", 1),
     "digits_aloe_msp": partial(of_box, "C", "small CNN of width 2, ALOE", 2),
+    **{
+        f"cifar10_{name}": partial(of_run, f"{name}_cifar10_cpu", training)
+        for name, training in {
+            "standard": "standard training",
+            "oe": "OE",
+            "aloe": "ALOE",
+            "atom": "ATOM",
+            "aoe": "AOE",
+        }.items()
+    },
 }
 
 

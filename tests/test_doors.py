@@ -25,6 +25,7 @@ from types import FunctionType
 
 import doors
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -739,6 +740,7 @@ def drawing_as_before():
     """``plotting.use_style`` is swept too; what comes after must not be drawn by it."""
     with matplotlib.rc_context():
         yield
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", sorted(doors.calls(Path("nowhere"))))

@@ -754,3 +754,34 @@ def test_the_standard_evaluation_leaves_at_most_what_any_other_attack_leaves(zoo
         rest = four_sides(zoo[name], x, u, within, attack=attack)["both"].mean("auroc")
         print(f"{name}: standard {left:.4f}, {label} {rest:.4f}")
         assert left <= rest, label
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"detector": small_cnn(3)}, r"detector must be a detector, such as MSP\(model\)"),
+        ({"detector": MSP}, "detector must be .*the class MSP"),
+        ({"x_in": torch.full((2, 1, 8, 8), 2.0)}, r"x_in lies in \[2, 2\], outside \[0, 1\]"),
+        ({"x_in": torch.zeros(0, 1, 8, 8)}, "x_in is empty"),
+        ({"x_out": {}}, "x_out is empty; pass at least one set"),
+        ({"x_out": torch.zeros(2, 1, 8, 8)}, r"x_out must be a dict such as \{name: images\}"),
+        ({"x_out": {"u": torch.full((2, 1, 8, 8), torch.nan)}}, r"x_out\['u'\] contains NaN"),
+        ({"within": None}, "within must be a number or a perturbation set"),
+        ({"within": "big"}, "within must be a number or a perturbation set"),
+        ({"within": -0.1}, "eps must be a finite number|eps must be a number"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"tpr": 1.5}, "tpr must be a number in"),
+        ({"confidence": 1.0}, "confidence must be a number in"),
+        ({"say": "yes"}, r"say must be a function, called as say\(line\)"),
+        ({"run_dir": 3}, "run_dir must be the path"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_the_standard_evaluation_refuses_bad_arguments_before_it_begins(changed, words):
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"detector": MSP(small_cnn(3).eval()), "x_in": x, "x_out": {"u": x}, "within": 0.1}
+    with counting() as passes, pytest.raises((ValueError, TypeError), match=words):
+        standard(**(given | changed))
+    assert passes.forwards == 0

@@ -54,7 +54,7 @@ class APGD(Rule):
     z_{k-1}))$. At checkpoints that become more frequent, where the value rose in at most a
     share $\rho$ of the steps, or where best value and step size have not changed, a sample's $a$ is halved and
     it goes back to its best point (section 3 and algorithm 1). The first step is ``step_size``, by default
-    twice the radius. Initial points are those of the set, not on the surface of the ball.
+    twice the radius. Initial points are those of the set, not on the surface of the ball, and count as a rise.
 
     Attributes:
         momentum: $\alpha$.

@@ -25,6 +25,8 @@ from robustood.detectors._gaussian import Gaussian, Moments
 from robustood.inputs import check_choice, check_count, check_number, finite_inputs
 from robustood.losses import log_odds, to_uniform
 
+Outliers = Float[Tensor, "outliers *shape"]
+
 
 class Mahalanobis(Detector):
     r"""Distance to the nearest class mean under one tied covariance (Lee et al. 2018, eq. 2).
@@ -90,7 +92,7 @@ class Mahalanobis(Detector):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def combine(self, x: Inputs, outliers: Inputs) -> Mahalanobis:
+    def combine(self, x: Inputs, outliers: Outliers) -> Mahalanobis:
         """Weight the layers by logistic regression of outliers (1) against in-distribution x (0)."""
         self.check_is_fitted()
         x, outliers = finite_inputs(x), finite_inputs(outliers, "outliers")

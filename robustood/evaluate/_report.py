@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -16,13 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import metrics, tables
-from robustood.checkpoints import Checkpoint, as_csv, as_json, from_json, write_whole
+from robustood.checkpoints import Checkpoint, as_csv
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._attack import attack_score, check_detector
+from robustood.evaluate._text import as_text, flat, parsed, plain, written
 from robustood.identity import describe, identity
 from robustood.inputs import (
     check_callable,
     check_choice,
+    check_confidence,
     check_count,
     check_flag,
     check_keywords,
@@ -46,13 +46,10 @@ Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
 _Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
-# A list of numbers in indented JSON, each on a line of its own. A string holds no line break, so none matches.
-_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
     "detection_error", "tie_rate",
 )  # fmt: skip
-T = TypeVar("T")
 Side = Literal["none", "in", "out", "both"]
 SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
@@ -274,6 +271,7 @@ class Bench:
         plain = {k: v.item() for k, v in self.how.items() if isinstance(v, np.number)}
         self.how = {**self.how, **plain}
         check_number(self.tpr, "tpr", 1e-9, 1)
+        check_confidence(self.confidence)
         self.batch_size = check_count(self.batch_size, "batch_size", low=1)
         self.seed = check_seed(self.seed)
         if self.run_dir is not None:
@@ -334,56 +332,6 @@ class Bench:
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
-
-
-def plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a report without classes of its own, as JSON has it."""
-    return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
-
-
-def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a report as numbers and names alone, as CSV has it."""
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Estimate):
-            found |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-        else:
-            found[name] = value
-    return found
-
-
-def as_text(kept: _Record) -> str:
-    """JSON with each list of numbers on one line."""
-    return _LIST.sub(lambda found: "".join(found[0].split()), as_json(kept, "report"))
-
-
-def written(text: str, path: str | Path | None) -> str:
-    """The text, which a file receives if there is a path."""
-    if path is not None:
-        check_path(path, "path")
-        write_whole(Path(path), text.encode())
-    return text
-
-
-def parsed(
-    text_or_path: str | Path, keys: Sequence[str], kind: str, build: Callable[[_Record], T]
-) -> T:
-    """What ``build`` makes of JSON, which begins with "{", or of the file that holds it."""
-    check_path(text_or_path, "text_or_path")
-    is_text = isinstance(text_or_path, str) and text_or_path.lstrip("\ufeff \r\n\t")[:1] == "{"
-    if not is_text and not os.path.isfile(text_or_path):
-        raise FileNotFoundError(
-            f"text_or_path must be JSON, which begins with {{, or the path of a file, got "
-            f"{str(text_or_path)!r:.80}; pass what {kind}.to_json wrote, or its path"
-        )
-    try:
-        text = text_or_path if is_text else Path(text_or_path).read_text("utf-8")
-        return build(from_json(str(text).lstrip("\ufeff"), keys))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        source = "text_or_path" if is_text else f"text_or_path {text_or_path}"
-        raise ValueError(
-            f"{source} is not a report ({error}); pass what {kind}.to_json wrote"
-        ) from error
 
 
 def measure(

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from robustood import tables
 from robustood.checkpoints import as_csv
-from robustood.evaluate._report import Report, Row, Side, as_text, flat, parsed, written
+from robustood.evaluate._report import Report, Row, Side
+from robustood.evaluate._text import as_text, flat, parsed, written
 from robustood.inputs import check_flag, check_text
 from robustood.sanity import Finding, Findings
 

@@ -7,8 +7,8 @@ $$\max_{z \in Z} S(\mathrm{apply}(x, z)) \quad\text{or}\quad \min_{z \in Z} S(\m
 
 *Adaptive* means: maximise the objectives that the detector itself provides
 (:meth:`robustood.detectors.Detector.attack_objectives`), keep the best by the deployed score, and restart. The
-papers' attacks maximise surrogates instead; :func:`paper_attack` reproduces them for comparison. Any attack
-gives a lower bound on the damage.
+papers' attacks maximise surrogates instead; :func:`paper_attack` reproduces them for comparison. :func:`standard` runs
+all of them, and more, in a fixed order that has a version. Any attack gives a lower bound on the damage.
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ def standard(
 class _Bench(Bench):
     """The worst score of each input after each attack; an attack sees only inputs that still hold.
 
-    An outlier above all clean in-distribution scores cannot do more harm to any entry of a report, and neither can an
-    in-distribution input below all clean outliers: every rate depends on the order of the two sides alone.
+    An outlier above all clean in-distribution scores can do no more harm, and neither can an in-distribution
+    input below all clean outliers: AUROC and FPR depend on the order of the two sides alone. (So does the share of
+    in-distribution inputs that are rejected, unless the clean threshold accepts all outliers anyway.)
     """
 
     say: Callable[[str], None] | None = None

@@ -45,7 +45,7 @@ def standard(
     Each input, of both sides, is attacked as in the papers, then by APGD on their surrogates, on the deployed score,
     on each of the detector's own objectives (for a class each, the three likeliest), from another random start, and
     by random search; the worst score counts. An attack is spent only on inputs that still hold: an outlier above
-    all clean in-distribution scores changes no entry of a report any more. A score without a gradient is attacked by
+    all clean in-distribution scores changes no AUROC and no FPR any more. A score without a gradient is attacked by
     values alone, a finite set is searched exhaustively. :func:`robustood.sanity.check` runs first.
 
     Nothing about the attacks can be chosen, so that two reports of one version can be compared. Any attack gives a
@@ -74,8 +74,9 @@ def standard(
         detector, x_in, dict(x_out), as_set(within), batch_size=batch_size, seed=seed, tpr=tpr,
         confidence=confidence, run_dir=run_dir, name=name, say=say,
     )  # fmt: skip
+    findings = bench.findings()
     reports = {side: bench.report(side) for side in SIDES}
-    return StandardReport(VERSION, reports, bench.trace(), bench.findings(), bench.hashes())
+    return StandardReport(VERSION, reports, bench.trace(), findings, bench.hashes())
 
 
 @dataclass

@@ -43,7 +43,7 @@ def standard(
     """Measure what is left of a detector after all attacks of a fixed protocol, ``"standard-1"``.
 
     Each input, of both sides, is attacked as in the papers, then by APGD on their surrogates, on the deployed score,
-    on each of the detector's own objectives (for a class each, the three likeliest), from another random start, and
+    on each of the detector's own objectives (towards the ten likeliest classes), from another random start, and
     by random search; the worst score counts. An attack is spent only on inputs that still hold: an outlier above
     all clean in-distribution scores changes no AUROC and no FPR any more. A score without a gradient is attacked by
     values alone, a finite set is searched exhaustively. :func:`robustood.sanity.check` runs first.

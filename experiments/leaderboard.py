@@ -52,13 +52,7 @@ ROWS: dict[str, Callable[[], StandardReport]] = {
     "digits_aloe_msp": partial(of_box, "C", "small CNN of width 2, ALOE", 2),
     **{
         f"cifar10_{name}": partial(of_run, f"{name}_cifar10_cpu", training)
-        for name, training in {
-            "standard": "standard training",
-            "oe": "OE",
-            "aloe": "ALOE",
-            "atom": "ATOM",
-            "aoe": "AOE",
-        }.items()
+        for name, training in {"standard": "standard training", "oe": "OE", "aloe": "ALOE"}.items()
     },
 }
 

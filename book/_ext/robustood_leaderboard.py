@@ -42,12 +42,13 @@ def names() -> list[str]:
 def rows(report: StandardReport) -> Iterator[list[Cell]]:
     """The cells of a report, for each set of outliers."""
     settings = report["both"].settings
-    known = [settings["detector"], settings.get("network", ""), settings.get("data", "")]
+    known = [settings["detector"], settings.get("network", "")]
     for row in report["both"].rows:
         areas = [each[row["set"]]["auroc"] for each in report.reports.values()]
         yield [
             *map(Cell, known),
-            Cell(row["set"]),
+            Cell(f"{settings.get('data', '')} ({row['n_in']:,})".strip()),
+            Cell(f"{row['set']} ({row['n_out']:,})"),
             Cell(radius(settings["within"])),
             Cell(report.version),
             *map(rate, areas),

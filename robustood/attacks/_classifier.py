@@ -84,9 +84,9 @@ def pgd(
         y = y.clone() if y.is_inference() else y
         logits = covering(read, int(y.max()))
         if loss == "targets":
-            climbed = _targeted_objectives(logits, x, y)
+            climbed = targeted_objectives(logits, x, y)
         elif keep == "best":
-            climbed = [_untargeted_objective(logits, y, loss)]
+            climbed = [untargeted_objective(logits, y, loss)]
         else:
             climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
         found = search(
@@ -122,7 +122,7 @@ def covering(model: Model, highest: int) -> Model:
     return forward
 
 
-def _untargeted_objective(model: Model, y: Labels, loss: str) -> AttackObjective:
+def untargeted_objective(model: Model, y: Labels, loss: str) -> AttackObjective:
     """Maximise a loss, judge by the margin; both from one forward pass."""
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,9 +132,7 @@ def _untargeted_objective(model: Model, y: Labels, loss: str) -> AttackObjective
     return objective
 
 
-def _targeted_objectives(
-    model: Model, x: Inputs, y: Labels, most: int = 9
-) -> list[AttackObjective]:
+def targeted_objectives(model: Model, x: Inputs, y: Labels, most: int = 9) -> list[AttackObjective]:
     """One objective per wrong class, likeliest first: $z_t - z_y$, judged by the margin."""
     with torch.no_grad():
         logits = model(x)

@@ -188,7 +188,8 @@ def _sha256(tensors: list[Tensor]) -> str:
     """Of the values of some tensors."""
     found = hashlib.sha256()
     for each in tensors:
-        found.update(each.detach().cpu().contiguous().numpy().tobytes())
+        flat = each.detach().cpu().contiguous().view(-1)
+        found.update(flat.view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
     return found.hexdigest()
 
 

@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustood.attacks import AttackObjective
+from robustood.attacks._classifier import targeted_objectives, untargeted_objective
 from robustood.detectors import Detector, Direction, score_objectives
 from robustood.inputs import check_labels
 from robustood.losses import cross_entropy, margin, to_uniform
@@ -83,23 +84,10 @@ def classifier(model: Model, x: Inputs, y: Tensor) -> Subject:
     harm = lambda v: margin(logits(v), y)
     loss = lambda v: cross_entropy(logits(v), y)
 
-    def by_loss(v: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits(v)
-        return cross_entropy(z, y), margin(z, y)
-
-    wrong = nn.functional.one_hot(y, clean.shape[1]).bool()
-    likeliest = clean.masked_fill(wrong, -torch.inf).argsort(1, descending=True)
-
-    def towards(target: Tensor) -> AttackObjective:
-        def climb(v: Tensor) -> tuple[Tensor, Tensor]:
-            z = logits(v)
-            return (z.gather(1, target) - z.gather(1, y[:, None]))[:, 0], margin(z, y)
-
-        return climb
-
-    others = [towards(likeliest[:, [j]]) for j in range(min(2, clean.shape[1] - 1))]
+    own = [harm, untargeted_objective(logits, y, "ce")]
+    others = targeted_objectives(logits, x, y, most=2)
     run = lambda attack, within: attack(model, x, y, within)
-    side = Side("inputs", x, harm, [harm, by_loss], others, run, 0.0, loss)
+    side = Side("inputs", x, harm, own, others, run, 0.0, loss)
     accuracy = lambda harms: float((harms[0] < 0).double().mean())
     return Subject(
         [side], logits, logits, accuracy, "accuracy", float(y.bincount().max()) / len(y), y

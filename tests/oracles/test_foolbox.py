@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 from robustood.attacks import fgsm, pgd
 from robustood.perturbations import L2, Linf
@@ -28,33 +27,11 @@ def foolbox():
         )
 
 
-@pytest.fixture(scope="module")
-def net():
-    """Convolutions with batch normalisation whose statistics have moved, in double precision."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        model = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Flatten(), nn.Linear(8 * 12 * 12, 10),
-        ).double()  # fmt: skip
-        for _ in range(20):
-            model(torch.rand(64, 3, 12, 12, dtype=torch.float64))
-    return model.eval()
-
-
 @pytest.fixture
 def single(net):
     """The same network in single precision, and back."""
     yield net.float()
     net.double()
-
-
-@pytest.fixture(scope="module")
-def batch():
-    generator = torch.Generator().manual_seed(5)
-    x = torch.rand(64, 3, 12, 12, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, 10, (64,), generator=generator)
 
 
 def attacked(foolbox, model, x, y, attack, eps):

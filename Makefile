@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint types pytest check notebooks spread experiments format clean
+.PHONY: help venv book test lint types pytest browser check notebooks spread experiments format clean
 
 ##@ Begin here (each makes .venv first, 6.1 GB on Linux; README.md says how to take less)
 
@@ -61,7 +61,13 @@ pytest: $(STAMP)
 
 ##@ Before a change goes in
 
-check: $(STAMP) ## The slow suites, other libraries, and the notebooks in every arithmetic
+browser: $(STAMP) ## What looks at the built pages: Playwright and, where apt may install it, chromium
+	$(BIN)/python -m pip install -q playwright==1.65.2 axe-playwright-python==0.1.8
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
+	  echo "no chromium: the tests in tests/browser will be skipped until one is on the path"
+
+check: browser book ## The slow suites, other libraries, all pages, and the notebooks in every arithmetic
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0 pyautoattack==0.2.0 \
 	  foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 timm==1.0.31
 	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal

@@ -34,30 +34,43 @@ Draw = Callable[..., Figure]
 _Answer = TypeVar("_Answer", bound=Callable[..., object])
 MOST_FRAMES = 240
 
-_PAGE = """<div id="{name}" style="max-width:{width}px;background:#fff;color:#222;padding:8px;border-radius:6px">
+_PAGE = """<div id="{name}" class="explore" style="max-width:{width}px;background:#fff;color:#222;padding:8px;\
+border-radius:6px">
 <img alt="{alt}" style="width:100%" src="{first}">
-{sliders}
+{controls}
 <script>
 (function () {{
   const root = document.getElementById("{name}"), frames = {frames}, labels = {labels};
-  const inputs = Array.from(root.querySelectorAll("input")), picture = root.querySelector("img");
+  const controls = Array.from(root.querySelectorAll("[data-control]")), picture = root.querySelector("img");
+  function chosen(control, i) {{
+    const slider = control.querySelector("input[type=range]");
+    if (!slider) return Number(control.querySelector("input:checked").value);
+    control.querySelector("output").textContent = labels[i][Number(slider.value)];
+    slider.setAttribute("aria-valuetext", labels[i][Number(slider.value)]);
+    return Number(slider.value);
+  }}
   function show() {{
-    let index = 0;
-    inputs.forEach((input, i) => {{
-      index = index * labels[i].length + Number(input.value);
-      input.nextElementSibling.textContent = labels[i][Number(input.value)];
-      input.setAttribute("aria-valuetext", labels[i][Number(input.value)]);
-    }});
+    const index = controls.reduce((sum, each, i) => sum * labels[i].length + chosen(each, i), 0);
     picture.src = "data:image/png;base64," + frames[index];
   }}
-  inputs.forEach(input => input.addEventListener("input", show));
+  root.addEventListener("input", show);
 }})();
 </script></div>"""
 
-_SLIDER = """<label style="display:flex;align-items:center;gap:10px;margin:2px 0">
+_ROW = "display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px;margin:2px 0;border:0;padding:0"
+
+# A finger needs more height than a pointer, and a drag along the slider must not scroll the page.
+_SLIDER = """<label data-control style="{row}">
 <span style="min-width:9em">{name}</span> <input type="range" min="0" max="{last}"
-value="{start}" step="1" style="flex:1" aria-label="{name}" aria-valuetext="{text}">
+value="{start}" step="1" style="flex:1 1 8em;height:2.4em;touch-action:pan-y" aria-valuetext="{text}">
 <output style="min-width:4em">{text}</output></label>"""
+
+_BUTTONS = """<fieldset data-control style="{row}">
+<legend style="float:left;min-width:9em;width:auto;font-size:inherit;margin:0;padding:0">{name}</legend>
+{buttons}</fieldset>"""
+
+_BUTTON = """<label style="padding:.35em .2em">
+<input type="radio" name="{group}" value="{index}"{checked}> {text}</label>"""
 
 
 class _Page:
@@ -83,12 +96,14 @@ def explore(
     dpi: int = 80,
     **values: Iterable[object],
 ) -> _Page:
-    """A figure with one slider per parameter that works without a kernel: every combination is drawn in advance.
+    """A figure with one control per parameter that works without a kernel: every combination is drawn in advance.
+
+    A parameter whose values are names gets a row of buttons, any other a slider.
 
     Args:
         draw: ``draw(name=value, ...)`` returns a figure.
         alt: what the figure shows, for readers who cannot see it.
-        labels: text beside each slider, by parameter; default its name.
+        labels: text beside each control, by parameter; default its name.
         start: initial value, by parameter; default the middle of its list.
         dpi: resolution of the frames.
         values: a list of values per parameter, at most 240 combinations in all.
@@ -126,27 +141,44 @@ def explore(
     for index, size in zip(firsts, sizes, strict=True):
         first = first * size + index
     texts = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o] for o in lists.values()]
-    sliders = [
-        _SLIDER.format(
-            name=html.escape((labels or {}).get(name, name)),
-            last=size - 1,
-            start=index,
-            text=text[index],
-        )
-        for name, size, index, text in zip(lists, sizes, firsts, texts, strict=True)
-    ]
     encoded = [base64.b64encode(picture).decode() for picture, _ in pictures]
+    name = f"explore-{zlib.crc32(''.join(encoded).encode()):08x}"
+    controls = [
+        _control(f"{name}-{i}", (labels or {}).get(each, each), named, text, index)
+        for i, (each, named, text, index) in enumerate(
+            zip(lists, map(_are_names, lists.values()), texts, firsts, strict=True)
+        )
+    ]
     return _Page(
         _PAGE.format(
-            name=f"explore-{zlib.crc32(''.join(encoded).encode()):08x}",
+            name=name,
             width=max(width for _, width in pictures) + 16,
             alt=html.escape(alt),
             first=f"data:image/png;base64,{encoded[first]}",
-            sliders="\n".join(sliders),
+            controls="\n".join(controls),
             frames=json.dumps(encoded),
             labels=json.dumps(texts).replace("</", "<\\/"),
         )
     )
+
+
+def _are_names(options: list[object]) -> bool:
+    """Whether the values are names, which have no order that a slider could show."""
+    return all(isinstance(value, str) for value in options)
+
+
+def _control(group: str, name: str, named: bool, texts: list[str], start: int) -> str:
+    """The part of a page with which a reader chooses one value: a row of buttons for names, a slider otherwise."""
+    safe = [html.escape(text) for text in texts]
+    if not named:
+        return _SLIDER.format(
+            row=_ROW, name=html.escape(name), last=len(safe) - 1, start=start, text=safe[start]
+        )
+    buttons = "\n".join(
+        _BUTTON.format(group=group, index=i, checked=" checked" * (i == start), text=text)
+        for i, text in enumerate(safe)
+    )
+    return _BUTTONS.format(row=_ROW, name=html.escape(name), buttons=buttons)
 
 
 def _listed(
@@ -185,29 +217,32 @@ def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable
 
     Args:
         draw: ``draw(name=value, ...)`` returns a figure.
-        labels: text beside each slider, by parameter.
+        labels: text beside each control, by parameter.
         values: a list of values per parameter.
     """
     import ipywidgets
     from IPython.display import display
 
     lists = _listed(draw, labels, values)
-    sliders = {
-        name: ipywidgets.SelectionSlider(
-            options=options,
-            value=options[len(options) // 2],
-            description=(labels or {}).get(name, name),
-            continuous_update=False,
+    controls = {}
+    for name, options in lists.items():
+        how = {
+            "options": options,
+            "value": options[len(options) // 2],
+            "description": (labels or {}).get(name, name),
+        }
+        controls[name] = (
+            ipywidgets.ToggleButtons(**how)
+            if _are_names(options)
+            else ipywidgets.SelectionSlider(**how, continuous_update=False)
         )
-        for name, options in lists.items()
-    }
 
     def show(**chosen: object) -> None:
         figure = draw(**chosen)
         display(figure)
         plt.close(figure)
 
-    display(ipywidgets.interactive(show, **sliders))
+    display(ipywidgets.interactive(show, **controls))
 
 
 def attempt(check: Callable[[_Answer], None], answer: _Answer) -> None:

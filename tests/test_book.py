@@ -26,6 +26,7 @@ if importlib.util.find_spec("robustood") is None:
     %pip install -q "robustood @ git+{address}"
 """
 GRADES = ("★", "★★", "★★★")
+HIDDEN = {"hide-input", "hide-cell", "remove-cell", "exercise", "check", "solution"}
 
 each_notebook = pytest.mark.parametrize("twin", TWINS, ids=lambda p: p.stem)
 each_chapter = pytest.mark.parametrize("twin", CHAPTERS, ids=lambda p: p.stem)
@@ -141,6 +142,8 @@ def test_a_chapter_has_its_parts(twin):
         "a predict box": r"\{admonition\} Predict before you read on",
         "a theorem block": r"\{prf:(theorem|proposition|lemma|definition|algorithm)\}",
         "what goes wrong in practice": r"^## What goes wrong in practice",
+        "what to do": r"^## What to do",
+        "a quiz": r"^## Check yourself",
         "common wrong beliefs": r"(^## Common wrong beliefs|\{admonition\} Common wrong beliefs)",
         "exercises": r"^## Exercises",
         "a take-away": r"(^## Take-away|\{admonition\} Take-away)",
@@ -151,6 +154,50 @@ def test_a_chapter_has_its_parts(twin):
     }
     missing = [part for part, rule in parts.items() if not re.search(rule, text, re.MULTILINE)]
     assert not missing, f"{twin.stem}: no {', no '.join(missing)}"
+
+
+def section(text: str, title: str) -> str:
+    """A part of a chapter, from its heading to the next one of the same level."""
+    return re.split(r"^## ", text.split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@each_chapter
+def test_the_argument_comes_before_the_code(twin):
+    """At most a quarter of the lines are visible code, and what a page asserts stands apart from what it prints."""
+    stored, visible = notebook(twin), 0
+    for cell in refresh.code_cells(stored):
+        tags = set(refresh.tags(cell))
+        visible += 0 if tags & HIDDEN else len(cell.source.splitlines())
+        asserts = re.search(r"^assert ", cell.source, re.MULTILINE)
+        if asserts and not tags & {"hide-cell", "remove-cell", "solution"}:
+            pytest.fail(f"{twin.stem}: an assertion outside a hide-cell: {asserts.string[:80]}")
+    lines = twin.read_text("utf-8").count("\n")
+    assert visible <= lines / 4, f"{twin.stem}: {visible} of {lines} lines are visible code"
+
+
+@each_chapter
+def test_a_chapter_ends_with_advice_and_few_slips(twin):
+    text = prose(twin)
+    advice = re.findall(r"^(?:\d+\.|-) ", section(text, "What to do"), re.MULTILINE)
+    assert 5 <= len(advice) <= 8, (
+        f"{twin.stem}: what to do in five to eight lines, not {len(advice)}"
+    )
+    slips = re.findall(r"^### ", section(text, "What goes wrong in practice"), re.MULTILINE)
+    assert len(slips) <= 5, f"{twin.stem}: at most five slips, not {len(slips)}"
+
+
+@each_chapter
+def test_a_chapter_asks_three_questions(twin):
+    """The build checks that a quiz is well formed (``robustood_quiz``)."""
+    found = re.findall(r"^```\{quiz\} (.+)\n((?:.+\n)+?)```", prose(twin), re.MULTILINE)
+    assert len(found) == 3, f"{twin.stem}: three questions, not {len(found)}"
+    rights = []
+    for question, body in found:
+        answers = yaml.safe_load(body)
+        assert 3 <= len(answers) <= 4, f"{twin.stem}: {question}"
+        assert all(len(each["why"].split()) >= 8 for each in answers), f"{twin.stem}: {question}"
+        rights.append([each.get("right", False) for each in answers].index(True))
+    assert len(set(rights)) > 1, f"{twin.stem}: the right answer is always at the same place"
 
 
 @each_chapter
@@ -192,6 +239,8 @@ def test_exercises_follow_one_pattern(twin):
     grades = [each["title"].split()[0] for each in found]
     missing = [grade for grade in GRADES if grade not in grades]
     assert not missing, f"{twin.stem}: no exercise of grade {missing}"
+    assert len(found) == 5, f"{twin.stem}: five exercises, not {len(found)}"
+    assert grades == sorted(grades), f"{twin.stem}: from easy to hard, not {grades}"
     text = prose(twin)
     for mark in ("exercise-end", "solution-end"):
         assert text.count(f"{{{mark}}}") == len(found), f"{twin.stem}: {mark} is not there for each"

@@ -1,5 +1,6 @@
 """The README: its example prints what stands below it, and its picture is the opening page's."""
 
+import base64
 import re
 from pathlib import Path
 
@@ -30,4 +31,7 @@ def test_the_picture_is_the_one_that_the_opening_page_ends_with():
     assert refresh.PICTURE.stat().st_size < 200_000
     assert f"({refresh.PICTURE.relative_to(ROOT).as_posix()})" in README
     stored = nbformat.read(ROOT / "book" / "break_and_repair.ipynb", as_version=4)
-    assert refresh.PICTURE.read_bytes() == refresh.last_picture(stored), "run make notebooks"
+    picture = base64.b64decode(refresh.last_output(stored, "image/png"))
+    assert refresh.PICTURE.read_bytes() == picture, "run make notebooks"
+    figure = refresh.last_output(stored, "text/html") + "\n"
+    assert refresh.WELCOME.read_text("utf-8") == figure, "run make notebooks"

@@ -90,12 +90,33 @@ def test_each_combination_of_sliders_shows_its_own_picture():
 
 
 def test_the_script_counts_as_the_frames_were_drawn():
-    """The order above is the script's own: sliders in the page's order, the last one fastest."""
+    """The order above is the script's own: controls in the page's order, the last one fastest."""
     html = explore(solid, alt="a colour", red=[0.0, 1.0])._repr_html_()
     script = re.sub(r"\s+", " ", html.split("<script>")[1])
-    assert "index = index * labels[i].length + Number(input.value)" in script
-    assert 'root.querySelectorAll("input")' in script
+    assert (
+        "controls.reduce((sum, each, i) => sum * labels[i].length + chosen(each, i), 0)" in script
+    )
+    assert 'root.querySelectorAll("[data-control]")' in script
     assert '"data:image/png;base64," + frames[index]' in script
+
+
+def test_names_are_chosen_by_buttons_and_numbers_by_sliders():
+    page = explore(
+        lambda shade, name: solid(shade, float(name == "B & C")),
+        alt="a colour",
+        start={"name": "B & C"},
+        shade=[0.0, 1.0],
+        name=["A", "B & C", "D"],
+    )
+    elements, frames, labels = read(page)
+    slider, *buttons = elements.all("input")
+    assert slider["type"] == "range" and [b["type"] for b in buttons] == ["radio"] * 3
+    assert [b["value"] for b in buttons] == ["0", "1", "2"]
+    assert ["checked" in b for b in buttons] == [False, True, False]
+    assert len({b["name"] for b in buttons}) == 1, "one of the three is chosen"
+    assert elements.texts("legend") == ["name"] and labels[1] == ["A", "B & C", "D"]
+    assert len([a for _, a in elements.found if "data-control" in a]) == 2
+    assert frames[position((1, 1), (2, 3))] == (255, 255, 0)
 
 
 @pytest.mark.parametrize("start", [None, {"green": 1.0}, {"red": 0.0, "green": 0.0}])
@@ -124,9 +145,8 @@ def test_picture_and_sliders_say_what_they_are():
     )
     elements, _, labels = read(page)
     assert [image["alt"] for image in elements.all("img")] == ["accuracy falls with eps"]
-    assert [slider["aria-label"] for slider in elements.all("input")] == ["radius", "name"]
-    assert elements.texts("span") == ["radius", "name"]
-    assert len(elements.all("label")) == 2  # the text belongs to its slider
+    assert elements.texts("span") == ["radius"] and elements.texts("legend") == ["name"]
+    assert len(elements.all("label")) == 3  # a text belongs to its slider or button
     assert labels == [["0", "0.1", "0.333333"], ["standard", "robust"]]
     assert repr(page) == "interactive figure"
 
@@ -195,15 +215,16 @@ def test_live_draws_what_its_sliders_say(monkeypatch):
         asked.append(values)
         return solid(values["red"])
 
-    live(draw, labels={"red": "redness"}, red=[0.0, 0.5, 1.0], green=[1, 2])
+    live(draw, labels={"red": "redness"}, red=[0.0, 0.5, 1.0], green=[1, 2], name=["A", "B"])
     (box,) = [thing for thing in shown if isinstance(thing, ipywidgets.interactive)]
-    red, green = box.kwargs_widgets
+    red, green, name = box.kwargs_widgets
     assert isinstance(red, ipywidgets.SelectionSlider)
+    assert isinstance(name, ipywidgets.ToggleButtons) and name.value == "B"
     assert (red.description, green.description) == ("redness", "green")
     assert (red.value, green.value) == (0.5, 2)
     red.value = 1.0
     box.update()
-    assert asked[-1] == {"red": 1.0, "green": 2}
+    assert asked[-1] == {"red": 1.0, "green": 2, "name": "B"}
     assert shown[-1].get_facecolor() == (1.0, 0.0, 0.0, 1.0)
     assert not plt.get_fignums()
 

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 PACKAGE = ROOT / "robustood"
 PICTURE = BOOK / "_static" / "break_and_repair.png"  # shown at the top of README.md
+WELCOME = BOOK / "welcome.html"  # the interactive figure of the same page, shown on the first page
 CELL_LIMIT_S = 600
 TABLE = re.compile(r"(<!-- chapters -->\n).*?(<!-- end of chapters -->)", re.DOTALL)
 
@@ -204,11 +205,10 @@ def refresh(twin: Path, *, only_stale: bool = False) -> bool:
     return run
 
 
-def last_picture(notebook: nbformat.NotebookNode) -> bytes:
-    """The last picture in a notebook, as PNG."""
+def last_output(notebook: nbformat.NotebookNode, kind: str) -> str:
+    """The last output of a kind, such as ``image/png``, in a notebook."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
-    return base64.b64decode(pictures[-1])
+    return [o.data[kind] for o in outputs if kind in o.get("data", {})][-1]
 
 
 def address() -> str:
@@ -224,25 +224,30 @@ def badge(stem: str) -> str:
 
 
 def facts(twin: Path) -> dict[str, str]:
-    """Number, title, question, module and CPU time of a chapter, read from its text."""
+    """What the chapter tables say about a chapter, read from its opening."""
     text = twin.read_text("utf-8")
     number, slug = twin.stem.split("_", 1)
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     question = re.search(r"\{admonition\} The question\n(?::\w+:.*\n)*\s*([^?]+\?)", text)
-    seconds = re.search(r"\*\*Time:\*\* about (\d+) s", text)
-    missing = [
-        name
-        for name, match in [("title", title), ("question", question), ("time", seconds)]
-        if match is None
-    ]
-    if missing or not (title and question and seconds):
+    times = re.search(r"\*\*Time:\*\* about (\d+) s of CPU, (\d+) minutes of reading", text)
+    goal = re.search(r"You will be able to\n(?::\w+:.*\n)*\s*- ((?:.+\n)(?:  .+\n)*)", text)
+    found = {"title": title, "question": question, "time": times, "goal": goal}
+    missing = [name for name, match in found.items() if match is None]
+    if missing or not (title and question and times and goal):
         raise ValueError(f"{twin.name}: no {', '.join(missing)} found")
+    opening = text[text.index("**Before you start:**") : times.start()]
+    earlier = sorted(
+        set(map(int, re.findall(r"\{doc\}`(\d\d)_", opening))) & set(range(int(number)))
+    )
     return {
         "number": str(int(number)),
         "slug": slug,
         "title": title[1].strip(),
         "question": " ".join(question[1].split()),
-        "seconds": seconds[1],
+        "goal": " ".join(goal[1].split()).rstrip(";."),
+        "seconds": times[1],
+        "minutes": times[2],
+        "after": ", ".join(map(str, earlier)),
     }
 
 
@@ -250,7 +255,10 @@ def chapter_tables() -> dict[Path, str]:
     """The texts of README.md and book/intro.md with updated chapter tables."""
     rows = [(twin, facts(twin)) for twin in twins() if twin.stem[:2].isdigit()]
     readme = ["| chapter | question | module | CPU time | |", "|---|---|---|---|---|"]
-    intro = ["| chapter | question | module |", "|---|---|---|"]
+    intro = [
+        "| chapter | question | afterwards you can | minutes | builds on |",
+        "|---|---|---|---|---|",
+    ]
     for twin, fact in rows:
         slug, stem = fact["slug"], twin.stem
         name = f"{fact['number']}. {fact['title']}"
@@ -259,7 +267,10 @@ def chapter_tables() -> dict[Path, str]:
             f"| [{name}](book/{stem}.ipynb) | {fact['question']} "
             f"| [`{slug}`](robustood/{code}) | {fact['seconds']} s | {badge(stem)} |"
         )
-        intro.append(f"| {{doc}}`{name} <{stem}>` | {fact['question']} | {{doc}}`api/{slug}` |")
+        intro.append(
+            f"| {{doc}}`{name} <{stem}>` | {fact['question']} | {fact['goal']} "
+            f"| {fact['minutes']} | {fact['after'] or '–'} |"
+        )
     pages = {ROOT / "README.md": readme, BOOK / "intro.md": intro}
     return {
         page: TABLE.sub(lambda m, t=table: m[1] + "\n".join(t) + "\n" + m[2], page.read_text("utf-8"))
@@ -290,7 +301,8 @@ def main() -> int:
             if not refresh(twin, only_stale=args.stale):
                 print(f"{twin.stem}: outputs are current")
         opening = nbformat.read(BOOK / "break_and_repair.ipynb", as_version=4)
-        PICTURE.write_bytes(last_picture(opening))
+        PICTURE.write_bytes(base64.b64decode(last_output(opening, "image/png")))
+        WELCOME.write_text(last_output(opening, "text/html") + "\n", encoding="utf-8")
     for page, text in chapter_tables().items():
         page.write_text(text, encoding="utf-8")
     return 0

@@ -1,0 +1,78 @@
+"""Notebooks as Colab opens them: a file without the repository around it, and the package installed from a wheel."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import refresh
+from arithmetic import environment
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+QUICK = (
+    "break_and_repair",
+    "13_results",
+)  # one that trains, one that reads the results in the wheel
+WHERE = """
+import robustood, sys
+assert robustood.__file__.startswith({site!r}), robustood.__file__
+import torch, numpy
+print(torch.__version__, numpy.__version__)
+"""
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """A folder of packages that holds what the wheel holds, and nothing else of the project."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (wheel,) = folder.glob("*.whl")
+    assert done.returncode == 0, done.stderr
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def opened(stem: str, site: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, executed in an empty folder."""
+    notebook = nbformat.read(ROOT / "book" / f"{stem}.ipynb", as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(WHERE.format(site=str(site))))
+    client = NotebookClient(
+        notebook,
+        timeout=refresh.CELL_LIMIT_S,
+        kernel_name="python3",
+        skip_cells_with_tag="live",
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=ERROR"],
+    )
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    without = {k: v for k, v in os.environ.items() if k != "ROBUSTOOD_DATA"}
+    client.execute(env={**without, **environment("avx2"), **threads, "PYTHONPATH": str(site)})
+    return notebook
+
+
+def check(stem: str, site: Path, folder: Path) -> None:
+    import numpy
+    import torch
+
+    done = opened(stem, site, folder)
+    said = done.cells[-1].outputs[0].text.split()
+    assert said == [torch.__version__, numpy.__version__], "a cell changed Colab's own packages"
+    assert not [p for p in folder.iterdir() if p.suffix in (".pt", ".npz", ".json")], (
+        "it left files"
+    )
+
+
+@pytest.mark.parametrize("stem", QUICK)
+def test_a_notebook_runs_with_nothing_but_a_wheel(stem, site, tmp_path):
+    check(stem, site, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [t.stem for t in refresh.twins() if t.stem not in QUICK])
+def test_every_notebook_runs_with_nothing_but_a_wheel(stem, site, tmp_path):
+    check(stem, site, tmp_path)

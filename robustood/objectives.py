@@ -176,8 +176,8 @@ class TRADES(InnerMax):
 class OutlierTraining:
     r"""Every method of the two papers, and combinations of them:
 
-    $$\mathbb E_{in} \max_{S_{in}(x)} \mathrm{CE}(f(x'), y) + \lambda\, \mathbb E_{out} \big[(1 - s)\,\ell(f(u))
-    + s \max_{S_{out}(u)} \ell(f(u'))\big].$$
+    $$\mathbb E_{in} \max_{S_{in}(x)} \mathrm{CE}(f(x'), y) + \lambda\, \mathbb E_{out} \big[(1 - \kappa)\,\ell(f(u))
+    + \kappa \max_{S_{out}(u)} \ell(f(u'))\big].$$
 
     The methods are choices of its settings (:func:`OutlierExposure`, :func:`AOE`, :func:`ALOE`,
     :func:`NTOM`, :func:`ATOM`, :func:`ACET`, :func:`MinedALOE`). Both inner maxima are found by the
@@ -189,7 +189,7 @@ class OutlierTraining:
         outside: the same for outliers.
         outlier_loss: $\ell$, :func:`~robustood.losses.to_uniform` or :func:`~robustood.losses.to_reject`.
         weight: $\lambda$ of the mean over a step's outliers; 0 omits them altogether.
-        attacked_share: s, the share of a step's outliers that is attacked: the last ones.
+        attacked_share: $\kappa$, the share of a step's outliers that is attacked: the last ones.
         mine: selects the outliers of each epoch from the pool (:class:`robustood.mining.Mining`); None for all.
         steps: attack steps of an inner maximum that is given as a set or a number.
         bn: which batch statistics an attack uses. ``"eval"``: the running ones. ``"train"``: those of each

@@ -259,6 +259,25 @@ def test_exercises_follow_one_pattern(twin):
         assert f"{checker[1]}(" in cells["solution"].source, f"{where}: its solution is not checked"
 
 
+@each_chapter
+def test_the_page_of_a_module_links_to_its_chapter(twin):
+    page = BOOK / "api" / f"{twin.stem.split('_', 1)[1]}.rst"
+    assert f":doc:`/book/{twin.stem}`" in page.read_text("utf-8")
+
+
+def test_every_row_about_the_papers_is_answered():
+    """A row leads to a chapter, an appendix or a kept result, or it says what is missing."""
+    rows = re.findall(
+        r"^\| (?!question|---)(.+) \|$", (BOOK / "papers.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 50
+    for row in rows:
+        assert row.count(" | ") == 3, f"papers.md: four columns, not {row}"
+        status = row.rsplit(" | ", 1)[1]
+        answered = "{doc}" in status or re.search(r"not yet: \w+", status)
+        assert answered and not status.endswith("not yet"), f"papers.md: no answer in {row}"
+
+
 def test_the_table_of_contents_is_complete():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
     chapters = [entry for part in toc["parts"] for entry in part["chapters"]]

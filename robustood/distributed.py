@@ -27,8 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "check_alike", "check_divisible", "each", "from_first", "join", "mean", "rank", "release_batch_norm", "together", "world",
-    "wrapped",
+    "check_alike", "check_divisible", "each", "from_first", "join", "mean", "rank", "release_batch_norm",
+    "together", "world", "wrapped",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -58,6 +58,25 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def together() -> Generator[None]:
+    """Context, or decorator, of work that needs all processes, in which the loss of one has a clear message.
+
+    Raises:
+        ConnectionError: if another process has ended, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            f"process {rank()} of {world()} stops, because another one has ended or does not answer; nothing saved "
+            "is lost: repeat the command to resume (torchrun --max-restarts=3 repeats it by itself)"
+        ) from error
+
+
+@together()
 def mean(values: Tensor) -> Tensor:
     """The mean over the processes; ``values`` may be overwritten."""
     if world() > 1:
@@ -66,6 +85,7 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+@together()
 def from_first(value: T) -> T:
     """The first process's value, in every process."""
     box = [value]
@@ -113,26 +133,7 @@ def _one_each(jobs: Sequence[Callable[[], T]]) -> list[T]:
 @cache
 def _patient(processes: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The same processes in a group of its own, where none is lost while it works on a long job."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
-
-
-@contextmanager
-def together() -> Generator[None]:
-    """Context of work that needs all processes, in which the loss of another one has a clear message.
-
-    Raises:
-        ConnectionError: if another process has ended, or did not answer in time.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise ConnectionError(
-            f"process {rank()} of {world()} stops, because another one has ended or does not answer; nothing saved "
-            "is lost: repeat the command to resume, or start it by torchrun --max-restarts=3, which repeats it by "
-            "itself"
-        ) from error
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def check_alike(things: dict[str, str]) -> None:

@@ -292,7 +292,7 @@ class Bench:
         self.settings = {"detector": self.detector._get_name(), **given, **run}
         if distributed.world() > 1:
             held = [network.state_dict() for network in networks(self.detector)]
-            distributed.check_alike(identity(**run, weights=held, **self.inputs()))
+            distributed.check_alike(identity(None, **run, weights=held, **self.inputs()))
         self.known = _Known(self.run_dir, self.identity)
 
     def inputs(self) -> dict[str, Inputs]:

@@ -48,6 +48,7 @@ def silent(line: str) -> None:
     """Ignore a message."""
 
 
+@distributed.together()
 def train(
     recipe: Recipe,
     folder: str | Path,
@@ -77,6 +78,7 @@ def train(
     Raises:
         ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
         OSError: if the folder cannot be written; earlier states are kept.
+        ConnectionError: if another of several processes is lost; the same call in all of them resumes the run.
     """
     folder, start = Path(folder), time.monotonic()
     if (old := distributed.from_first(_earlier(recipe, folder))) and old["finished"]:

@@ -225,6 +225,8 @@ MORTAL = """
     def mortal(run, now, slowest):
         if run.done == 6 and first_life and os.environ["RANK"] == os.environ["VICTIM"]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if not first_life:
+            print(run.done)
         return in_time(run, now, slowest)
 
     Run.out_of_time = mortal
@@ -267,11 +269,12 @@ def test_torchrun_goes_on_after_a_kill_and_ends_with_the_same_weights(
     victim, run_script, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("VICTIM", str(victim))
-    ends = []
+    ends, said = [], ""
     for code, folder in ((TRAINING, "quiet"), (MORTAL + TRAINING, "disturbed")):
         target = tmp_path / f"{folder}.pt"
-        run_script(code, str(target), "inf", str(tmp_path / folder), processes=2, restarts=1)
+        said = run_script(code, str(target), "inf", str(tmp_path / folder), processes=2, restarts=1)
         ends.append(torch.load(target, weights_only=True))
+    assert sorted(said.split()) == sorted("4567" * 2), "the second life takes the second epoch"
     (quiet, losses, _), (disturbed, same, finished) = ends
     assert finished and losses == same
     assert all(torch.equal(value, disturbed[name]) for name, value in quiet.items())

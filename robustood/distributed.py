@@ -1,4 +1,10 @@
-"""Training with several processes, each on its part of every batch; the result equals that of one up to rounding.
+"""Several processes that share one computation, each with its part.
+
+Training shares every batch: the result equals that of one process up to rounding. An evaluation shares whole batches,
+each of which has random numbers of its own: the scores are those of one process, bit for bit where all processes have
+the same device and number of threads.
+
+If a process is lost, the others do not wait for it: they raise a :class:`ConnectionError` that says how to resume.
 
 With a single process every function does the trivial thing, so that callers need not check whether there are others.
 """
@@ -7,6 +13,10 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,11 +27,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "check_divisible", "from_first", "join", "mean", "rank", "release_batch_norm", "world",
-    "wrapped",
+    "check_alike", "check_divisible", "each", "from_first", "join", "mean", "rank", "release_batch_norm",
+    "together", "world", "wrapped",
 ]  # fmt: skip
 
 T = TypeVar("T")
+# The end of a process closes its connections, which the others notice at once. Only a process that stays silent
+# without ending, as on a machine without power, takes these times to be noticed.
+_SILENCE = timedelta(minutes=10)  # in training, where all processes take the same steps
+_PATIENCE = timedelta(days=1)  # between the batches of an evaluation, which may take hours
 
 
 def join() -> int:
@@ -30,7 +44,7 @@ def join() -> int:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_SILENCE)
     return rank()
 
 
@@ -44,6 +58,25 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def together() -> Generator[None]:
+    """Context, or decorator, of work that needs all processes, in which the loss of one has a clear message.
+
+    Raises:
+        ConnectionError: if another process has ended, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            f"process {rank()} of {world()} stops, because another one has ended or does not answer; nothing saved "
+            "is lost: repeat the command to resume (torchrun --max-restarts=3 repeats it by itself)"
+        ) from error
+
+
+@together()
 def mean(values: Tensor) -> Tensor:
     """The mean over the processes; ``values`` may be overwritten."""
     if world() > 1:
@@ -52,12 +85,69 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+@together()
 def from_first(value: T) -> T:
     """The first process's value, in every process."""
     box = [value]
     if world() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def each(jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """Do each job in one of the processes, and yield the results in order, in all of them.
+
+    The processes take jobs in turn, and wait for one another after each round. All must be given the same jobs, and a
+    job must not communicate. With one process a job is done when its result is asked for.
+
+    Raises:
+        Exception: what a job raises, in the process that did it; in the others a RuntimeError that cites it.
+    """
+    if world() == 1:
+        yield from (job() for job in jobs)
+        return
+    for start in range(0, len(jobs), world()):
+        yield from _one_each(jobs[start : start + world()])
+
+
+def _one_each(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of at most one job for each process."""
+    found, error = None, None
+    if rank() < len(jobs):
+        try:
+            found = jobs[rank()]()
+        except Exception as raised:  # the others must not wait for a result
+            error = raised
+    results: list[Any] = [None] * world()
+    own = found, error and f"{type(error).__name__}: {error}"
+    with together():
+        dist.all_gather_object(results, own, group=_patient(dist.group.WORLD))
+    if error is not None:
+        raise error
+    for number, (_, failure) in enumerate(results):
+        if failure is not None:
+            raise RuntimeError(f"process {number} of {world()} failed: {failure}")
+    return [value for value, _ in results[: len(jobs)]]
+
+
+@cache
+def _patient(processes: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The same processes in a group of its own, where none is lost while it works on a long job."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+def check_alike(things: dict[str, str]) -> None:
+    """Refuse to share work on things that differ between the processes.
+
+    Args:
+        things: a fingerprint of each by its name (:func:`robustood.identity.identity`).
+    """
+    for name, first in from_first(things).items():
+        if things.get(name) != first:
+            raise ValueError(
+                f"{name} must be the same in all processes, but is {first} in process 0 and "
+                f"{things.get(name, 'nothing')} in process {rank()}; read it from a file, or draw it with a seed"
+            )
 
 
 def check_divisible(size: int, name: str, parts: int = 1) -> None:

@@ -177,6 +177,7 @@ def fit(
             run, or a missing ``name``; later, for a monitor that does not return numbers.
         FloatingPointError: if the loss is not finite; the message names the step, and the model holds the weights
             from the start of that epoch.
+        ConnectionError: if another of several processes is lost; the same call in all of them resumes from run_dir.
     """
     _check_parts(model, objective, data, optimiser)
     check_counts(epochs=epochs, batch_size=batch_size, outlier_batch_size=outlier_batch_size)
@@ -208,6 +209,7 @@ def fit(
         fingerprint = run.identity(name, made_by=optimiser)
         run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", fingerprint))
     with (
+        distributed.together(),
         running(model, engine or Engine()) as network,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(initial=run.done, total=schedule.total, disable=distributed.rank() > 0 or None) as bar,

@@ -64,10 +64,11 @@ def untyped(monkeypatch):
 def run_script(tmp_path):
     """Run code without the tests' type checks, which no compiler can trace; gives what it prints."""
 
-    def run(code: str, *arguments: str, processes: int = 1) -> str:
+    def run(code: str, *arguments: str, processes: int = 1, restarts: int = 0) -> str:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start.append(f"--max-restarts={restarts}")
         command = [sys.executable, *(start if processes > 1 else []), str(script), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -530,6 +530,51 @@ def test_ctrl_c_in_a_process_of_its_own(packs, finished, tmp_path, monkeypatch):
     assert weights(tmp_path) == weights(finished)
 
 
+# --- several processes
+
+AS_TYPED = """
+    import sys
+    import torch
+    from robustood import cli
+
+    torch.set_num_threads(1)
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_say_what_one_does(
+    finished, packs, tmp_path, monkeypatch, run_script
+):
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    said, reports, scores = [], [], []
+    for processes in (1, 2):
+        folder = tmp_path / f"by_{processes}"
+        folder.mkdir()
+        for name in ("recipe.json", "run.json", "weights.json", "weights.safetensors"):
+            shutil.copy(finished / name, folder / name)
+        flags = "--device", "cpu", "--set", "evaluation.batch_size=16"  # several batches a set
+        told = run_script(AS_TYPED, "evaluate", str(folder), *flags, processes=processes)
+        said.append(told.replace(folder.name, "by"))
+        report = json.loads((folder / "report.json").read_text())
+        reports.append({k: v for k, v in report.items() if k != "minutes"})
+        with np.load(folder / "scores.npz", allow_pickle=False) as kept:
+            scores.append({name: kept[name].tolist() for name in kept.files})
+    assert said[0] == said[1] and said[0].count("full report: ") == 1
+    assert reports[0] == reports[1] and scores[0] == scores[1]
+
+
+def test_the_loss_of_a_process_is_told_in_one_line(tiny, monkeypatch, capsys):
+    words = "process 0 of 2 stops, because another one has ended"
+
+    def lost(*given, **how):
+        raise ConnectionError(words)
+
+    monkeypatch.setattr(recipes, "train", lost)
+    assert tiny("train") == cli.FAILED == 2
+    assert capsys.readouterr().err == f"robustood: {words}\n"
+
+
 # --- refusals
 
 

@@ -1,9 +1,21 @@
-"""Several processes are one: in what they draw, in what they learn, and in what they refuse."""
+"""Several processes are one: in what they draw, learn, measure and refuse; and none waits for one that is lost."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from robustood import distributed
+from robustood.checkpoints import read_state, write_state
 from robustood.models import small_cnn
 from robustood.objectives import Standard
 from robustood.perturbations import Linf
@@ -85,3 +97,218 @@ def test_one_process_is_the_trivial_case():
     assert distributed.mean(values) is values and distributed.from_first(told) is told
     assert distributed.wrapped(model) is model
     distributed.check_divisible(7, "batch_size", 2)
+    distributed.check_alike({"x": "anything"})
+    done: list[int] = []
+    found = distributed.each([lambda k=k: done.append(k) or 2 * k for k in range(3)])
+    assert next(found) == 0 and done == [0]  # one at a time, as it is asked for
+    assert list(found) == [2, 4]
+
+
+# --- an evaluation
+
+EVALUATION = """
+    import json
+    import sys
+    from pathlib import Path
+    import torch
+    from robustood import distributed
+    from robustood.detectors import MSP
+    from robustood.evaluate import four_sides, standard
+    from robustood.models import counting, seeded, small_cnn
+
+    torch.set_num_threads(1)
+    target, folder, protocol = sys.argv[1:]
+    distributed.join()
+    with seeded(0):
+        detector = MSP(small_cnn(3).eval())
+    made = torch.Generator().manual_seed(3)
+    x, u, v = torch.rand(3, 14, 1, 8, 8, generator=made)
+    given = detector, x[:9], {"u": u[:5], "v": v}, 0.05
+    with counting() as passes:
+        reports = four_sides(*given, batch_size=4, steps=3, run_dir=folder)
+    if protocol == "standard":
+        reports = {"standard": standard(*given, batch_size=4, run_dir=folder + "_standard", say=print)}
+    texts = {name: report.to_json() for name, report in reports.items()}
+    Path(f"{target}_{distributed.rank()}").write_text(json.dumps([texts, passes.forwards]))
+"""
+
+
+@pytest.fixture
+def evaluated(run_script, tmp_path):
+    """Reports of the first process, after a look at the others'; passes of each; what was said."""
+
+    def run(processes, folder, protocol="four sides"):
+        target = tmp_path / f"{folder}_{processes}"
+        arguments = str(target), str(tmp_path / folder), protocol
+        said = run_script(EVALUATION, *arguments, processes=processes)
+        each = [json.loads(Path(f"{target}_{k}").read_text()) for k in range(processes)]
+        assert all(reports == each[0][0] for reports, _ in each)
+        return each[0][0], [passes for _, passes in each], said
+
+    return run
+
+
+def test_two_processes_measure_the_scores_of_one_and_share_the_work(evaluated):
+    """To the last bit."""
+    (one, (whole,), _), (two, passes, _) = evaluated(1, "one"), evaluated(2, "two")
+    assert one == two and sum(passes) == whole
+    assert min(passes) > whole / 3, "one process did most of the work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_what_one_number_of_processes_has_measured_another_goes_on_from(
+    before, after, evaluated, tmp_path
+):
+    reports, passes, _ = evaluated(before, "run")
+    file = tmp_path / "run" / "scores.state"
+    state = read_state(file)
+    whole, some = state["parts"], 9  # batches: the clean ones, and half of the attacked ones
+    write_state(file, {**state, "parts": dict(list(whole.items())[:some])})
+    resumed, fewer, _ = evaluated(after, "run")
+    assert resumed == reports and 0 < sum(fewer) < sum(passes)
+    assert read_state(file)["parts"].keys() == whole.keys()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_standard_evaluation_of_one(evaluated):
+    """With the same cost, in passes; only the first says what it does."""
+    (one, _, said), (two, _, heard) = (evaluated(k, f"run{k}", "standard") for k in (1, 2))
+    assert one == two
+    lines = lambda text: [line.split(",")[0] for line in text.splitlines()]  # without the time left
+    assert lines(said) == lines(heard) and len(lines(said)) > 9
+
+
+def test_an_error_in_one_process_ends_all(run_script):
+    said = run_script(
+        """
+        from robustood import distributed
+
+        def job(number):
+            if number == 1:
+                raise ValueError("the second job is impossible")
+            return number
+
+        rank, jobs = distributed.join(), [lambda k=k: job(k) for k in (0, 2, 3, 1, 5)]
+        found = distributed.each(jobs)
+        seen = [next(found), next(found)]
+        try:
+            next(found)
+        except Exception as error:
+            print(rank, seen, repr(error))
+        try:
+            distributed.check_alike({"x": "the same", "y": str(rank)})
+        except ValueError as error:
+            print(error)
+        """,
+        processes=2,
+    )
+    assert (
+        "0 [0, 2] RuntimeError('process 1 of 2 failed: ValueError: the second job is impos" in said
+    )
+    assert "1 [0, 2] ValueError('the second job is impossible')" in said
+    alike = "y must be the same in all processes, but is 0 in process 0 and 1 in process 1; read it"
+    assert said.count("must be the same") == said.count(alike) == 1
+
+
+# --- a process that is lost
+
+# Ends the process of a rank in the middle of the second epoch; not again in a second life.
+MORTAL = """
+    import os
+    import signal
+    from robustood.training import Run
+
+    in_time = Run.out_of_time
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def mortal(run, now, slowest):
+        if run.done == 6 and first_life and os.environ["RANK"] == os.environ["VICTIM"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not first_life:
+            print(run.done)
+        return in_time(run, now, slowest)
+
+    Run.out_of_time = mortal
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_a_process_is_killed_the_other_one_ends_soon_and_says_why(victim, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(MORTAL + TRAINING))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(script), str(tmp_path / "w.pt"), "inf", str(tmp_path / "run")]
+    processes = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **found, "RANK": str(rank), "LOCAL_RANK": "0", "VICTIM": str(victim)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    killed, other = processes[victim], processes[1 - victim]
+    try:
+        killed.communicate(timeout=300)
+        said = other.communicate(timeout=60)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert killed.returncode == -signal.SIGKILL and other.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert f"ConnectionError: process {1 - victim} of 2 stops, because another one" in last
+    assert read_state(tmp_path / "run" / "state.pt")["epoch"] == 1  # from where it can go on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_goes_on_after_a_kill_and_ends_with_the_same_weights(
+    victim, run_script, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VICTIM", str(victim))
+    ends, said = [], ""
+    for code, folder in ((TRAINING, "quiet"), (MORTAL + TRAINING, "disturbed")):
+        target = tmp_path / f"{folder}.pt"
+        said = run_script(code, str(target), "inf", str(tmp_path / folder), processes=2, restarts=1)
+        ends.append(torch.load(target, weights_only=True))
+    assert sorted(said.split()) == sorted("4567" * 2), "the second life takes the second epoch"
+    (quiet, losses, _), (disturbed, same, finished) = ends
+    assert finished and losses == same
+    assert all(torch.equal(value, disturbed[name]) for name, value in quiet.items())
+
+
+def test_a_process_that_is_silent_for_ten_minutes_is_given_up(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **how: asked.update(how))
+    distributed.join()
+    assert asked == {"timeout": timedelta(minutes=10)}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 600000ms"),
+        distributed.dist.DistBackendError("NCCL communicator was aborted on rank 1"),
+    ],
+    ids=["closed", "silent", "aborted"],
+)
+def test_the_loss_of_a_process_is_told_from_other_errors(error, monkeypatch):
+    def fails(error):
+        with distributed.together():
+            raise error
+
+    with pytest.raises(RuntimeError, match=re.escape(str(error))):
+        fails(error)  # there is no other process
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    words = r"process 0 of 2 stops, because another one has ended .*repeat the command to resume"
+    with pytest.raises(ConnectionError, match=words) as found:
+        fails(error)
+    assert found.value.__cause__ is error
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

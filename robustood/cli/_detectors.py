@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from robustood import challenge, data, evaluate
+from robustood import challenge, data, distributed, evaluate
 from robustood.cli._shell import FLAWED, Add, chosen, count, place, radius, say
 from robustood.detectors import Detector, wrap
 from robustood.inputs import suggest
@@ -91,7 +91,7 @@ def _attack(given: argparse.Namespace) -> int:
     labels = {"network": given.network} if given.network else {}
     report = report.labelled(detector=str(own), data=names[0], **labels)
     say(f"\n{report}")
-    if out is not None:
+    if out is not None and distributed.rank() == 0:
         report.to_json(out)
         report.to_csv(out.with_suffix(".csv"))
         say(f"\nfull report: {out}, its rows: {out.with_suffix('.csv')}")

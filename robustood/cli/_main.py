@@ -28,7 +28,8 @@ examples:
   robustood judge B moved.npy
   robustood data fetch cifar10 svhn:train
   robustood data pack photos/ --name mine:test
-  torchrun --nproc-per-node 4 -m robustood train oe_cifar10_fast
+  torchrun --nproc-per-node 4 --max-restarts 3 -m robustood train oe_cifar10_fast
+  torchrun --nproc-per-node 4 -m robustood evaluate runs/oe_cifar10_fast
 
 To resume a run that was stopped, repeat its command. Exit codes: 0 done, 2 error (explained in one line),
 3 the time given by --minutes ran out, 4 attack is done, but its checks found errors, so that its numbers cannot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 from robustood import artefacts, distributed, recipes, results
@@ -65,29 +66,34 @@ def _evaluate(given: argparse.Namespace) -> int:
                 f"--set {change}: the training of a finished run is fixed; only evaluation.* may "
                 "change here"
             )
-    shipped = {run["folder"] for run in results.load()}
-    if not given.run.exists() and str(given.run) in shipped:
-        name, given.run = str(given.run), Path("runs") / "shipped" / given.run
-        if not given.run.exists():
-            say(
-                f"the run that ships with the project is copied to {artefacts.restore(name, given.run)}"
-            )
-    file = given.run / "recipe.json"
-    if not file.is_file():
-        raise ValueError(
-            f"no run in {given.run}: there is no recipe.json; make a run with robustood train, or take one "
-            f"that ships with the project: {', '.join(sorted(shipped))}"
-        )
-    recipe = recipes.read(file, given.set, given.plan)
-    if distributed.rank() == 0:  # all processes would measure the same
-        device = chosen(given.device)
-        report = recipes.evaluate(recipe, given.run, device, root=given.data, tell=say)
+    (folder,) = distributed.each(
+        [partial(_measurable, given.run)]
+    )  # one process copies, none reads too early
+    recipe = recipes.read(folder / "recipe.json", given.set, given.plan)
+    device = chosen(given.device)
+    report = recipes.evaluate(recipe, folder, device, root=given.data, tell=say)
+    if distributed.rank() == 0:  # which wrote the files that are read here
         if not given.plan:
-            say(results.table(results.load(given.run)))
+            say(results.table(results.load(folder)))
         ending = f"_{given.plan}" if given.plan else ""
         beside = f", scores in scores{ending}.npz beside it" if report["rows"] else ""
-        say(f"full report: {given.run / f'report{ending}.json'}{beside}")
+        say(f"full report: {folder / f'report{ending}.json'}{beside}")
     return 0
+
+
+def _measurable(run: Path) -> Path:
+    """The folder of a run; one that ships with the project is copied first."""
+    shipped = {each["folder"] for each in results.load()}
+    if not run.exists() and str(run) in shipped:
+        name, run = str(run), Path("runs") / "shipped" / run
+        if not run.exists():
+            say(f"the run that ships with the project is copied to {artefacts.restore(name, run)}")
+    if not (run / "recipe.json").is_file():
+        raise ValueError(
+            f"no run in {run}: there is no recipe.json; make a run with robustood train, or take one "
+            f"that ships with the project: {', '.join(sorted(shipped))}"
+        )
+    return run
 
 
 def _table(given: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustood import metrics, tables
+from robustood import distributed, metrics, tables
 from robustood.checkpoints import Checkpoint, as_csv
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._attack import attack_score, check_detector
@@ -38,13 +38,17 @@ from robustood.inputs import (
     suggest,
 )
 from robustood.metrics import Estimate
-from robustood.models import check_finite, frozen
+from robustood.models import check_finite, frozen, networks
 from robustood.perturbations import Ball, PerturbationSet, as_set
 from robustood.streams import Stream, stream_seed
 
 Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
+Job = Callable[[], Tensor]
+Wanted = tuple[
+    str, Inputs, Direction | None
+]  # a set, and the direction of the attack on it, if any
 _Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
 _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
@@ -199,7 +203,9 @@ def ood_report(
 ) -> Report:
     """Measure a detector on clean inputs, or with one or both sides attacked.
 
-    In-distribution inputs are attacked to lower their score, outliers to raise theirs.
+    In-distribution inputs are attacked to lower their score, outliers to raise theirs. Several processes
+    (:func:`robustood.distributed.join`) must all make the same call; they share the batches, and all get the report
+    that one process would get. An attack that draws random numbers must take them from ``generator``.
 
     Args:
         detector: fitted if it needs to be.
@@ -214,8 +220,8 @@ def ood_report(
         batch_size: inputs scored and attacked at a time; each batch draws its own random initial points.
         seed: of the random initial points.
         run_dir: folder for finished batches; a run that finds its state there resumes from it, if detector,
-            inputs, set and attack are the same down to their code (:mod:`robustood.identity`). Reports of all
-            sides may share it.
+            inputs, set and attack are the same down to their code (:mod:`robustood.identity`), by any number of
+            processes. Reports of all sides may share it.
         name: stands for parts of them that cannot be identified, such as an open file; used with ``run_dir`` only.
         how: passed to the attack, such as ``steps=100, restarts=5``.
 
@@ -243,8 +249,7 @@ def four_sides(
     """
     check_mapping(x_out, "x_out", "{name: images}")
     own = {f.name: settings.pop(f.name) for f in fields(Bench) if f.name in settings}
-    bench = Bench(detector, x_in, dict(x_out), within, how=settings, **own)
-    return {side: bench.report(side) for side in SIDES}
+    return Bench(detector, x_in, dict(x_out), within, how=settings, **own).reports()
 
 
 @dataclass
@@ -285,23 +290,35 @@ class Bench:
         given = {name: describe(getattr(self, name)) for name in ("within", "attack", "how")}
         run = {"seed": self.seed, "batch_size": self.batch_size}
         self.settings = {"detector": self.detector._get_name(), **given, **run}
+        if distributed.world() > 1:
+            held = [network.state_dict() for network in networks(self.detector)]
+            distributed.check_alike(identity(None, **run, weights=held, **self.inputs()))
         self.known = _Known(self.run_dir, self.identity)
+
+    def inputs(self) -> dict[str, Inputs]:
+        """The sets by the names that messages use."""
+        return {"x_in": self.x_in} | {f"x_out[{k!r}]": x for k, x in sorted(self.x_out.items())}
 
     def identity(self) -> dict[str, str]:
         """Everything that the scores depend on, down to code and tensors."""
         how = {f"how[{key!r}]": value for key, value in sorted(self.how.items())}
-        sets = {f"x_out[{key!r}]": x for key, x in sorted(self.x_out.items())}
         run = {"seed": self.seed, "batch_size": self.batch_size}
         own = {"detector": self.detector, "within": self.within, "attack": self.attack}
-        return identity(self.name, **run, **own, **how, x_in=self.x_in, **sets)
+        return identity(self.name, **run, **own, **how, **self.inputs())
 
-    def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
-        """Scores of a set, clean or after an attack; each batch is measured once."""
-        parts = []
-        for number, part in enumerate(x.split(self.batch_size)):
-            compute = partial(self.batch, part, number, direction)
-            parts.append(self.known.get(f"{name} {direction} {number}", compute).numpy())
-        return np.concatenate(parts)
+    def of(self, *wanted: Wanted) -> list[Scores]:
+        """Scores of each set; each batch is measured once, in one of the processes."""
+        jobs = [self.batches(*each) for each in wanted]
+        whole = {name: job for own in jobs for name, job in own.items()}
+        found = dict(zip(whole, self.known.each(whole), strict=True))
+        return [np.concatenate([found[name].numpy() for name in own]) for own in jobs]
+
+    def batches(self, name: str, x: Inputs, direction: Direction | None) -> dict[str, Job]:
+        """How to measure each batch of a set."""
+        return {
+            f"{name} {direction} {number}": partial(self.batch, part, number, direction)
+            for number, part in enumerate(x.split(self.batch_size))
+        }
 
     def batch(self, x: Inputs, number: int, direction: Direction | None) -> Tensor:
         """The scores of one batch."""
@@ -320,10 +337,11 @@ class Bench:
             raise ValueError(
                 f'within is None, but side="{side}" needs a perturbation set, such as Linf(8/255)'
             )
-        clean = self.of("in", self.x_in, None)
-        came = self.of("in", self.x_in, "lower") if side in ("in", "both") else clean
+        low = "lower" if side in ("in", "both") else None
         up = "raise" if side in ("out", "both") else None
-        out = {name: self.of(f"out {name}", x, up) for name, x in self.x_out.items()}
+        sets: list[Wanted] = [(f"out {name}", x, up) for name, x in self.x_out.items()]
+        clean, came, *left = self.of(("in", self.x_in, None), ("in", self.x_in, low), *sets)
+        out = dict(zip(self.x_out, left, strict=True))
         rows = [
             Row(set=name, **measure(clean, came, values, self.tpr, self.confidence))
             for name, values in out.items()
@@ -332,6 +350,11 @@ class Bench:
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
+
+    def reports(self) -> dict[Side, Report]:
+        """Rows for each side. Both sides come before each of them, so that several processes share all attacks."""
+        found = {side: self.report(side) for side in ("none", "both", "in", "out")}
+        return {side: found[side] for side in SIDES}
 
 
 def measure(
@@ -368,15 +391,20 @@ class _Known:
     def __init__(self, folder: str | Path | None, is_text: Callable[[], dict[str, str]]):
         self.checkpoint, self.parts = None, {}
         if folder is not None:
-            self.checkpoint = Checkpoint(Path(folder) / "scores.state", "report", is_text())
+            file = Path(folder) / "scores.state"
+            # One process reads, so that all know the same parts.
+            (self.checkpoint,) = distributed.each([lambda: Checkpoint(file, "report", is_text())])
             self.parts = (self.checkpoint.state or {"parts": {}})["parts"]
 
-    def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        if name not in self.parts:
-            self.parts[name] = compute()
-            if self.checkpoint is not None:
-                self.checkpoint.write({"parts": self.parts})
-        return self.parts[name]
+    def each(self, jobs: dict[str, Job]) -> Iterator[Tensor]:
+        """The tensors of these names in order; the processes share the jobs of those that are missing."""
+        computed = distributed.each([job for name, job in jobs.items() if name not in self.parts])
+        for name in jobs:
+            if name not in self.parts:
+                self.parts[name] = next(computed)
+                if self.checkpoint is not None and distributed.rank() == 0:
+                    self.checkpoint.write({"parts": self.parts})
+            yield self.parts[name]
 
 
 def epsilon_curve(

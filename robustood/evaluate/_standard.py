@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustood import metrics, sanity
+from robustood import distributed, metrics, sanity
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._protocol import VERSION, Stage, climbable, stages
-from robustood.evaluate._report import SIDES, Bench, Inputs, Row, Scores, scores
+from robustood.evaluate._report import Bench, Inputs, Job, Row, Scores, Wanted, scores
 from robustood.evaluate._verdict import StandardReport
 from robustood.inputs import check_callable, check_mapping
 from robustood.models import counting, networks
@@ -59,7 +59,8 @@ def standard(
         batch_size: inputs attacked at a time.
         seed: of all random draws.
         tpr, confidence, run_dir, name: as in :func:`ood_report`.
-        say: receives a line of progress before each attack, with the time left, such as ``print``.
+        say: receives a line of progress before each attack, with the time left, such as ``print``; only in the first
+            of several processes, which share the batches as in :func:`ood_report`.
 
     Returns:
         The reports of all four sides, what each attack added and cost, and the findings of the checks.
@@ -74,9 +75,32 @@ def standard(
         detector, x_in, dict(x_out), as_set(within), batch_size=batch_size, seed=seed, tpr=tpr,
         confidence=confidence, run_dir=run_dir, name=name, say=say,
     )  # fmt: skip
-    findings = bench.findings()
-    reports = {side: bench.report(side) for side in SIDES}
+    (findings,) = distributed.each([bench.findings])
+    reports = bench.reports()
     return StandardReport(VERSION, reports, bench.trace(), findings, bench.hashes())
+
+
+@dataclass
+class _Attacked:
+    """A set of inputs under attack.
+
+    Attributes:
+        bar: the signed score beyond which an input can do no more harm.
+        worst: the signed scores, clean and after each attack.
+        batches: the places of the inputs that still hold, batch by batch.
+    """
+
+    name: str
+    x: Inputs
+    direction: Direction
+    bar: float = 0.0
+    worst: list[Scores] = field(default_factory=list)
+    batches: Sequence[Tensor] = ()
+
+    @property
+    def sign(self) -> int:
+        """That of harm in the score."""
+        return 1 if self.direction == "raise" else -1
 
 
 @dataclass
@@ -106,51 +130,67 @@ class _Bench(Bench):
         """As that of any report, with the version of the protocol."""
         return super().identity() | {"protocol": VERSION}
 
-    def of(self, name: str, x: Inputs, direction: Direction | None) -> Scores:
+    def of(self, *wanted: Wanted) -> list[Scores]:
         """Clean scores, or the worst after all attacks."""
-        if direction is None:
-            return super().of(name, x, None)
-        if name not in self.worst:
-            self.worst[name] = self.after_each(name, x, direction)
-        return self.worst[name][-1]
+        if all(direction is None for *_, direction in wanted):
+            return super().of(*wanted)
+        self.worst = self.worst or self.after_each()
+        return [
+            self.worst[name][-1] if direction else self.of((name, x, None))[0]
+            for name, x, direction in wanted
+        ]
 
-    def after_each(self, name: str, x: Inputs, direction: Direction) -> list[Scores]:
-        """The worst score of each input so far: clean, then after each attack."""
-        sign = 1 if direction == "raise" else -1
-        worst = [sign * super().of(name, x, None)]
-        bar = self.bar(direction)
-        for place, stage in enumerate(self.stages):
-            found = worst[-1].copy()
-            holding = torch.from_numpy(np.flatnonzero(found <= bar))
-            self.clock.skip(stage.passes * (len(x) - len(holding)))
-            if self.say is not None:
-                rest = self.clock.left()
-                self.say(f"{name}: {stage.name} on {len(holding)} of {len(x)} inputs{rest}")
-            for number, index in enumerate(holding.split(self.batch_size) if len(holding) else ()):
-                compute = partial(self.stage_batch, stage, x[index], place, number, direction)
-                values = self.known.get(f"{name} {stage.name} {number}", compute).numpy()
-                self.cost[place] += len(index), *values[-2:].astype(int)
-                at = index.numpy()  # as a tensor, a single index would be read as a number
-                found[at] = np.maximum(found[at], sign * values[:-2])
-                self.clock.done(stage.passes * len(index))
-            worst.append(found)
-        return [sign * each for each in worst]
+    def after_each(self) -> dict[str, list[Scores]]:
+        """The worst score of each input of each set so far: clean, then after each attack."""
+        outside = [_Attacked(f"out {name}", x, "raise") for name, x in self.x_out.items()]
+        sets = [_Attacked("in", self.x_in, "lower"), *outside]
+        clean = self.of(*((one.name, one.x, None) for one in sets))
+        for one, values in zip(sets, clean, strict=True):
+            one.bar, one.worst = self.bar(one.direction), [one.sign * values]
+        for place in range(len(self.stages)):
+            self.attack_once(place, sets)
+        return {one.name: [one.sign * worst for worst in one.worst] for one in sets}
 
     def bar(self, direction: Direction) -> float:
         """The signed score beyond which an input can do no more harm."""
         if direction == "raise":
-            return float(super().of("in", self.x_in, None).max())
-        clean = [super(_Bench, self).of(f"out {k}", x, None) for k, x in self.x_out.items()]
+            return float(self.of(("in", self.x_in, None))[0].max())
+        clean = self.of(*((f"out {name}", x, None) for name, x in self.x_out.items()))
         return -float(np.concatenate(clean).min())
 
+    def attack_once(self, place: int, sets: list[_Attacked]) -> None:
+        """Make one attack of the protocol on the inputs of all sets that still hold."""
+        stage = self.stages[place]
+        jobs: dict[str, Job] = {}
+        for one in sets:
+            holding = torch.from_numpy(np.flatnonzero(one.worst[-1] <= one.bar))
+            one.batches = holding.split(self.batch_size) if len(holding) else ()
+            self.clock.skip(stage.passes * (len(one.x) - len(holding)))
+            for number, index in enumerate(one.batches):
+                job = partial(self.stage_batch, stage, one, index, place, number)
+                jobs[f"{one.name} {stage.name} {number}"] = job
+        found = self.known.each(jobs)
+        for one in sets:
+            if self.say is not None and distributed.rank() == 0:
+                held, rest = sum(map(len, one.batches)), self.clock.left()
+                self.say(f"{one.name}: {stage.name} on {held} of {len(one.x)} inputs{rest}")
+            worst = one.worst[-1].copy()
+            for index in one.batches:
+                values = next(found).numpy()
+                self.cost[place] += len(index), *values[-2:].astype(int)
+                at = index.numpy()  # as a tensor, a single index would be read as a number
+                worst[at] = np.maximum(worst[at], one.sign * values[:-2])
+                self.clock.done(stage.passes * len(index))
+            one.worst.append(worst)
+
     def stage_batch(
-        self, stage: Stage, x: Inputs, place: int, number: int, direction: Direction
+        self, stage: Stage, one: _Attacked, index: Tensor, place: int, number: int
     ) -> Tensor:
         """The scores of a batch after one attack, and then the number of forward and of backward passes."""
-        x = x.to(self.detector.device(x), copy=True)
+        x = one.x[index].to(self.detector.device(one.x), copy=True)
         seed = stream_seed(self.seed, 1000 * (place + 1) + number, Stream.BATCHES)
         noise = torch.Generator(x.device).manual_seed(seed)
-        how = {"direction": direction, "batch_size": self.batch_size, "generator": noise}
+        how = {"direction": one.direction, "batch_size": self.batch_size, "generator": noise}
         with counting() as passes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the gradient is exactly zero")  # a finding says so
             x = stage.attack(self.detector, x, self.set, **how)

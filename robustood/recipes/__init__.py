@@ -13,10 +13,12 @@ smaller versions combine a method, a set of images and a scale, whose files lie 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from robustood import distributed
 from robustood.artefacts import Json
 from robustood.recipes import learned_sets, reports
 from robustood.recipes.composing import names, plans, read
@@ -41,6 +43,9 @@ def evaluate(
 ) -> Json:
     """Evaluate the weights in the folder of a run: a classifier, or a learned perturbation set.
 
+    Several processes (:func:`robustood.distributed.join`) share the batches of a classifier's evaluation; the first
+    writes the files, evaluates a learned set by itself, and calls ``tell``.
+
     Args:
         recipe: the one that trained the weights; its ``[evaluation]`` and its plan may differ.
         folder: that of the run. Receives ``report.json`` and ``scores.npz``, the scores of all images; under a plan
@@ -55,5 +60,8 @@ def evaluate(
     Raises:
         ValueError: if the weights belong to another recipe, or the run is not finished.
     """
-    measure = learned_sets.measure if recipe.settings.data.pairs else reports.measure
-    return measure(recipe, Path(folder), device, root, tell)
+    given = (recipe, Path(folder), device, root, tell if distributed.rank() == 0 else silent)
+    if not recipe.settings.data.pairs:
+        return reports.measure(*given)
+    (report,) = distributed.each([partial(learned_sets.measure, *given)])
+    return report

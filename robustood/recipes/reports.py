@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustood import detectors
+from robustood import detectors, distributed
 from robustood.artefacts import Json
 from robustood.attacks import pgd
 from robustood.checkpoints import write_json, write_whole
@@ -100,8 +100,9 @@ def measure(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{k: v.astype(np.float32) for k, v in scores.items()})
     plan = f"_{recipe.plan}" if recipe.plan else ""
-    write_whole(folder / f"scores{plan}.npz", buffer.getvalue())
-    write_json(folder / f"report{plan}.json", report)
+    if distributed.rank() == 0:
+        write_whole(folder / f"scores{plan}.npz", buffer.getvalue())
+        write_json(folder / f"report{plan}.json", report)
     return report
 
 

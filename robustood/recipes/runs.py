@@ -29,7 +29,7 @@ from robustood.checkpoints import (
 )
 from robustood.data import Augment, Data, Split, pixels
 from robustood.engine import Engine
-from robustood.metrics import Estimate
+from robustood.metrics import Estimate, proportion
 from robustood.models import split
 from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
@@ -48,6 +48,7 @@ def silent(line: str) -> None:
     """Ignore a message."""
 
 
+@distributed.together()
 def train(
     recipe: Recipe,
     folder: str | Path,
@@ -77,6 +78,7 @@ def train(
     Raises:
         ValueError: for images that do not fit the recipe, or a folder that holds a run of another one.
         OSError: if the folder cannot be written; earlier states are kept.
+        ConnectionError: if another of several processes is lost; the same call in all of them resumes the run.
     """
     folder, start = Path(folder), time.monotonic()
     if (old := distributed.from_first(_earlier(recipe, folder))) and old["finished"]:
@@ -274,14 +276,23 @@ def _epoch_line(tell: Callable[[str], None], epochs: int, row: dict[str, float])
 def accuracy(
     model: nn.Module, images: Split, attack: Attack | None = None, batch_size: int = 1000
 ) -> Estimate:
-    """Share of 8-bit images that are classified correctly, without an attack or under one."""
+    """Share of 8-bit images that are classified correctly, without an attack or under one.
+
+    Several processes share the batches.
+    """
     device = next(model.parameters()).device
-    x, y = pixels(images.x).to(device), images.y.to(device)
 
     def classes_alone(x: Tensor) -> Tensor:
         return split(model, model(x))[0]
 
-    return robust_accuracy(classes_alone, x, y, attack, batch_size=batch_size)
+    def right(start: int) -> int:
+        part = images[start : start + batch_size]
+        x, y = pixels(part.x).to(device), part.y.to(device)
+        found = robust_accuracy(classes_alone, x, y, attack, batch_size=batch_size)
+        return round(found.value * found.n)
+
+    jobs = [partial(right, start) for start in range(0, len(images), batch_size)]
+    return proportion(sum(distributed.each(jobs)), len(images))
 
 
 # --- software and hardware of a run

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustood import metrics, sanity
+from robustood import metrics, rng, sanity
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._protocol import VERSION, Stage, climbable, stages
 from robustood.evaluate._report import SIDES, Bench, Inputs, Row, Scores, scores
@@ -149,7 +149,7 @@ class _Bench(Bench):
         """The scores of a batch after one attack, and then the number of forward and of backward passes."""
         x = x.to(self.detector.device(x), copy=True)
         seed = stream_seed(self.seed, 1000 * (place + 1) + number, Stream.BATCHES)
-        noise = torch.Generator(x.device).manual_seed(seed)
+        noise = rng.generator(x.device, seed)
         how = {"direction": direction, "batch_size": self.batch_size, "generator": noise}
         with counting() as passes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the gradient is exactly zero")  # a finding says so

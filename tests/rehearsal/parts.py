@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustood import attacks, detectors, generative, models, objectives, perturbations, smoothing
 from robustood.data import Data, Split, paired
@@ -83,19 +83,19 @@ def inner(**how: object) -> objectives.InnerMax:
     return objectives.InnerMax(EPS, steps=2, **how)
 
 
-def learned() -> perturbations.Latent:
+def learned(device: str = "cpu") -> perturbations.Latent:
     """A ball of latent variables."""
-    return perturbations.Latent(cvae("warp_cvae"), 1.0)
+    return perturbations.Latent(cvae("warp_cvae").to(device), 1.0)
 
 
-OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
+OBJECTIVES: dict[str, Callable[..., objectives.Objective]] = {
     "Standard": objectives.Standard,
     "Adversarial": lambda: objectives.Adversarial(EPS, steps=2),
     "Adversarial, best of two": lambda: objectives.Adversarial(EPS, steps=2, restarts=2),
     "Adversarial, a radius that grows": lambda: objectives.Adversarial(EPS, steps=2, ramp=0.5),
     "Adversarial, L2": lambda: objectives.Adversarial(perturbations.L2(0.3), steps=2, clean=True),
     "Adversarial, turned": lambda: objectives.Adversarial(Spatial(10, 1), steps=2),
-    "Adversarial, learned set": lambda: objectives.Adversarial(learned(), steps=2),
+    "Adversarial, learned set": lambda device="cpu": objectives.Adversarial(learned(device), steps=2),
     "TRADES": lambda: objectives.TRADES(EPS, steps=2),
     "OutlierExposure": objectives.OutlierExposure,
     "ADV": lambda: objectives.ADV(EPS),
@@ -124,9 +124,8 @@ def network_for(objective: str) -> nn.Module:
 # --- scores
 
 
-def fitted(model: nn.Module, data: Data) -> dict[str, detectors.Detector]:
+def fitted(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, detectors.Detector]:
     """Every detector, fitted."""
-    x, y = data.train.x, data.train.y
     found = detectors.post_hoc(model, x, y) | {"RejectClass": detectors.RejectClass(model)}
     found["PRO"] = detectors.PRO(detectors.MSP(model), 2, 0.01)
     found["wrap"] = detectors.wrap(lambda x: model(x).amax(1), higher="in")
@@ -152,4 +151,8 @@ def plain_sgd(parameters: object, lr: float, weight_decay: float) -> torch.optim
     return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
 
 
-SEARCHES = {"pgd": attacks.pgd, "worst_case": attacks.worst_case}
+RULES: dict[str, Callable[[], attacks.Rule]] = {
+    "Ascent": attacks.Ascent,
+    "APGD": attacks.APGD,
+    "Square": attacks.Square,
+}

@@ -95,7 +95,9 @@ OBJECTIVES: dict[str, Callable[..., objectives.Objective]] = {
     "Adversarial, a radius that grows": lambda: objectives.Adversarial(EPS, steps=2, ramp=0.5),
     "Adversarial, L2": lambda: objectives.Adversarial(perturbations.L2(0.3), steps=2, clean=True),
     "Adversarial, turned": lambda: objectives.Adversarial(Spatial(10, 1), steps=2),
-    "Adversarial, learned set": lambda device="cpu": objectives.Adversarial(learned(device), steps=2),
+    "Adversarial, learned set": lambda device="cpu": objectives.Adversarial(
+        learned(device), steps=2
+    ),
     "TRADES": lambda: objectives.TRADES(EPS, steps=2),
     "OutlierExposure": objectives.OutlierExposure,
     "ADV": lambda: objectives.ADV(EPS),

@@ -78,7 +78,9 @@ def test_each_network_trains_as_on_the_cpu(name, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", parts.AUTOENCODERS)
 def test_each_autoencoder_trains_as_on_the_cpu(name):
-    here, there, _ = both(parts.AUTOENCODERS[name], lambda device: Variational(), parts.turned(), batch_size=32)
+    here, there, _ = both(
+        parts.AUTOENCODERS[name], lambda device: Variational(), parts.turned(), batch_size=32
+    )
     assert same(here, there)
 
 

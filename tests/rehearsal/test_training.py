@@ -2,12 +2,12 @@
 
 import time
 from functools import partial
-from inspect import signature
 
 import pytest
 import torch
 from rehearsal import parts
 from rehearsal.pretended import CUDA, Rehearsal
+from rehearsal.steps import HOW, check_steps, objective
 
 from robustood import models, objectives
 from robustood.data import Augment
@@ -15,13 +15,6 @@ from robustood.engine import Engine
 from robustood.generative import Variational
 from robustood.training import fit
 
-HOW = {
-    "epochs": 2,
-    "batch_size": 32,
-    "outlier_batch_size": 16,
-    "lr": 0.01,
-    "optimiser": parts.plain_sgd,
-}
 every_objective = pytest.mark.parametrize("rule", parts.OBJECTIVES)
 every_network = pytest.mark.parametrize("name", parts.NETWORKS)
 
@@ -32,12 +25,6 @@ def same(one, other):
         torch.equal(a, b)
         for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     )
-
-
-def objective(name, device="cpu"):
-    """An objective; what it holds is on the device."""
-    rule = parts.OBJECTIVES[name]
-    return rule(device) if signature(rule).parameters.get("device") else rule()
 
 
 def both(make, rule, data, **how):
@@ -84,22 +71,11 @@ def test_each_autoencoder_trains_as_on_the_cpu(name):
     assert same(here, there)
 
 
-def waits_of(rule, data, batch_size):
-    """The waits of one epoch in steps of a batch size."""
-    model = parts.network_for(rule)
-    with Rehearsal() as gpu:
-        fit(model, objective(rule, "cuda"), data, device="cuda", augment=Augment(2),
-            **HOW | {"epochs": 1, "batch_size": batch_size})  # fmt: skip
-    return gpu.waits
-
-
 @pytest.mark.parametrize("rule", [
     rule if rule == "ALOE" else pytest.param(rule, marks=pytest.mark.slow) for rule in parts.OBJECTIVES
 ])  # fmt: skip
 def test_no_step_makes_the_host_wait(rule, data):
-    """An epoch of six steps has as many waits as one of two, each in the same line."""
-    few, many = waits_of(rule, data, 48), waits_of(rule, data, 16)
-    assert few and few == many, many - few
+    check_steps(lambda: parts.network_for(rule), partial(objective, rule), data)
 
 
 @pytest.mark.slow

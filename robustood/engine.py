@@ -123,8 +123,8 @@ class Running(nn.Module):
             named = isinstance(engine.compile, str)
             how: dict[str, Any] = {"backend": engine.compile} if named else {}
             graphs = {} if named else {"mode": "reduce-overhead"}
-            self.calls["update"] = self.guarded(network, **how)
-            self.calls["ascent"] = self.guarded(_one_graph, fullgraph=True, **how, **graphs)
+            self.calls["update"] = self.guarded(network, network, **how)
+            self.calls["ascent"] = self.guarded(ascent, _one_graph, fullgraph=True, **how, **graphs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,14 +132,21 @@ class Running(nn.Module):
         except AttributeError:
             return getattr(self.module, name)
 
-    def guarded(self, call: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-        """The call through the compiler; once that has failed, the call itself.
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The network itself, for what must see its layers (:func:`robustood.smoothing.interval_bounds`)."""
+        return self.module
 
-        An error that the call itself has is raised as it is.
+    def guarded(
+        self, call: Callable[..., Any], traceable: Callable[..., Any], **how: Any
+    ) -> Callable[..., Any]:
+        """A call through the compiler, in its traceable form; once that has failed, the call itself.
+
+        An error that the call itself raises passes.
         """
         from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
 
-        compiled = torch.compile(call, dynamic=False, **how)
+        compiled = torch.compile(traceable, dynamic=False, **how)
 
         def attempt(*given: Any) -> Any:
             if self.failed:

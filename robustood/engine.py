@@ -19,6 +19,7 @@ import itertools
 import platform
 import re
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -93,11 +94,25 @@ class Engine:
 
 
 class Running(nn.Module):
-    """A network run by an engine. All attributes but ``forward`` are those of the network."""
+    """A network run by an engine. All attributes but ``forward`` are those of the network.
+
+    On a GPU each compiled attack is recorded as a CUDA graph, which is replayed at fixed addresses:
+
+    - Its inputs (images, initial points, and what the objective holds, such as labels) are copied to those
+      addresses before each replay. Weights are read where they lie, so they must be changed in place, as an
+      optimiser and ``load_state_dict`` do.
+    - Its outputs are overwritten by the next replay, such as that of the next restart, so they are cloned.
+    - It draws no random numbers: initial points are drawn before, and a network in eval mode draws none.
+
+    The update is compiled without a CUDA graph, since its outputs must outlive the forward pass for the backward pass.
+
+    Attributes:
+        failed: why the compiler failed; from then on everything is run uncompiled. Empty if it did not.
+    """
 
     def __init__(self, model: nn.Module, engine: Engine):
         super().__init__()
-        self.module, self.engine = model, engine
+        self.module, self.engine, self.failed = model, engine, ""
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         network = distributed.wrapped(model)
@@ -108,10 +123,8 @@ class Running(nn.Module):
             named = isinstance(engine.compile, str)
             how: dict[str, Any] = {"backend": engine.compile} if named else {}
             graphs = {} if named else {"mode": "reduce-overhead"}
-            self.calls["update"] = torch.compile(network, dynamic=False, **how)
-            self.calls["ascent"] = torch.compile(
-                ascent, dynamic=False, fullgraph=True, **how, **graphs
-            )
+            self.calls["update"] = self.guarded(network, network, **how)
+            self.calls["ascent"] = self.guarded(ascent, _one_graph, fullgraph=True, **how, **graphs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -119,14 +132,47 @@ class Running(nn.Module):
         except AttributeError:
             return getattr(self.module, name)
 
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The network itself, for what must see its layers (:func:`robustood.smoothing.interval_bounds`)."""
+        return self.module
+
+    def guarded(
+        self, call: Callable[..., Any], traceable: Callable[..., Any], **how: Any
+    ) -> Callable[..., Any]:
+        """A call through the compiler, in its traceable form; once that has failed, the call itself.
+
+        An error that the call itself raises passes.
+        """
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
+        compiled = torch.compile(traceable, dynamic=False, **how)
+
+        def attempt(*given: Any) -> Any:
+            if self.failed:
+                return call(*given)
+            try:
+                return compiled(*given)
+            except TorchDynamoException as error:
+                found = call(*given)
+                self.failed = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                warnings.warn(
+                    f"torch.compile failed, so this run goes on uncompiled ({self.failed}); pass compile=False "
+                    "to omit the attempt, or install what it lacks, such as a C++ compiler",
+                    stacklevel=2,
+                )
+                return found
+
+        return attempt
+
     def compiled_ascent(
         self, objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
     ) -> tuple[Tensor, Tensor]:
         """:func:`robustood.attacks.ascent`, compiled for norm balls if the network is in eval mode."""
         if not isinstance(within, Ball) or self.module.training:
             return ascent(objective, x, z, within, *how)
-        found, values = self.calls["ascent"](objective, x, z, within, *how, gradient=_traceable)
-        return found.clone(), values.clone()  # the next replay of the graph overwrites its outputs
+        found, values = self.calls["ascent"](objective, x, z, within, *how)
+        return found.clone(), values.clone()  # the next replay overwrites them
 
     def forward(self, x: Tensor) -> Tensor:
         attacked = not any(p.requires_grad for p in self.module.parameters())
@@ -136,6 +182,13 @@ class Running(nn.Module):
         low = self.engine.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             return network(x).float()
+
+
+def _one_graph(
+    objective: AttackObjective, x: Tensor, z: Tensor, within: PerturbationSet, *how: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`robustood.attacks.ascent` in a form that the compiler can trace as one graph."""
+    return ascent(objective, x, z, within, *how, gradient=_traceable)
 
 
 def _traceable(
@@ -261,10 +314,12 @@ class Meter:
     Attributes:
         flops: operations of one step in this process: attack, forward and backward pass.
         bare: operations per second of a bare update.
+        running: the network in its engine, which says whether its compilation failed.
     """
 
     flops: int
     bare: float
+    running: nn.Module | None = None
 
     @classmethod
     def read(
@@ -293,7 +348,7 @@ class Meter:
         model.load_state_dict(kept)
         for p in model.parameters():
             p.grad = None
-        return cls(whole, update / took)
+        return cls(whole, update / took, running)
 
     def report(self, engine: Engine, per_step: float, images: int, device: torch.device) -> dict:
         """The speed of a run, as its record keeps it.
@@ -310,6 +365,8 @@ class Meter:
             "floor_images_per_second": images / floor, "over_floor": per_step / floor,
         }  # fmt: skip
         peak = next((rate for chip, rate in _PEAK.items() if re.search(rf"\b{chip}\b", name)), None)
+        if failed := getattr(self.running, "failed", ""):
+            found |= {"compile": False, "compile_failed": failed}
         if peak and engine.precision == "bf16":
             found["share_of_peak"] = self.flops / per_step / peak
         return found

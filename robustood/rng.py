@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["SharedGenerator", "integers", "normal", "own_part", "place", "uniform"]
+__all__ = ["SharedGenerator", "generator", "integers", "normal", "own_part", "place", "uniform"]
 
 Numbers = Float[Tensor, "batch *shape"]
 
@@ -25,6 +25,17 @@ class SharedGenerator(torch.Generator):
     """
 
     place: tuple[int, int] = (0, 1)
+
+
+def generator(device: torch.device | str, seed: int) -> SharedGenerator:
+    """A seeded generator on a device, whose draws are shared with nobody until it is given a place.
+
+    Each generator on a chosen device is made here. Without a GPU there is none for ``"cuda"``, so
+    ``tests/rehearsal`` replaces :class:`SharedGenerator`.
+    """
+    made = SharedGenerator(device)
+    made.manual_seed(seed)
+    return made
 
 
 def place(generator: torch.Generator | None) -> tuple[int, int]:

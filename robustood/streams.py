@@ -11,7 +11,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from robustood import distributed
+from robustood import distributed, rng
 from robustood.rng import SharedGenerator
 
 __all__ = ["Stream", "Streams", "stream_seed"]
@@ -41,9 +41,8 @@ class Streams:
 
     def of(self, epoch: int, stream: Stream) -> SharedGenerator:
         """The generator of one use in one epoch, on the run's device, shared with the other processes."""
-        generator = SharedGenerator(self.device)
+        generator = rng.generator(self.device, stream_seed(self.seed, epoch, stream))
         generator.place = (distributed.rank(), distributed.world())
-        generator.manual_seed(stream_seed(self.seed, epoch, stream))
         return generator
 
     def begin(self, epoch: int) -> SharedGenerator:

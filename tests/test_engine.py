@@ -154,6 +154,49 @@ def test_compiled_training_is_training_and_compiles_once(run_script):
         assert float(gap) < 2e-3 and int(graphs) <= 3, printed
 
 
+def test_a_run_whose_compilation_fails_says_so_once_and_goes_on(run_script):
+    """The backend raises, or the attack cannot be one graph; weights are those of the uncompiled run."""
+    printed = run_script(
+        """
+        import json, warnings
+        import torch
+        from robustood.data import Data, Split
+        from robustood.engine import Engine
+        from robustood.models import Classifier, mlp
+        from robustood.objectives import ALOE
+        from robustood.training import fit
+
+        def broken(graph, inputs):
+            raise RuntimeError("no such compiler")
+
+        class Reading(Classifier):
+            def forward(self, x):
+                return super().forward(x) * float(x.shape[0] * x.detach().sum().isfinite().item())
+
+        torch._dynamo.register_backend(broken, name="broken")
+        y = torch.arange(48) % 3
+        x = torch.rand(48, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        data = Data(Split(x, y), Split(x, y), Split(x, y), 1 - x)
+        for kind, backend in ((Classifier, "broken"), (Reading, "eager")):
+            weights = []
+            for how in (None, Engine(compile=backend)):
+                model = mlp(16, (8,), 3)
+                model.__class__ = kind
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    run = fit(model, ALOE(0.1), data, epochs=2, batch_size=16, engine=how)
+                weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+            failures = [str(w.message) for w in said if "goes on uncompiled" in str(w.message)]
+            same = torch.equal(*weights)
+            print(json.dumps([same, failures, run.speed["compile"], run.speed["compile_failed"]]))
+        """,
+    )
+    broken, unsupported = [json.loads(line) for line in printed.splitlines()]
+    for same, failures, compiled, reason in (broken, unsupported):
+        assert same and len(failures) == 1 and compiled is False and reason in failures[0]
+    assert "no such compiler" in broken[3]
+
+
 def test_training_in_another_layout_is_the_same_training(photos):
     plain, other = network(), network()
     for model, how in ((plain, None), (other, Engine(channels_last=True))):

@@ -1,5 +1,8 @@
 """Draws: of the right law, and the same for each sample however many processes share them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.stats import kstest
@@ -52,3 +55,17 @@ def test_draws_are_like_their_model(dtype):
         found = draw(like, None)
         assert found.shape == like.shape and found.dtype == dtype
     assert rng.integers(0, 3, like, None).shape == (5,)
+
+
+def test_a_generator_starts_at_its_seed_and_stands_alone():
+    made, plain = rng.generator("cpu", 7), torch.Generator().manual_seed(7)
+    assert torch.equal(torch.rand(5, generator=made), torch.rand(5, generator=plain))
+    assert made.device.type == "cpu" and rng.place(made) == (0, 1)
+
+
+def test_each_generator_on_a_chosen_device_is_made_in_one_place():
+    """A rehearsal without a GPU replaces that place, and would miss another one."""
+    package = Path(rng.__file__).parent
+    elsewhere = re.compile(r"Generator\((?!\)|Protocol|Enum)[^)]*device")
+    found = [p.name for p in package.rglob("*.py") if elsewhere.search(p.read_text("utf-8"))]
+    assert found == ["rng.py"]

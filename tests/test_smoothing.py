@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from robustood.attacks import maximise
 from robustood.data import Batch, Data, Split, digits
 from robustood.detectors import MSP, RejectClass
+from robustood.engine import Engine
 from robustood.evaluate import attack_score
 from robustood.losses import margin, to_reject
 from robustood.metrics import auroc
@@ -670,6 +671,8 @@ def test_a_batch_of_interval_training_by_hand(book):
     expected = 0.75 * clean_in + 0.25 * worst_in + 0.7 * (0.75 * clean_out + 0.25 * worst_out)
     assert rule(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     plain = (clean_in + 0.7 * clean_out).item()
+    engine = Engine(channels_last=True).run(model)
+    assert rule(engine, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     for limit in (
         IntervalOutliers(0.02, weight=0.7, share=0.0)(model, batch),
         IntervalOutliers(0.0, weight=0.7, ramp=0.0)(model, batch),

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from robustood import inputs
+from robustood import inputs, rng
 from robustood.attacks._rules import Ascent, Rule
 from robustood.inputs import check_choice, check_count, check_number, checked_inputs
 from robustood.models import input_gradient
@@ -102,7 +102,7 @@ def search(
         inputs.check_callable(each, "objective", "objective(x)")
     steps = steps if within.differentiable else 0
     best_of = keep == "best" or within.finite
-    generator = generator or torch.Generator(x.device).manual_seed(0)
+    generator = generator or rng.generator(x.device, 0)
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         best = _Best(x)

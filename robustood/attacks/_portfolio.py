@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustood import rng
 from robustood.attacks._classifier import Labels, Model, checked_classifier, covering, pgd
 from robustood.attacks._rules import APGD
 from robustood.attacks._square import Square
@@ -49,7 +50,7 @@ def worst_case(
     within, batch_size = as_set(within), check_count(batch_size, "batch_size", low=1)
     check_generator(generator)
     x = checked_classifier(model, x, y, within)
-    generator = generator or torch.Generator(x.device).manual_seed(0)
+    generator = generator or rng.generator(x.device, 0)
     worst, values = x.clone(), _margins(model, x, y, batch_size)
     for attack in _attacks(model, x[:1], within):
         holding = (values <= 0).nonzero()[:, 0]

@@ -57,7 +57,7 @@ class _SquareRestart:
 
     def __init__(self, rule: Square, x: Tensor, within: Ball, steps: int):
         self.rule, self.x, self.within, self.steps = rule, x, within, max(steps, 1)
-        self.generator = rule.generator or torch.Generator(x.device).manual_seed(0)
+        self.generator = rule.generator or rng.generator(x.device, 0)
         self.step, self.z = 0, torch.zeros_like(x)
         self.best = x.new_full((len(x),), -torch.inf)
 

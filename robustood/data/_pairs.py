@@ -127,7 +127,7 @@ class Views(Pairs):
         _check_views(views, pairing)
         blank = views[:, 0]
         made = Views(blank, blank, labels, views, pairing)
-        return made.redraw(torch.Generator(views.device).manual_seed(check_seed(seed)))
+        return made.redraw(rng.generator(views.device, check_seed(seed)))
 
     def redraw(self, generator: torch.Generator) -> Views:
         count, device = self.views.shape[1], self.views.device

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from robustood import rng
 from robustood.attacks import APGD, Ascent, AttackObjective, Rule, search
 from robustood.detectors import Detector, Direction, Mahalanobis, RejectClass, score_objectives
 from robustood.detectors._base import signed
@@ -90,7 +91,7 @@ def attack_score(
         check_count(targets, "targets")
     if objectives is not None:
         check_callable(objectives, "objectives", "objectives(detector, x, direction)")
-    generator = generator or torch.Generator(x.device).manual_seed(0)
+    generator = generator or rng.generator(x.device, 0)
     rule = rule or APGD()
     worst = partial(
         search, within=within, steps=steps, restarts=restarts, step_size=step_size, rule=rule,
@@ -210,7 +211,7 @@ def paper_attack(
     x = checked_inputs(x, within.box)
     plan, watch = PAPERS[paper], GradientWatch()
     climbed = watch.over(surrogate(detector, direction, paper))
-    generator = generator or torch.Generator(x.device).manual_seed(0)
+    generator = generator or rng.generator(x.device, 0)
     found = []
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustood import distributed, metrics, tables
+from robustood import distributed, metrics, rng, tables
 from robustood.checkpoints import Checkpoint, as_csv
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._attack import attack_score, check_detector
@@ -324,9 +324,7 @@ class Bench:
         """The scores of one batch."""
         x = x.to(self.detector.device(x), copy=True)
         if direction is not None:
-            noise = torch.Generator(x.device).manual_seed(
-                stream_seed(self.seed, number, Stream.BATCHES)
-            )
+            noise = rng.generator(x.device, stream_seed(self.seed, number, Stream.BATCHES))
             how = {"direction": direction, "generator": noise, **self.how}
             x = self.attack(self.detector, x, self.within, **how)
         return torch.from_numpy(scores(self.detector, x, self.batch_size))

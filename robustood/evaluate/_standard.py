@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustood import distributed, metrics, sanity
+from robustood import distributed, metrics, rng, sanity
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._protocol import VERSION, Stage, climbable, stages
 from robustood.evaluate._report import Bench, Inputs, Job, Row, Scores, Wanted, scores
@@ -189,7 +189,7 @@ class _Bench(Bench):
         """The scores of a batch after one attack, and then the number of forward and of backward passes."""
         x = one.x[index].to(self.detector.device(one.x), copy=True)
         seed = stream_seed(self.seed, 1000 * (place + 1) + number, Stream.BATCHES)
-        noise = torch.Generator(x.device).manual_seed(seed)
+        noise = rng.generator(x.device, seed)
         how = {"direction": one.direction, "batch_size": self.batch_size, "generator": noise}
         with counting() as passes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the gradient is exactly zero")  # a finding says so

@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from scipy.stats import chi
 from torch import Tensor
 
+from robustood import rng
 from robustood.attacks import maximise
 from robustood.generative._learning import Distance, distances
 from robustood.generative._networks import (
@@ -174,7 +175,7 @@ def set_metrics(
     check_count(samples, "samples", low=1)
     batch_size = check_count(batch_size, "batch_size", low=1)
     seed = check_seed(seed)
-    within, source = Latent(model, radius), torch.Generator(x.device).manual_seed(seed)
+    within, source = Latent(model, radius), rng.generator(x.device, seed)
     drawn = [within.truncated(x, source) for _ in range(samples)]
     random = [
         within.draw(x, source),
@@ -290,7 +291,7 @@ def guarantee(
     check_number(alpha, "alpha", 0.001, 0.999)
     check_count(draws, "draws", low=1)
     seed = check_seed(seed)
-    source = torch.Generator(x.device).manual_seed(seed)
+    source = rng.generator(x.device, seed)
     r = float(chi.ppf(1 - alpha, model.latent))
     within, normal = Latent(model, r), Latent(model, 1e6)
     with frozen(model), torch.no_grad():

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from robustood import rng
 from robustood.attacks import APGD, AttackObjective, Rule, Square, search, value_and_grad
 from robustood.inputs import checked_inputs
 from robustood.models import GradientWatch, input_gradient
@@ -102,7 +103,7 @@ class Evidence:
         rule: Rule | None = None,
     ) -> Inputs:
         """The worst inputs that an attack finds, from one random initial point or more."""
-        generator = torch.Generator(self.x.device).manual_seed(self.seed if seed is None else seed)
+        generator = rng.generator(self.x.device, self.seed if seed is None else seed)
         return search(
             list(objectives), self.x, within or self.within, steps=self.steps if steps is None else steps,
             restarts=restarts, rule=rule or APGD(), generator=generator,
@@ -174,7 +175,7 @@ class Evidence:
         risen = self.rise(self.found([self.side.harm], steps=0, restarts=DRAWS))
         if not isinstance(self.within, Ball):
             return risen
-        rule = Square(generator=torch.Generator(self.x.device).manual_seed(self.seed))
+        rule = Square(generator=rng.generator(self.x.device, self.seed))
         return risen.maximum(self.rise(self.found([self.side.harm], steps=QUERIES, rule=rule)))
 
     @cached_property

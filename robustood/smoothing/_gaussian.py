@@ -95,7 +95,7 @@ class Noise:
                     f"{z.dtype} of shape {tuple(z.shape)}"
                 )
             z = z.detach()
-        generator = generator or torch.Generator(x.device).manual_seed(0)
+        generator = generator or rng.generator(x.device, 0)
         z, sums = self.within.identity(x) if z is None else z, []
         for part, centre in zip(x.split(batch_size), z.split(batch_size), strict=True):
             most, sum_ = max(1, batch_size // len(part)), torch.zeros(())
@@ -192,7 +192,7 @@ def certify(
     x = checked_inputs(x, Noise(within, sigma).within.box)
     check_count(n0, "n0", low=1)
     _check_draws(n, alpha)
-    generator = generator or torch.Generator(x.device).manual_seed(0)
+    generator = generator or rng.generator(x.device, 0)
     how = {"sigma": sigma, "at": at, "batch_size": batch_size, "generator": generator}
     label = votes(model, x, within, n=n0, **how).argmax(1)
     hits = votes(model, x, within, n=n, **how).gather(1, label[:, None])[:, 0]
@@ -440,7 +440,7 @@ class Smoothed(nn.Module):
         """Log-probabilities at the parameters z (default: those of x itself)."""
         within, m = self.noise.within, self.draws
         z = within.identity(x) if z is None else z
-        generator = torch.Generator(x.device).manual_seed(self.seed)
+        generator = rng.generator(x.device, self.seed)
         nu = torch.randn(m, *z.shape[1:], dtype=z.dtype, device=z.device, generator=generator)
         around = (z[:, None] + self.noise.sigma * nu).flatten(0, 1)
         log_p = read(self.model, within.apply(x.repeat_interleave(m, 0), around)).log_softmax(1)

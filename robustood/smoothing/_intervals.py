@@ -178,8 +178,10 @@ class IntervalOutliers:
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a network in the order in which they are applied.
 
-    Types are compared exactly, here and below, since a subclass may compute something else.
+    Types are compared exactly, here and below, since a subclass may compute something else. An engine's wrapper
+    computes the same, and says what it wraps.
     """
+    model = getattr(model, "unwrapped", model)
     if type(model) is Classifier:
         pool = [nn.AdaptiveAvgPool2d(1)] if model.pool else []
         parts: Iterable[nn.Module] = [model.normalise, *model.body, *pool, nn.Flatten(), model.head]

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -106,7 +106,7 @@ def pages(site: Path) -> list[Path]:
 
 
 @contextmanager
-def opened(browser, page: Path, screen: str) -> Iterator[tuple]:
+def opened(browser, page: Path, screen: str) -> Generator[tuple]:
     """A page on a screen, and what went wrong meanwhile: messages of the console, requests to elsewhere."""
     width, scheme, touched = SCREENS[screen]
     context = browser.new_context(

@@ -30,6 +30,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -163,6 +164,9 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func._overloadname == "out" and dist.is_initialized():
+            # Memory for gradients that several processes exchange is made below dispatch; this is its first use.
+            self.places.put(kwargs["out"], self.places.of(args[0]))
         flat = leaves((args, kwargs))
         tensors = [t for t in flat if isinstance(t, Tensor)]
         places = [self.places.of(t) for t in tensors]

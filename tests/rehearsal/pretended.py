@@ -1,7 +1,7 @@
 """A CPU that says it is a GPU: real code, with real values, on tensors whose device is ``cuda:0``.
 
 Values lie on the CPU, so that a whole run works and can be compared with the same run on the CPU. Three parts of
-torch do the pretending, all of them public:
+torch do the pretending:
 
 - a ``TorchFunctionMode`` sees each call of torch's Python interface: it answers for ``tensor.device`` and takes
   ``device="cuda"`` out of the arguments;
@@ -24,12 +24,14 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -38,7 +40,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from robustood import rng
@@ -47,8 +49,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 HERE, PACKAGE = Path(__file__), Path(rng.__file__).parent
 aten = torch.ops.aten
 
-# Of these, fake tensors say nothing, but CUDA must look at values before it goes on.
-_LOOKS = {"index_put", "index_put_", "_index_put_impl_", "bincount"}
+_WRITES = {"index_put", "index_put_", "_index_put_impl_"}  # with a mask, CUDA must count it first
 _FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 
 
@@ -64,25 +65,24 @@ def leaves(value: Any) -> list[Any]:
 class Generator(rng.SharedGenerator):
     """A generator of the CPU that says it is on the device it was asked for."""
 
-    claimed: dict[int, Generator] = {}  # noqa: RUF012 - torch hands on another Python object of the same generator
-
     def __new__(cls, device: torch.device | str = "cpu") -> Generator:
-        made = super().__new__(cls, "cpu")
+        made = super().__new__(cls)
         made.at = CUDA if torch.device(device).type == "cuda" else CPU
-        cls.claimed[made._cdata] = made
+        _MADE[made._cdata] = made
         return made
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         del device
 
-    @property
-    def device(self) -> torch.device:
-        return self.at
+    device: torch.device = property(lambda self: self.at)
+
+
+_MADE: dict[int, Generator] = {}  # operations get another Python object of the same generator
 
 
 def home_of(generator: torch.Generator) -> torch.device:
     """The device that a generator claims."""
-    known = Generator.claimed.get(generator._cdata)
+    known = _MADE.get(generator._cdata)
     return known.at if known else CPU
 
 
@@ -134,10 +134,9 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.places, self.waits = Places(), Counter[str]()
         self.launches, self.unjudged = 0, set[str]()
-        self.asked: torch.device | None = (
-            None  # by the call of Python's interface around the operation
-        )
-        self.around: torch.device = CPU  # where the tensors of that call lie
+        # Of the call of Python's interface around an operation: the device asked for, and where its tensors lie.
+        self.asked: torch.device | None = None
+        self.around: torch.device = CPU
         self.verdicts: dict[Any, Any] = {}
         self.makers: dict[Any, bool] = {}  # whether an operation can be asked for a device
         self.judge = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
@@ -154,7 +153,7 @@ class Operations(TorchDispatchMode):
         """A copy of x on a device."""
         if self.places.of(x) != target:
             self.note("to the host" if target == CPU else "to the device")
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             copy = x.detach().clone()
         self.places.put(copy, target)
         return copy
@@ -163,6 +162,9 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func._overloadname == "out" and dist.is_initialized():
+            # Memory for gradients that several processes exchange is made below dispatch; this is its first use.
+            self.places.put(kwargs["out"], self.places.of(args[0]))
         flat = leaves((args, kwargs))
         tensors = [t for t in flat if isinstance(t, Tensor)]
         places = [self.places.of(t) for t in tensors]
@@ -170,8 +172,7 @@ class Operations(TorchDispatchMode):
         if CUDA not in places and (target or CPU) == CPU:
             return self.on_host(func, args, kwargs, tensors)
         self.launches += 1
-        found = self.verdict(func, args, kwargs, tensors, places, target)
-        waits, where = found
+        waits, where = self.verdict(func, args, kwargs, tensors, places, target)
         if waits:
             self.note(waits)
         if any(p == CPU for p in places) and func is not aten.copy_.default:
@@ -236,14 +237,13 @@ class Operations(TorchDispatchMode):
         crossing = func is aten.copy_.default and places[0] != places[1]
         waits = ("to the host" if places[0] == CPU else "to the device") if crossing else ""
         indices = [t for t in leaves(args[1:]) if isinstance(t, Tensor)] if args else []
-        if name in _LOOKS and (
-            name == "bincount" or any(t.dtype in (torch.bool, torch.uint8) for t in indices)
-        ):
+        masked = name in _WRITES and any(t.dtype in (torch.bool, torch.uint8) for t in indices)
+        if masked or name == "bincount":
             waits = name
         if target is not None:
             kwargs = {**kwargs, "device": target}
         try:
-            with torch.utils._python_dispatch._disable_current_modes(), self.judge:
+            with _disable_current_modes(), self.judge:
                 out = func(*self.faked(args), **self.faked(kwargs))
             return waits, [t.device for t in leaves(out) if isinstance(t, Tensor)]
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -251,9 +251,7 @@ class Operations(TorchDispatchMode):
         except (RuntimeError, TypeError) as error:
             if len({*places, target or CUDA}) > 1:
                 return RuntimeError(f"{func} mixes devices: {error}")
-            self.unjudged.add(
-                str(func)
-            )  # or an error of another kind, which the values meet as well
+            self.unjudged.add(str(func))  # an error of another kind is raised by the values too
             return waits, []
 
     def faked(self, value: Any) -> Any:
@@ -283,8 +281,8 @@ class Rehearsal(TorchFunctionMode):
             Tensor.to: self.to,
             Tensor.cpu: lambda x, *_: self.to(x, "cpu"),
             Tensor.cuda: lambda x, *_: self.to(x, "cuda"),
-            Tensor.numpy: partial_host(self, Tensor.numpy),
-            Tensor.__array__: partial_host(self, Tensor.__array__),
+            Tensor.numpy: partial(self.on_host, Tensor.numpy),
+            Tensor.__array__: partial(self.on_host, Tensor.__array__),
             Tensor.tolist: self.tolist,
         }
 
@@ -302,11 +300,11 @@ class Rehearsal(TorchFunctionMode):
         self.operations.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.operations.__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self.operations.__exit__(exc_type, exc_val, exc_tb)
         self.patch.undo()
-        Generator.claimed.clear()
+        _MADE.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -358,29 +356,16 @@ class Rehearsal(TorchFunctionMode):
         x = self.call(Tensor.to, (x, dtype or x.dtype), {"copy": copy, **how}, None, own)
         return x if target == own else _Move.apply(x, self.operations, target)
 
+    def on_host(self, method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A method that only tensors of the host have."""
+        if self.place(x) == CUDA:
+            raise TypeError("a cuda:0 tensor has no numpy(); copy it to the host by Tensor.cpu()")
+        return method(x, *args, **kwargs)
+
     def tolist(self, x: Tensor) -> Any:
         if self.place(x) == CUDA:
             self.operations.note("tolist")
         return x.tolist()
-
-
-def partial_host(gpu: Rehearsal, func: Any) -> Callable[..., Any]:
-    """A method that only tensors of the host have."""
-
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if gpu.place(x) == CUDA:
-            raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy; copy it to the host by Tensor.cpu()"
-            )
-        return func(x, *args, **kwargs)
-
-    return call
-
-
-@contextlib.contextmanager
-def _nothing(device: object) -> Iterator[None]:
-    del device
-    yield
 
 
 def pretend_cuda(patch: pytest.MonkeyPatch, operations: Operations) -> None:
@@ -390,7 +375,7 @@ def pretend_cuda(patch: pytest.MonkeyPatch, operations: Operations) -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "synchronize": lambda device=None: operations.note("synchronize"),
-        "device": _nothing,
+        "device": contextlib.nullcontext,
         "manual_seed": layers.manual_seed,
         "manual_seed_all": layers.manual_seed,
         "get_rng_state": lambda device="cuda": layers.get_state(),

@@ -40,6 +40,6 @@ def waits(
 def check_steps(
     make: Callable[[], nn.Module], rule: Callable[[str], Objective], data: Data
 ) -> None:
-    """Refuse a step in which the host waits: an epoch of six steps must have the waits of one of two."""
+    """Refuse a step in which the host waits: an epoch of six steps must have no more waits than one of two."""
     few, many = waits(make, rule, data, 48), waits(make, rule, data, 16)
-    assert few and few == many, f"waits in each step: {many - few}"
+    assert few and not many - few, f"waits in each step: {many - few}"

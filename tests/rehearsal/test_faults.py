@@ -37,6 +37,9 @@ FAULTS = {
     "a decision": lambda model, batch: RULE(model, batch) * (2.0 if batch.x.mean() > 0 else 1.0),
     "a mask": lambda model, batch: RULE(model, batch) + batch.x[batch.x > 0.5].mean(),
     "the places of a mask": lambda model, batch: RULE(model, batch) * len(batch.y.nonzero()),
+    "a mask that is written": lambda model, batch: (
+        RULE(model, batch) + batch.x.clone().index_put_((batch.x > 0.5,), batch.x.new_zeros(())).mean()
+    ),
     "an index of the host": lambda model, batch: (
         RULE(model, batch) + batch.x[torch.arange(len(batch.x))].mean()
     ),

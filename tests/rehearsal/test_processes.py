@@ -1,4 +1,4 @@
-"""Several processes that share a training, each with its pretended GPU; gloo stands for nccl, which is not pretended."""
+"""Several processes that share a training, each with its pretended GPU; gloo stands for nccl."""
 
 from pathlib import Path
 

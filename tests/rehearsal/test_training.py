@@ -35,6 +35,7 @@ def both(make, rule, data, **how):
         fit(there, rule("cuda"), data, device="cuda", **HOW | how)
         assert {p.device for p in there.parameters()} == {CUDA}
         assert {b.device for b in there.buffers()} <= {CUDA}
+    assert not gpu.operations.unjudged
     return here, there, gpu
 
 

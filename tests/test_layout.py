@@ -56,7 +56,7 @@ FLOORS = {
     },
     1: {"toy", "perturbations", "detectors", "metrics"},
     2: {"attacks", "challenge", "mining", "plotting"},
-    3: {"engine", "generative", "objectives", "sanity", "smoothing"},
+    3: {"costs", "engine", "generative", "objectives", "sanity", "smoothing"},
     4: {"evaluate", "training"},
     5: {"results"},
     6: {"recipes"},

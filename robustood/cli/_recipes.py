@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from robustood import artefacts, distributed, recipes, results
-from robustood.cli._shell import UNFINISHED, Add, chosen, minutes, place, say
+from robustood.cli._shell import DEVICE, UNFINISHED, Add, chosen, minutes, place, say
 
 
 def add(command: Add) -> list[argparse.ArgumentParser]:
@@ -42,7 +42,7 @@ def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.Argumen
         "change one key of the recipe, such as training.epochs=3; may be repeated; for evaluate, only "
         "evaluation.* keys"
     )
-    device = 'such as "cpu" or "cuda:1" (default: CUDA if available)'
+    device = DEVICE.format("CUDA if available, else the CPU")
     for added in (trains, measures):
         added.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
         added.add_argument("--device", help=device)

@@ -48,8 +48,8 @@ from robustood.inputs import (
 from robustood.perturbations import Ball, PerturbationSet
 
 __all__ = [
-    "Engine", "Meter", "Running", "arithmetic", "choose", "flops", "made_optimiser", "running",
-    "synchronised_time",
+    "Engine", "Meter", "Running", "arithmetic", "choose", "flops", "made_optimiser", "median_seconds",
+    "running", "synchronised_time",
 ]  # fmt: skip
 
 Precision = Literal["float32", "bf16"]
@@ -220,7 +220,7 @@ def synchronised_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
     """Median time of a call: one call to warm up, then as many as take ``least`` seconds in total.
 
     Several processes make the same number of calls, because one call may wait for the others.
@@ -294,7 +294,7 @@ def choose(
     rates = {}
     for kind, last in itertools.product(formats, layouts):
         trial = Running(copy.deepcopy(model).train(), Engine(kind, last))
-        rates[kind, last] = batch_size / _median_seconds(partial(_bare_update, trial, x), device)
+        rates[kind, last] = batch_size / median_seconds(partial(_bare_update, trial, x), device)
     worth = {key: rate / (1.2 if key[0] == "bf16" else 1.0) for key, rate in rates.items()}
     kind, last = max(worth, key=worth.__getitem__)
     said = {f"{k}{', channels_last' * v}": round(rate, 1) for (k, v), rate in rates.items()}
@@ -336,7 +336,7 @@ class Meter:
         objective(running, climbing).backward()  # compiles what has to be compiled
         whole = flops(lambda: objective(model, batch).backward())
         update = flops(lambda: _bare_update(model, x))
-        took = _median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
+        took = median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
         model.load_state_dict(kept)
         for p in model.parameters():
             p.grad = None

@@ -50,6 +50,7 @@ FETCHES = "downloads"
 EXEMPT = {  # by pattern; one "*" stands for one name
     "artefacts.check_whole": CHECK,
     "artefacts.read_run": PARTS,
+    "artefacts.pack": "writes an archive of runs: see test_artefacts",
     "artefacts.save": "writes into the checkout: see test_artefacts",
     "attacks.APGD.*": LOOP,
     "attacks.Ascent.*": LOOP,
@@ -144,6 +145,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "engine.arithmetic": PARTS,
     "engine.flops": PARTS,
     "engine.made_optimiser": PARTS,
+    "engine.median_seconds": PARTS,
     "engine.running": PARTS,
     "engine.synchronised_time": PARTS,
     "evaluate.Protocol": RESULT,
@@ -252,6 +254,8 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "recipes.Recipe.objective": PARTS,
     "recipes.data": "reads packs of images: see data.load",
     "recipes.evaluate": "takes minutes: its arguments are swept in test_recipes",
+    "recipes.run_slice": "takes minutes: its arguments are tried in test_slices",
+    "recipes.self_test": "takes minutes: see test_slices",
     "recipes.train": "takes minutes: its arguments are swept in test_recipes",
     "sanity.Defence": RESULT,
     "sanity.Finding": RESULT,
@@ -447,7 +451,8 @@ def calls(tmp: Path):
         ),
         "detectors.post_hoc": dict(model=NET, x=MANY, y=MANY_Y),
         "engine.Engine": dict(
-            precision="float32", channels_last=True, compile=False, tf32=True, benchmark=True, measured={"compiled": 1.0},
+            precision="float32", channels_last=True, compile=False, tf32=True, benchmark=True,
+            measured={"compiled": 1.0},
         ),
         "engine.choose": dict(
             model=NET, shape=(1, 8, 8), device="cpu", precision="float32", channels_last=True, compile="auto",

@@ -7,7 +7,9 @@ folder of a run (:func:`robustood.recipes.train`) to these places, and :func:`re
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,21 @@ import numpy as np
 from jaxtyping import Float32
 
 from robustood.checkpoints import read_json, write_json, write_whole
-from robustood.inputs import check_choice, check_path, check_text, suggest
+from robustood.inputs import check_choice, check_count, check_path, check_text, suggest
 
-__all__ = ["check_whole", "find", "names", "read_run", "restore", "result", "save", "scores"]
+__all__ = [
+    "check_whole", "find", "names", "pack", "read_run", "restore", "result", "save", "scores",
+]  # fmt: skip
 
 Json = dict[str, Any]  # the value in a JSON file
 Scores = Float32[np.ndarray, " _"]  # sets differ in size
 _HERE = Path(__file__).parent
 FOLDERS = (_HERE.parent / "data", _HERE / "shipped")  # in a checkout; in an installed package
 _ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
+_KEPT = (  # of the folder of a run: all but the state of its training and the notes of its evaluation
+    "recipe.json", "run.json", "log.csv", "weights.safetensors", "weights.json", "report*.json", "scores*.npz",
+)  # fmt: skip
+_BLOCK = 512  # of a tar file, in bytes; its end fills ten of them twice over
 RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
 MEASURED = ("settings", "means")  # in every report.json
 
@@ -177,3 +185,66 @@ def restore(name: str, folder: str | Path) -> Path:
         if content:
             write_json(folder / f"{own}.json", content)
     return folder
+
+
+def pack(
+    folder: str | Path, limit: int = 16 * 10**6, most: int = 8, name: str = "archive"
+) -> list[Path]:
+    """Collect the runs in a folder in a few tar files: records, weights and scores, no pickles.
+
+    Each part can be opened alone; extracted into one folder they give the folders of the runs, which ``robustood
+    table``, ``evaluate`` and ``save`` take.
+
+    Args:
+        folder: its subfolders are runs; JSON and text files beside them are included.
+        limit: bytes of a part, at most.
+        most: number of parts, at most.
+        name: of the parts, ``NAME.1.tar`` and so on; earlier ones are replaced.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: if there is nothing to collect, or it does not fit.
+    """
+    check_path(folder, "folder")
+    check_text(name, "name")
+    limit, most = check_count(limit, "limit", low=1), check_count(most, "most", low=1)
+    folder = Path(folder).expanduser()
+    runs = (file.parent for file in folder.glob("*/run.json"))
+    found = {file for run in runs for pattern in _KEPT for file in run.glob(pattern)}
+    found |= {file for pattern in ("*.json", "*.txt") for file in folder.glob(pattern)}
+    parts: list[list[Path]] = []
+    room = 0
+    for file in sorted(found):
+        size = _BLOCK * (2 + file.stat().st_size // _BLOCK)  # a header, and whole blocks
+        if not parts or size > room:
+            parts.append([])
+            room = limit - 20 * _BLOCK
+        if size > room:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, more than a part; raise limit"
+            )
+        parts[-1].append(file)
+        room -= size
+    if not 0 < len(parts) <= most:
+        raise ValueError(
+            f"{folder} holds {len(found)} files for {len(parts)} parts, but there must be 1 to {most}; raise "
+            "limit or most, or choose a folder of runs"
+        )
+    for old in folder.glob(f"{name}.*.tar"):
+        old.unlink()
+    return [_tar(folder, files, folder / f"{name}.{i}.tar") for i, files in enumerate(parts, 1)]
+
+
+def _tar(folder: Path, files: Sequence[Path], place: Path) -> Path:
+    """Write one part of an archive; equal files give an equal part."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for file in files:
+            content = file.read_bytes()
+            entry = tarfile.TarInfo(file.relative_to(folder).as_posix())
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    write_whole(place, buffer.getvalue())
+    return place

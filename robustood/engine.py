@@ -24,11 +24,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import distributed
@@ -46,7 +48,10 @@ from robustood.inputs import (
 )
 from robustood.perturbations import Ball, PerturbationSet
 
-__all__ = ["Engine", "Meter", "Running", "choose", "flops", "running", "synchronised_time"]
+__all__ = [
+    "Engine", "Meter", "Running", "arithmetic", "choose", "flops", "made_optimiser", "median_seconds",
+    "running", "synchronised_time",
+]  # fmt: skip
 
 Precision = Literal["float32", "bf16"]
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
@@ -72,17 +77,22 @@ class Engine:
         channels_last: use this memory layout for the network and its inputs.
         compile: compile the network, and each attack on a norm ball in eval mode as one graph; a string
             names a backend of ``torch.compile``.
+        tf32: on a GPU, round the factors of float32 products in training to TF32, which has 10 bits.
+        benchmark: on a GPU, let cuDNN try its algorithms at the first step of each shape and keep the fastest.
         measured: images per second of forward and backward passes, on which the choice was based (:func:`choose`).
     """
 
     precision: Precision = "float32"
     channels_last: bool = False
     compile: bool | str = False
+    tf32: bool = False
+    benchmark: bool = False
     measured: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice(self.precision, "precision", _PRECISIONS)
-        check_flag(self.channels_last, "channels_last")
+        for name in ("channels_last", "tf32", "benchmark"):
+            check_flag(getattr(self, name), name)
         _check_backend(self.compile)
         check_mapping(self.measured, "measured", "{name: images per second}")
         for name, rate in self.measured.items():
@@ -202,12 +212,42 @@ def _traceable(
 
 @contextmanager
 def running(model: nn.Module, engine: Engine) -> Generator[nn.Module]:
-    """The model wrapped for training; on exit, also after an error, layout and layers are restored."""
+    """The model wrapped for training; on exit, also after an error, layout, layers and arithmetic are restored."""
     try:
-        yield engine.run(model)
+        with arithmetic(engine.tf32, engine.benchmark):
+            yield engine.run(model)
     finally:
         distributed.release_batch_norm(model)
         model.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def arithmetic(tf32: bool = False, benchmark: bool = False) -> Generator[None]:
+    """Context that sets how a GPU computes in float32; as it was on exit, also after an error.
+
+    Training may use TF32 and algorithms that cuDNN has tried; evaluation uses neither, so that float32 has its full
+    precision there.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, benchmark
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def made_optimiser(
+    make: Callable[..., Optimizer], model: nn.Module, lr: float, weight_decay: float
+) -> Optimizer:
+    """The optimiser for the model's parameters or parameter groups; fused on a GPU if possible."""
+    on_gpu = next(model.parameters()).is_cuda
+    fused = {"fused": True} if on_gpu and "fused" in signature(make).parameters else {}
+    groups = getattr(model, "parameter_groups", model.parameters)()
+    return make(groups, lr=lr, weight_decay=weight_decay, **fused)
 
 
 # --- the cost of a step
@@ -228,10 +268,12 @@ def synchronised_time(device: torch.device) -> float:
     """The time in seconds, read after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
     """Median time of a call: one call to warm up, then as many as take ``least`` seconds in total.
 
     Several processes make the same number of calls, because one call may wait for the others.
@@ -264,8 +306,10 @@ def choose(
 ) -> Engine:
     """The fastest engine for this machine; on a CPU it is found by a measurement of a few seconds.
 
-    bf16 makes some chips six times as fast and others ten times slower; on a CPU it is chosen if it is at least
-    20 % faster. A GPU gets channels_last and compilation, and bf16 if it supports it.
+    bf16 makes some CPUs six times as fast and others ten times slower; it is chosen if it is at least 20 % faster.
+    On an NVIDIA GPU the compute capability decides: from 8.0 (A100) on, the chip has bf16 and TF32; before, as on a
+    T4 (7.5), bf16 would be emulated, and float32 is chosen. Both get channels_last, compilation and cuDNN's
+    benchmark. Other devices, such as "mps", get the plain engine.
 
     Args:
         model: not changed.
@@ -289,9 +333,12 @@ def choose(
     plain = Engine(**given)  # refuses invalid values
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        fast = Engine("bf16" if bf16 else "float32", channels_last=True, compile=True)
-        return replace(fast, **given)
+        recent = torch.cuda.get_device_capability(device)[0] >= 8
+        fast = Engine("bf16" if recent else "float32", True, compile=True, benchmark=True)
+        fast = replace(fast, **given)
+        return replace(fast, tf32=recent and fast.precision == "float32")
+    if device.type != "cpu":
+        return plain
     formats = [plain.precision] if "precision" in given else _PRECISIONS
     layouts = [plain.channels_last] if "channels_last" in given else [False, True]
     if len(formats) * len(layouts) == 1:
@@ -300,11 +347,11 @@ def choose(
     rates = {}
     for kind, last in itertools.product(formats, layouts):
         trial = Running(copy.deepcopy(model).train(), Engine(kind, last))
-        rates[kind, last] = batch_size / _median_seconds(partial(_bare_update, trial, x), device)
+        rates[kind, last] = batch_size / median_seconds(partial(_bare_update, trial, x), device)
     worth = {key: rate / (1.2 if key[0] == "bf16" else 1.0) for key, rate in rates.items()}
     kind, last = max(worth, key=worth.__getitem__)
     said = {f"{k}{', channels_last' * v}": round(rate, 1) for (k, v), rate in rates.items()}
-    return Engine(kind, last, plain.compile, said)
+    return replace(plain, precision=kind, channels_last=last, measured=said)
 
 
 @dataclass
@@ -344,7 +391,7 @@ class Meter:
         objective(running, climbing).backward()  # compiles what has to be compiled
         whole = flops(lambda: objective(model, batch).backward())
         update = flops(lambda: _bare_update(model, x))
-        took = _median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
+        took = median_seconds(lambda: _bare_update(running, x), x.device, 0.2)
         model.load_state_dict(kept)
         for p in model.parameters():
             p.grad = None

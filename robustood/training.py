@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from tqdm import tqdm
 
 from robustood import distributed
 from robustood.checkpoints import Checkpoint, write_table
+from robustood.costs import MakeOptimiser, check_memory, free_memory
 from robustood.data import Batch, Data, check_trainable, draw
 from robustood.data._batches import Change, check_augment
-from robustood.engine import Engine, Meter, running, synchronised_time
+from robustood.engine import Engine, Meter, made_optimiser, running, synchronised_time
 from robustood.identity import identity
 from robustood.inputs import (
     check_choice,
@@ -173,8 +173,9 @@ def fit(
         process up to rounding, and the first process writes the files.
 
     Raises:
-        ValueError: before any step, for parts of the wrong kind, invalid data or settings, a ``run_dir`` of another
-            run, or a missing ``name``; later, for a monitor that does not return numbers.
+        ValueError: before any step, for parts of the wrong kind, invalid data or settings, a batch that a GPU has no
+            memory for, a ``run_dir`` of another run, or a missing ``name``; later, for a monitor that does not
+            return numbers.
         FloatingPointError: if the loss is not finite; the message names the step, and the model holds the weights
             from the start of that epoch.
         ConnectionError: if another of several processes is lost; the same call in all of them resumes from run_dir.
@@ -195,7 +196,7 @@ def fit(
     run = Run(
         model=model,
         objective=objective,
-        optimiser=_made(optimiser, model, float(lr), float(weight_decay)),
+        optimiser=made_optimiser(optimiser, model, float(lr), float(weight_decay)),
         data=data,
         draw=partial(
             draw, batch_size=batch_size, outlier_batch_size=outlier_batch_size, augment=augment
@@ -205,6 +206,7 @@ def fit(
         deadline=time.monotonic() + 60 * minutes,
         engine=engine,
     )
+    run.check_memory(partial(optimiser, lr=float(lr), weight_decay=float(weight_decay)))
     if run_dir is not None:
         fingerprint = run.identity(name, made_by=optimiser)
         run.resume(Checkpoint(Path(run_dir) / "state.pt", "run", fingerprint))
@@ -308,6 +310,13 @@ class Run(_Progress):
         chosen = choose(self.model, self.data, self.epoch, generator)
         self.model.load_state_dict(now)
         return chosen
+
+    def check_memory(self, optimiser: MakeOptimiser) -> None:
+        """Refuse a batch for which the device lacks memory, before any work is done."""
+        if math.isfinite(free := free_memory(self.streams.device)):
+            batch = next(self.draw(self.data, generator=self.streams.of(0, Stream.BATCHES)))
+            precision = (self.engine or Engine()).precision
+            check_memory(self.model, self.objective, batch, free, optimiser, precision)
 
     def open_epoch(self, network: nn.Module, data: Data) -> Iterator[Batch]:
         """The remaining batches of an epoch, after setting every generator to the state for the next one."""
@@ -428,6 +437,7 @@ class Run(_Progress):
         if self.engine and self.meter and self.paces:
             pace = sorted(self.paces)[len(self.paces) // 2]
             found.speed = self.meter.report(self.engine, pace, images, self.streams.device)
+            found.speed["fused"] = bool(self.optimiser.defaults.get("fused"))
         return found
 
 
@@ -450,16 +460,6 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
     such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
     check_instance(data, "data", Data, such_as)
     check_trainable(data, declared_outputs(model)[0])
-
-
-def _made(
-    optimiser: Callable[..., Optimizer], model: nn.Module, lr: float, weight_decay: float
-) -> Optimizer:
-    """The optimiser for the model's parameters or parameter groups; fused on a GPU if possible."""
-    on_gpu = next(model.parameters()).is_cuda
-    fused = {"fused": True} if on_gpu and "fused" in signature(optimiser).parameters else {}
-    groups = getattr(model, "parameter_groups", model.parameters)()
-    return optimiser(groups, lr=lr, weight_decay=weight_decay, **fused)
 
 
 def _check_gradient(loss: Tensor) -> None:

@@ -39,7 +39,7 @@ from robustood.perturbations import Linf, PerturbationSet
 
 PACKAGE = Path(robustood.__file__).parent
 MODULES = """
-artefacts attacks callables challenge checkpoints corruptions data detectors distributed engine evaluate generative
+artefacts attacks callables challenge checkpoints corruptions costs data detectors distributed engine evaluate generative
 identity inputs losses metrics mining models objectives perturbations plotting recipes results rng sanity
 smoothing streams tables toy training widgets
 """.split()  # noqa: SIM905

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from robustood import engine
 from robustood.data import Batch, Data, Split, digits
 from robustood.detectors import MSP
-from robustood.engine import Engine, Meter, Running, choose, flops
+from robustood.engine import Engine, Meter, Running, arithmetic, choose, flops, running
 from robustood.evaluate import ood_report
 from robustood.models import frozen, small_cnn
 from robustood.objectives import ALOE, Standard
@@ -215,7 +215,7 @@ def test_the_faster_engine_is_chosen_and_a_given_one_is_not_measured(monkeypatch
         trial, _ = call.args
         return 1 / rates[trial.engine.precision, trial.engine.channels_last]
 
-    monkeypatch.setattr(engine, "_median_seconds", pretend)
+    monkeypatch.setattr(engine, "median_seconds", pretend)
     kinds = [("float32", False), ("float32", True), ("bf16", False), ("bf16", True)]
     for speeds, wins in (
         ((1, 2, 1, 1), kinds[1]),
@@ -242,6 +242,43 @@ def test_a_choice_by_measurement_leaves_the_model_alone():
     }
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_gpu_gets_what_its_chip_has(monkeypatch):
+    for capability, precision in (((7, 5), "float32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found = choose(network(), (3, 16, 16), "cuda")
+        assert found == Engine(precision, channels_last=True, compile=True, benchmark=True)
+        exact = choose(network(), (3, 16, 16), "cuda:1", precision="float32", compile=False)
+        assert exact == Engine(channels_last=True, tf32=capability >= (8, 0), benchmark=True)
+
+
+def test_a_device_that_nobody_measured_gets_the_plain_engine():
+    assert choose(network(), (3, 16, 16), "mps") == Engine()
+    assert choose(network(), (3, 16, 16), "mps", precision="bf16") == Engine("bf16")
+
+
+def test_the_arithmetic_of_training_ends_with_it(monkeypatch):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = lambda: (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
+    before, model = flags(), network()
+    # Without a GPU the flags are there all the same.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def interrupted():
+        with running(model, Engine(tf32=True, benchmark=True)):
+            assert flags() == (True, True, True)
+            with arithmetic():  # an evaluation
+                assert flags() == (False, False, False)
+            assert flags() == (True, True, True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert flags() == before
+    with running(model, Engine()):
+        assert flags() == (False, False, False)
+    assert flags() == before
 
 
 def test_an_unknown_format_is_refused(untyped):

@@ -56,7 +56,7 @@ FLOORS = {
     },
     1: {"toy", "perturbations", "detectors", "metrics"},
     2: {"attacks", "challenge", "mining", "plotting"},
-    3: {"engine", "generative", "objectives", "sanity", "smoothing"},
+    3: {"costs", "engine", "generative", "objectives", "sanity", "smoothing"},
     4: {"evaluate", "training"},
     5: {"results"},
     6: {"recipes"},
@@ -117,6 +117,7 @@ def test_each_test_file_belongs_to_a_module():
         "test_second_zoo",
         "test_quiz",
         "test_colab",
+        "test_slices",
     }
     strays = [
         name(path)

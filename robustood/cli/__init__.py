@@ -5,7 +5,7 @@ How a command ends is its exit code:
 ====  =================================================================================================
 0     done
 2     an error, which one line explains
-3     the time given by ``--minutes`` ran out; the same command resumes
+3     the time given by ``--minutes`` ran out, or ``slice`` has recipes left; the same command resumes
 4     ``attack`` is done, but its checks found errors, so that its numbers cannot be trusted
 130   interrupted
 ====  =================================================================================================

@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Literal
 
 from robustood import challenge, data, distributed, evaluate
-from robustood.cli._shell import FLAWED, Add, chosen, count, place, radius, say
+from robustood.cli._shell import DEVICE, FLAWED, Add, chosen, count, place, radius, say
 from robustood.detectors import Detector, wrap
+from robustood.engine import arithmetic
 from robustood.inputs import suggest
 from robustood.models import networks
 from robustood.perturbations import L2, Linf
@@ -57,7 +58,7 @@ def _add_measurement(attacks: argparse.ArgumentParser) -> None:
     attacks.add_argument("--eps", type=radius, required=True, help=eps)
     attacks.add_argument("--norm", choices=list(_BALLS), default="linf", help="(linf)")
     attacks.add_argument("--seed", type=int, default=0, help="of all draws (0)")
-    attacks.add_argument("--device", help='such as "cpu" or "cuda:1" (default: where it is)')
+    attacks.add_argument("--device", help=DEVICE.format("where the detector is"))
     attacks.add_argument("--batch-size", type=count, default=512, help="images at a time (512)")
     attacks.add_argument("--network", default="", help="name of the network in the report")
     out = "JSON file for the report; a CSV file of the same name is written beside it"
@@ -83,10 +84,11 @@ def _attack(given: argparse.Namespace) -> int:
         data.pixels(data.sample(each, given.n, size=given.size, seed=given.seed, root=given.data))
         for each in (given.inside, *given.outside)
     )
-    report = evaluate.standard(
-        detector, inside, dict(zip(names[1:], outside, strict=True)), within, batch_size=given.batch_size,
-        seed=given.seed, run_dir=given.folder, name=given.detector, say=say,
-    )  # fmt: skip
+    with arithmetic():
+        report = evaluate.standard(
+            detector, inside, dict(zip(names[1:], outside, strict=True)), within, batch_size=given.batch_size,
+            seed=given.seed, run_dir=given.folder, name=given.detector, say=say,
+        )  # fmt: skip
     own = getattr(detector, "name", type(detector).__name__)
     labels = {"network": given.network} if given.network else {}
     report = report.labelled(detector=str(own), data=names[0], **labels)

@@ -23,6 +23,7 @@ examples:
   robustood train aloe_cifar10_cpu
   robustood train aloe_cifar10_fast --minutes 9 --set training.seed=1 --folder runs/aloe_1
   robustood evaluate runs/aloe_1 --set evaluation.n_in=200
+  robustood slice --minutes 12
   robustood table
   robustood attack mine.py:detector cifar10:test photos/ --eps 8/255 --out mine.json
   robustood judge B moved.npy

@@ -1,4 +1,4 @@
-"""Commands about runs of recipes: train, evaluate, table, save, recipes."""
+"""Commands about runs of recipes: train, evaluate, slice, table, save, recipes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from robustood import artefacts, distributed, recipes, results
-from robustood.cli._shell import UNFINISHED, Add, chosen, minutes, place, say
+from robustood.cli._shell import DEVICE, FAILED, UNFINISHED, Add, chosen, minutes, place, say
+
+_DEVICE = DEVICE.format("CUDA if available, else the CPU")
 
 
 def add(command: Add) -> list[argparse.ArgumentParser]:
@@ -16,6 +18,8 @@ def add(command: Add) -> list[argparse.ArgumentParser]:
     trains = command(_train, "train", "train a recipe, or resume a run that was stopped")
     measures = command(_evaluate, "evaluate", "evaluate a finished run, clean and under attack")
     _add_run_options(trains, measures)
+    slices = command(_slice, "slice", "test a borrowed GPU, then train and evaluate what fits")
+    _add_slice_options(slices)
     tables = command(_table, "table", "show one row per run: accuracy, AUROC, cost")
     tables.add_argument(
         "runs", nargs="*", type=place, metavar="RUN_DIR",
@@ -25,7 +29,22 @@ def add(command: Add) -> list[argparse.ArgumentParser]:
     command(_list, "recipes", "list the recipes")
     saves = command(_save, "save", "save finished runs in data/ of a checkout, to ship with it")
     saves.add_argument("runs", nargs="+", type=place, metavar="RUN_DIR", help="folders of runs")
-    return [trains, measures]
+    return [trains, measures, slices]
+
+
+def _add_slice_options(slices: argparse.ArgumentParser) -> None:
+    """Add the options of slice."""
+    budget = (
+        "minutes of this call (12); exit code 3 if recipes are left, and the same command resumes"
+    )
+    slices.add_argument("--minutes", type=minutes, default=12.0, help=budget)
+    folder = "folder of the slice: runs, table and archive (default: runs/slice)"
+    slices.add_argument(
+        "--folder", type=place, default=Path("runs/slice"), metavar="DIR", help=folder
+    )
+    size = "full, or tiny for a dry run with small networks and few steps (full)"
+    slices.add_argument("--budget", choices=("full", "tiny"), default="full", help=size)
+    slices.add_argument("--device", help=_DEVICE)
 
 
 def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.ArgumentParser) -> None:
@@ -43,10 +62,9 @@ def _add_run_options(trains: argparse.ArgumentParser, measures: argparse.Argumen
         "change one key of the recipe, such as training.epochs=3; may be repeated; for evaluate, only "
         "evaluation.* keys"
     )
-    device = 'such as "cpu" or "cuda:1" (default: CUDA if available)'
     for added in (trains, measures):
         added.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
-        added.add_argument("--device", help=device)
+        added.add_argument("--device", help=_DEVICE)
 
 
 def _train(given: argparse.Namespace) -> int:
@@ -94,6 +112,20 @@ def _measurable(run: Path) -> Path:
             f"that ships with the project: {', '.join(sorted(shipped))}"
         )
     return run
+
+
+def _slice(given: argparse.Namespace) -> int:
+    """Work through the recipes of a slice."""
+    device = chosen(given.device)
+    state = recipes.run_slice(
+        given.folder, given.minutes, device, given.budget, root=given.data, tell=say
+    )
+    say(f"archive, for robustood table, evaluate and save: {given.folder}/archive.*.tar")
+    for name, why in state["failed"].items():
+        say(f"{name} failed: {why}")
+    if state["unfinished"]:
+        say(f"left for the same command: {', '.join(state['unfinished'])}")
+    return FAILED if state["failed"] else UNFINISHED if state["unfinished"] else 0
 
 
 def _table(given: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -31,19 +32,35 @@ def say(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+DEVICE = "cuda, mps or cpu, or one of several GPUs, such as cuda:1 (default: {})"
+
+
 def chosen(device: str | None) -> torch.device | None:
-    """The requested device; of several processes with GPUs, each takes its own."""
-    own = os.environ.get("LOCAL_RANK")
+    """The requested device; of several processes with GPUs, each takes its own.
+
+    Raises:
+        ValueError: for another name than those of :data:`DEVICE`, or a device that is not there.
+    """
+    own, cuda = os.environ.get("LOCAL_RANK"), torch.cuda.is_available()
     if device is None:
-        return torch.device(f"cuda:{own}") if own and torch.cuda.is_available() else None
+        return torch.device(f"cuda:{own}") if own and cuda else None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: must be cuda, mps, cpu, or one GPU such as cuda:1")
     found = torch.device(device)
     if own and found.type == "cuda":  # one GPU per process, whatever index was requested
         found = torch.device(f"cuda:{own}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU"
-        )
+    if found.type == "cuda" and (found.index or 0) >= (torch.cuda.device_count() if cuda else 0):
+        raise ValueError(f"--device {device}: {_absent('CUDA')}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {device}: {_absent('MPS')}")
     return found
+
+
+def _absent(kind: str) -> str:
+    """What to do if torch does not find the requested device."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    return f"torch finds no such {kind} device; there are: {', '.join(there)}"
 
 
 def place(text: str) -> Path:

@@ -26,10 +26,12 @@ from robustood.recipes.images import Root, data
 from robustood.recipes.reading import Bounds
 from robustood.recipes.recipe import Evaluation, Images, Method, Recipe, Settings, Training
 from robustood.recipes.runs import Tell, silent, train
+from robustood.recipes.selftest import self_test
+from robustood.recipes.slices import run_slice
 
 __all__ = [
     "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "data", "evaluate",
-    "names", "plans", "read", "train",
+    "names", "plans", "read", "run_slice", "self_test", "train",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from robustood.perturbations import Random, Spatial
 from robustood.recipes.recipe import Images, Recipe, uses_outliers
 
 __all__ = [
-    "Card", "Root", "card", "classes", "data", "divided", "everywhere", "paired_images", "pairs",
+    "Card", "Root", "card", "check_there", "classes", "data", "divided", "everywhere", "paired_images", "pairs",
     "passed", "plain", "to_test", "to_train",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
     if want.pairs:
         return _pairs_to_train(recipe, root)
     used = uses_outliers(objective)
-    _check_there([want.train, *([want.outliers] if used else [])], root)
+    check_there([want.train, *([want.outliers] if used else [])], root)
     cards: dict[str, Card] = {}
     outliers = None
     if used:
@@ -96,7 +96,7 @@ def to_test(
     """
     want = recipe.settings.data
     outliers = [name for name in want.outlier_sets() if not only or name in only]
-    _check_there([want.test, *outliers], root)
+    check_there([want.test, *outliers], root)
     inside = sets.load(want.test, root=root)
     inside = sets.counted_as(inside, names, want.train)
     cards, outside = {"test": card(want.test, inside)}, {}
@@ -120,7 +120,7 @@ def classes(trained: Card) -> list[str]:
     return trained.get("classes", [])
 
 
-def _check_there(names: Sequence[str], root: Root) -> None:
+def check_there(names: Sequence[str], root: Root) -> None:
     """Refuse missing sets before any other set is read."""
     there = sets.available(root)
     for name in names:

@@ -6,8 +6,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from robustood.attacks import pgd
 from robustood.checkpoints import write_json, write_whole
 from robustood.data import Split, counted_as, load, pixels
 from robustood.detectors import Detector
+from robustood.engine import arithmetic
 from robustood.evaluate import (
     Report,
     attack_score,
@@ -77,7 +77,7 @@ def measure(
     taken = {k: v for k, v in asdict(want).items() if k not in _ASKED}
     notes = folder / "evaluation" / _short_name([taken, written["sha256"], list(outside)])
     rows, curve, scores = [], [], {}
-    with _full_precision():
+    with arithmetic():
         rates = _accuracies(model, test, inside, want, tell)
         for name in _detectors_of(want.detectors, model):
             measured = fitted(recipe, name, model, root, classes(seen))
@@ -139,20 +139,6 @@ def _along(
 def _settings_of(want: Evaluation, *keys: str) -> Json:
     """Some settings, as keyword arguments of an attack."""
     return {key: getattr(want, key) for key in keys}
-
-
-@contextmanager
-def _full_precision() -> Generator[None]:
-    """Context that turns off TF32 on a GPU, so that float32 has its full precision."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def pick(split: Split, n: int) -> Split:

@@ -35,12 +35,13 @@ from robustood.recipes.images import Card, Root, classes, to_train
 from robustood.recipes.recipe import Recipe
 
 __all__ = [
-    "Tell", "accuracy", "check_recipe", "commit", "origin", "silent", "to_fit", "train", "trained",
-    "versions",
+    "Reader", "Tell", "accuracy", "check_recipe", "chosen_device", "chosen_engine", "commit", "device_name",
+    "origin", "silent", "to_fit", "train", "trained", "versions",
 ]  # fmt: skip
 
 Attack = Callable[..., Tensor]
 Tell = Callable[[str], None]
+Reader = Callable[[Recipe, Root], tuple[Data, dict[str, Card]]]
 _TRAINED_BY = ("data", "model", "objective", "training")  # sections that the weights depend on
 
 
@@ -57,6 +58,7 @@ def train(
     *,
     root: Root = None,
     tell: Tell = silent,
+    reader: Reader = to_train,
 ) -> Json:
     """Train a recipe, or resume the run in a folder.
 
@@ -71,6 +73,7 @@ def train(
         device: default: CUDA if available.
         root: folder that holds the packs; default as in :func:`robustood.data.load`.
         tell: called with one line of text after each epoch, and with remarks.
+        reader: reads the images of the recipe; default: from the packs.
 
     Returns:
         The content of ``run.json``; ``finished`` is False if the time ran out.
@@ -85,12 +88,13 @@ def train(
         tell(f"this run is finished: {folder / 'weights.safetensors'}")
         return old
     model = recipe.model()
-    data, cards = to_train(recipe, root)
+    data, cards = reader(recipe, root)
     before, now = classes((old["data"] if old else cards)["train"]), classes(cards["train"])
     if before and now:
         check_same({"classes": before}, {"classes": now}, f"{folder} holds a run")
-    device = _chosen(device)
-    how = Engine(**old["engine"]) if old else _choose(recipe, model, data, device)
+    device = chosen_device(device)
+    shape = tuple(data.train.x.shape[1:])
+    how = Engine(**old["engine"]) if old else chosen_engine(recipe, model, shape, device)
     run = _begun(recipe, cards, device, how, old)
     _record(folder, recipe, old or run)
     left = max(0.0, minutes - (time.monotonic() - start) / 60)
@@ -134,7 +138,7 @@ def _begun(
     recipe: Recipe, cards: dict[str, Card], device: torch.device, how: Engine, old: Card | None
 ) -> Json:
     """The record of a run when a session of it begins, be it the first one or a later one."""
-    session = {"commit": commit(), "versions": versions(), "device": _device_name(device)}
+    session = {"commit": commit(), "versions": versions(), "device": device_name(device)}
     sessions = old.get("sessions", []) if old else []
     return {
         "recipe": recipe.name,
@@ -191,11 +195,11 @@ def trained(
             "that robustood train wrote"
         )
     check_recipe(recipe, written["recipe"], written["settings"], f"{folder} holds weights")
-    device = _chosen(device)
+    device = chosen_device(device)
     return model.to(device).eval(), written, device
 
 
-def _chosen(device: torch.device | str | None) -> torch.device:
+def chosen_device(device: torch.device | str | None) -> torch.device:
     """A device; by default CUDA if available."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -209,7 +213,7 @@ def origin(recipe: Recipe, written: Card, device: torch.device) -> Json:
         "settings": asdict(recipe.settings.evaluation),
         "commit": commit(),
         "versions": versions(),
-        "device": _device_name(device),
+        "device": device_name(device),
     }
 
 
@@ -236,12 +240,14 @@ def _record(folder: Path, recipe: Recipe, run: Json) -> None:
     write_json(folder / "run.json", run)
 
 
-def _choose(recipe: Recipe, model: nn.Module, data: Data, device: torch.device) -> Engine:
-    """The engine of a run: as the recipe says, chosen by a short measurement where it says "auto"."""
+def chosen_engine(
+    recipe: Recipe, model: nn.Module, shape: tuple[int, ...], device: torch.device
+) -> Engine:
+    """The engine of a run: as the recipe says, chosen for the device where it says "auto"."""
     if recipe.settings.data.pairs:
         return Engine()  # autoencoders use the default
     want = recipe.settings.training
-    shape, how = tuple(data.train.x.shape[1:]), ("precision", "channels_last", "compile")
+    how = ("precision", "channels_last", "compile")
     return distributed.from_first(
         engine.choose(model, shape, device, **{key: getattr(want, key) for key in how})
     )
@@ -318,8 +324,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **own}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """A readable name of the device."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

@@ -1,0 +1,308 @@
+"""A slice of a borrowed GPU, rehearsed on a CPU with tiny networks and synthetic images, down to the archive."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustood import cli, data, recipes, results
+from robustood.recipes import selftest, slices
+from robustood.recipes.selftest import TOLERANCES, published_step
+from robustood.recipes.slices import BUDGETS, H100, NAMES, Cost, Rates, cost, plan
+
+SIZES = {
+    "cifar10_train": 40, "cifar10_test": 20, "cifar100_train": 120, "cifar100_test": 20, "tinyimagenet_train": 40,
+    "tinyimagenet_val": 8, "svhn_train": 6, "textures": 6, "scenes": 6,
+}  # fmt: skip
+TINY = BUDGETS["tiny"].changes
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """Small packs of synthetic images under the names of the real sets."""
+    folder, noise = tmp_path_factory.mktemp("packs"), torch.Generator().manual_seed(0)
+    for name, n in SIZES.items():
+        low = torch.rand(n, 3, 8, 8, generator=noise)
+        x = (255 * nn.functional.interpolate(low, size=32, mode="bilinear")).byte()
+        outliers = name.startswith("tiny")
+        y = torch.arange(n) % (100 if "100" in name else 10)
+        ids = ("n00000001", "n00000002") if outliers else ()
+        y = y % 2 if outliers else y
+        data.write_pack(folder / f"{name}.npz", x, y, ids=ids, jpeg=75 if outliers else None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untimely(packs, tmp_path_factory):
+    """A slice that has no time but for its self-test, in a process without the tests' type checks; what it says."""
+    folder = tmp_path_factory.mktemp("slice")
+    command = [
+        "slice",
+        "--budget",
+        "tiny",
+        "--minutes",
+        "0",
+        "--device",
+        "cpu",
+        "--folder",
+        str(folder),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "robustood", *command, "--data", str(packs)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == cli.UNFINISHED, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def tested(untimely):
+    """The self-test of this machine."""
+    return json.loads((untimely[0] / "selftest.json").read_text())
+
+
+@pytest.fixture
+def prepared(packs, tested, tmp_path, monkeypatch):
+    """An empty folder to work in, with those packs; the self-test is not repeated."""
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    monkeypatch.chdir(tmp_path)
+    Path("runs/slice").mkdir(parents=True)
+    Path("runs/slice/selftest.json").write_text(json.dumps(tested))
+    return tmp_path
+
+
+# --- the self-test
+
+
+def test_the_self_test_passes_on_this_machine_and_measures_it(tested):
+    checks = {check["name"]: check for check in tested["checks"]}
+    assert len(checks) == 9 + len(TOLERANCES) and all(c["passed"] for c in checks.values()), checks
+    for name in ("compiled", "published"):  # the same operations in the same order
+        assert max(checks[name]["value"]) < 1e-4
+    assert checks["bf16"]["value"][1] > 1e-3  # it did compute in bf16
+    rates = tested["rates"]
+    assert rates["eager"] > 1e7 and rates["evaluation"] > 1e7 and rates["compiled"] is None
+    assert tested["speed"]["over_floor"] > 0.3 and tested["published_over_ours"] > 0.5
+    json.dumps(tested, allow_nan=False)
+
+
+def test_the_self_test_finds_planted_faults(monkeypatch):
+    """A loop that attacks with another radius, and gradients that are not finite."""
+    device, recipe = torch.device("cpu"), recipes.read("aloe_cifar10_fast", TINY)
+    model, batch = recipe.model(), selftest._batch(recipe, device)
+    paper = recipes.read("aloe_cifar10_paper").objective()
+    ours = partial(selftest._ours, model, paper, batch, selftest.Engine())
+
+    def published(eps):
+        net = copy.deepcopy(model)
+        return float(published_step(net, batch, eps)), selftest._gradient(net)
+
+    for eps, passes in ((1 / 255, True), (2 / 255, False)):
+        check = selftest._compared("published", ours, partial(published, eps))
+        assert check["passed"] == passes, check
+    spoilt = lambda self: lambda model, batch: model(batch.x).sum() * torch.nan
+    monkeypatch.setattr(recipes.Recipe, "objective", spoilt)
+    assert not selftest._finite(recipe, device)["passed"]
+
+
+# --- the plan
+
+
+def test_the_full_slice_fits_into_its_minutes_at_the_assumed_speed():
+    costs = {
+        name: cost(recipes.read(name, BUDGETS["full"].changes), 49_000, 82_500)
+        for name in NAMES[:6]
+    }
+    step = costs["aloe_cifar10_fast"].epoch / (49_000 // 128)
+    assert step == pytest.approx(7 * 384 * 0.202e9, rel=0.02)  # (2 k + 3) F an image, with k = 2
+    both = {name: costs[name.replace("cifar100", "cifar10")] for name in NAMES}
+    found = plan(both, 11 * 60, H100)  # a minute for the self-test
+    assert tuple(found) == NAMES and 10 <= min(found.values()) <= 20
+    assert sum(H100.seconds(both[name], epochs) for name, epochs in found.items()) < 11 * 60
+
+
+def test_a_plan_gives_all_the_same_epochs_or_leaves_the_last_ones_out():
+    costs, rates = {name: Cost(10.0, 20.0) for name in "abcd"}, Rates(1.0, 2.0, 5.0)
+    assert rates.seconds(costs["a"], 3) == 5 + 30 + 10
+    spans = lambda seconds: plan(costs, seconds / 0.9, rates, most=30, least=5)
+    assert spans(4 * (15 + 70) + 1) == dict.fromkeys("abcd", 7)
+    assert spans(1e9) == dict.fromkeys("abcd", 30)
+    assert spans(3 * (15 + 50) + 1) == dict.fromkeys("abc", 5)  # four would have 3 each
+    assert spans(1) == {"a": 1}
+    assert plan({}, 100, rates) == {}
+
+
+# --- the whole way
+
+
+def content(folder):
+    """Weights and scores of all runs in a folder."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for pattern in ("*/weights.safetensors", "*/scores.npz")
+        for file in folder.glob(pattern)
+    }
+
+
+def test_a_dry_run_goes_from_the_self_test_to_an_archive(prepared, capsys):
+    command = ["slice", "--budget", "tiny", "--device", "cpu", "--minutes", "60"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    places = [said.index(f"{name}: 1 epochs in at most") for name in NAMES]
+    assert places == sorted(places) and "self-test" not in said  # it was there already
+    folder = prepared / "runs/slice"
+    state = json.loads((folder / "slice.json").read_text())
+    assert tuple(state["jobs"]) == NAMES and state["failed"] == {} and state["unfinished"] == []
+    runs = {run["folder"]: run for run in results.load(folder)}
+    assert set(runs) == set(NAMES)
+    for name, run in runs.items():
+        assert run["run"]["finished"] and run["report"]["rows"]
+        assert run["run"]["settings"]["model"]["classes"] == (100 if "cifar100" in name else 10)
+    assert results.table(list(runs.values())) in said
+    assert (folder / "table.txt").read_text().strip() in said
+
+    parts = sorted(folder.glob("archive.*.tar"))
+    assert 1 <= len(parts) <= 8 and all(part.stat().st_size <= 16e6 for part in parts)
+    away = prepared / "away"
+    for part in parts:
+        with tarfile.open(part) as tar:
+            assert not [
+                m
+                for m in tar.getnames()
+                if Path(m).suffix not in {".json", ".csv", ".npz", ".safetensors", ".txt"}
+            ]
+            tar.extractall(away, filter="data")
+    assert content(away) == content(folder) and len(content(away)) == 2 * len(NAMES)
+    again = {run["folder"]: run for run in results.load(away)}
+    assert again == runs
+    with np.load(away / NAMES[0] / "scores.npz", allow_pickle=False) as scores:
+        assert len(scores["MSP adaptive in"]) == 8
+
+    assert cli.main(command) == 0  # nothing is left to do
+    assert "epochs in at most" not in capsys.readouterr().out
+
+
+SCRIPT = """
+import sys
+from robustood import cli
+from robustood.recipes import slices
+slices.NAMES = slices.NAMES[:2]
+sys.exit(cli.main(["slice", "--budget", "tiny", "--device", "cpu", "--minutes", "60"]))
+"""
+
+
+def test_a_slice_that_was_killed_goes_on_with_the_same_result(prepared, monkeypatch):
+    monkeypatch.setattr(slices, "NAMES", NAMES[:2])
+    go = partial(recipes.run_slice, device="cpu", budget="tiny", minutes=60)
+    folder = prepared / "runs/slice"
+    shutil.copytree(folder, "whole")
+    go("whole")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    patience = time.monotonic() + 120
+    while not (folder / NAMES[0] / "state.pt").exists() and time.monotonic() < patience:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / NAMES[1] / "report.json").exists()
+    state = go(folder)
+    assert state["unfinished"] == [] and content(folder) == content(prepared / "whole")
+
+
+def test_a_slice_without_time_trains_nothing_and_says_what_is_left(untimely):
+    folder, said = untimely
+    assert "self-test, compiled: passed (losses apart by " in said
+    assert f"left for the same command: {NAMES[0]}, {NAMES[1]}, " in said and "epochs" not in said
+    assert not list(folder.glob("*/run.json"))
+
+
+def test_time_that_is_up_ends_an_evaluation_between_its_parts(prepared, monkeypatch):
+    monkeypatch.setattr(slices, "NAMES", NAMES[:1])
+    go, folder = partial(recipes.run_slice, "runs/slice", 60, "cpu", "tiny"), Path("runs/slice")
+    real, told = slices._Slice.in_time, []
+
+    def late(self, name, line):
+        told.append(line)
+        if len(told) == 4:
+            self.deadline = time.monotonic()
+        real(self, name, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slices._Slice, "in_time", late)
+        assert go()["unfinished"] == [NAMES[0]]
+    assert len(told) == 4 and (folder / NAMES[0] / "weights.safetensors").exists()
+    assert go()["unfinished"] == []
+
+
+def test_one_recipe_that_fails_does_not_stop_the_others(prepared, monkeypatch, capsys):
+    monkeypatch.setattr(slices, "NAMES", NAMES[:2])
+    real = slices.train
+
+    def train(recipe, *given, **how):
+        if recipe.name == NAMES[0]:
+            raise FloatingPointError("the loss is nan at step 3")
+        return real(recipe, *given, **how)
+
+    command = ["slice", "--budget", "tiny", "--minutes", "60", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slices, "train", train)
+        assert cli.main(command) == cli.FAILED
+    assert f"{NAMES[0]} failed: FloatingPointError: the loss is nan" in capsys.readouterr().out
+    assert Path("runs/slice", NAMES[1], "report.json").is_file()
+    assert cli.main(command) == 0  # tried again
+
+
+def test_what_a_failed_check_and_slow_compilation_change(prepared, tested):
+    work = slices._Slice(
+        Path("runs/slice"), torch.device("cpu"), "full", None, print, time.monotonic() + 600
+    )
+    costs = dict.fromkeys(NAMES, Cost(2e14, 2e14))
+    gpu = {
+        **tested,
+        "compile_seconds": 5.0,
+        "rates": {"eager": 4e13, "compiled": 9e13, "evaluation": 2e13},
+    }
+    fails = lambda name: {**gpu, "checks": [{"name": name, "passed": False}]}
+    assert work.rates(gpu, costs) == (Rates(9e13, 2e13, H100.besides + 5), [])
+    eager = Rates(4e13, 2e13, H100.besides), ["training.compile=false"]
+    assert work.rates({**gpu, "compile_seconds": 60.0}, costs) == eager
+    assert work.rates(fails("compiled"), costs) == eager
+    assert work.rates(fails("bf16"), costs)[1] == ["training.precision=float32"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"folder": 3}, r"folder must be"),
+        ({"minutes": -1}, r"minutes must be a"),
+        ({"minutes": float("inf")}, r"minutes must be a finite"),
+        ({"device": "gpu7"}, r"device must be a device such as"),
+        ({"budget": "huge"}, r"budget must be one of 'full', 'tiny', got 'huge'"),
+        ({"root": "nowhere"}, r"no set 'cifar10:train' in nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(given, said, prepared):
+    with pytest.raises(ValueError, match=said):
+        recipes.run_slice(**{"folder": "new", "minutes": 60, "budget": "tiny", **given})
+    assert not Path("new").exists()
+
+
+def test_a_folder_holds_one_kind_of_slice(prepared):
+    Path("runs/slice/slice.json").write_text('{"budget": "full", "jobs": {}, "minutes": 3.0}')
+    with pytest.raises(ValueError, match=r"holds a slice with budget = 'full', not 'tiny'"):
+        recipes.run_slice("runs/slice", 60, "cpu", "tiny")

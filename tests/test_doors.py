@@ -39,8 +39,8 @@ from robustood.perturbations import Linf, PerturbationSet
 
 PACKAGE = Path(robustood.__file__).parent
 MODULES = """
-artefacts attacks callables challenge checkpoints corruptions costs data detectors distributed engine evaluate generative
-identity inputs losses metrics mining models objectives perturbations plotting recipes results rng sanity
+artefacts attacks callables challenge checkpoints corruptions costs data detectors distributed engine evaluate
+generative identity inputs losses metrics mining models objectives perturbations plotting recipes results rng sanity
 smoothing streams tables toy training widgets
 """.split()  # noqa: SIM905
 REFUSED, SAME, EITHER, ANY = (

@@ -1,4 +1,4 @@
-"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13, ``book/13_results.md``.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of the page on ATOM, ``book/atom_variants.md``.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
@@ -103,7 +103,7 @@ CHANGES = {f"moved by {grey}": grey for grey in (0, 1, 2, 4, 8)} | {"JPEG 75": N
 def faint(run: str, change: str, seed: int) -> Row:
     """Faint changes that are not attacks, and the share that each network then accepts. No gradient is used.
 
-    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    Shown in book/atom_variants.md, "A second leak: the attack marks the outliers".
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -135,7 +135,7 @@ WAYS: dict[str, tuple[int, int, float] | None] = {  # radius, steps and their si
 def training_attack(run: str, attack: str, seed: int) -> Row:
     """Outliers attacked by the training loss, as in ATOM's training, with other steps, and with a smaller radius.
 
-    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    Shown in book/atom_variants.md, "A second leak: the attack marks the outliers".
     """
     detector, objective, _ = network(run)
     assert isinstance(objective, OutlierTraining)
@@ -184,7 +184,7 @@ def transfer(run: str, made_for: str, seed: int) -> Row:
 def budgets(run: str, steps: int, first_step: int, targets: int, seed: int) -> Row:
     """AUROC in ATOM's test, outliers attacked adaptively with other steps and numbers of target classes.
 
-    Shown in book/13_results.md, "Was the attack strong enough?".
+    Shown in book/atom_variants.md, "Steps and classes".
     """
     detector, *_ = network(run)
     x, u = pair()
@@ -209,7 +209,7 @@ def kept(run: str, attack: str, sets: Sequence[str]) -> tuple[Scores, Scores]:
 def compressed(run: str, seed: int) -> Row:
     """AUROC when the in-distribution images went through JPEG, and how far it then lies above the clean one.
 
-    Shown in book/13_results.md, "Both sides attacked: the table of ALOE".
+    Shown in book/13_results.md, "First, a leak".
     """
     images = pixels(compress(stored(KEPT["inputs"], KEPT["images"]), 75))
     moved, found = scores(network(run)[0], images), {}
@@ -247,7 +247,7 @@ REPEATED: Row = KEPT | {"attacked again, a set": 75, "beaten": 0.05}
 def repeated(run: str, seed: int) -> Row:
     """The kept adaptive attack on outliers, and the same attack from other random starts, image by image.
 
-    Shown in book/13_results.md, "Was the attack strong enough?".
+    Shown in book/13_results.md, "Image by image".
     """
     (detector, *_), settings = network(run), artefacts.result(run)["report"]["settings"]
     at = np.linspace(0, KEPT["images a set"] - 1, REPEATED["attacked again, a set"]).astype(int)

@@ -574,6 +574,7 @@ def calls(tmp: Path):
         ),
         "plotting.image_grid": dict(images=X[:3], titles=["a", "b", "c"], columns=2, scale=0.5),
         "plotting.use_style": {},
+        "recipes.commands": dict(run=results.load()[0]),
         "recipes.names": {},
         "recipes.plans": {},
         "recipes.read": dict(name_or_path="aloe_cifar10_fast", changes=["training.epochs=3"], plan="strong"),

@@ -19,15 +19,15 @@ import torch
 
 from robustood.artefacts import Json
 from robustood.recipes import learned_sets, reports
-from robustood.recipes.composing import names, plans, read
+from robustood.recipes.composing import commands, names, plans, read
 from robustood.recipes.images import Root, data
 from robustood.recipes.reading import Bounds
 from robustood.recipes.recipe import Evaluation, Images, Method, Recipe, Settings, Training
 from robustood.recipes.runs import Tell, silent, train
 
 __all__ = [
-    "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "data", "evaluate",
-    "names", "plans", "read", "train",
+    "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "commands", "data",
+    "evaluate", "names", "plans", "read", "train",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of the page on ATOM, ``book/atom_variants.md``.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of the page ``book/atom_variants.md``.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen

@@ -24,7 +24,7 @@ from robustood.inputs import (
 )
 from robustood.metrics import Estimate
 
-__all__ = ["Kept", "detector", "kept", "learned_cells", "load", "pooled", "shown", "table"]
+__all__ = ["Kept", "Shown", "detector", "kept", "learned_cells", "load", "pooled", "shown", "table"]
 
 _DEPLOYED = ("RejectClass", "ODIN")  # a row shows the first of these that was measured
 _CELL = (str, int, float, Estimate)
@@ -177,8 +177,9 @@ def kept(name: str, plan: str | None = None) -> Kept:
         ValueError: if the run does not ship, or was not measured under this plan.
 
     >>> print(f"{kept('aloe_cifar10_cpu').auroc('adaptive'):.2f}")
-    0.68 [0.66, 0.69]
+    0.68 [0.65, 0.70]
     """
+    artefacts.find("scores", name)  # refuses a result that is no run
     record = artefacts.result(name)
     tests = {None: record["report"]} | {k: r for k, r in record["plans"].items() if r.get("rows")}
     if plan is not None:
@@ -187,9 +188,9 @@ def kept(name: str, plan: str | None = None) -> Kept:
 
 
 class Shown:
-    """A table that Jupyter shows, and that prints as text."""
+    """A table that Jupyter shows, and that prints as text. Made by :func:`shown`."""
 
-    def __init__(self, cells: tables.Cells):
+    def __init__(self, cells: Sequence[Sequence[str]]):
         self._cells = cells
 
     def _repr_markdown_(self) -> str:

@@ -92,6 +92,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Gaussian.*": PARTS,
     "detectors.downhill": PARTS,
     "results.Kept": RESULT,
+    "results.Shown": RESULT,
     "results.detector": PARTS,
     "results.learned_cells": PARTS,
     "plotting.Scored": PROTOCOL,

@@ -222,6 +222,8 @@ def test_a_kept_run_is_read_by_another_detector_and_refuses_what_was_not_measure
         run.auroc(detector="KNN")
     with pytest.raises(ValueError, match=r"plan must be one of 'detectors', 'strong', got 'atom'"):
         results.kept("aloe_cifar10_cpu", "atom")
+    with pytest.raises(ValueError, match=r"nothing ships as scores/digits_trades\.npz"):
+        results.kept("digits_trades")
 
 
 def test_a_table_of_a_page_shows_estimates_in_per_cent():

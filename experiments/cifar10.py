@@ -243,7 +243,7 @@ def inputs_alone(run: str, seed: int) -> Row:
 REPEATED: Row = KEPT | {"attacked again, a set": 75, "beaten": 0.05}
 
 
-@experiment(grid(run=["oe_cifar10_cpu_lossless", *RUNS[1:3], *ATTACKED]), REPEATED, seeds=(1,))
+@experiment(grid(run=[LOSSLESS[1], *RUNS[1:3], "atom_cifar10_cpu"]), REPEATED, seeds=(1,))
 def repeated(run: str, seed: int) -> Row:
     """The kept adaptive attack on outliers, and the same attack from other random starts, image by image.
 

@@ -1,21 +1,25 @@
-"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13, ``book/13_results.md``.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of the page ``book/atom_variants.md``.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
 distribution. Transfer attacks use the images of the plan ``detectors``, 200 of CIFAR-10 and 200 of SVHN; the attacks
-that compare budgets in ATOM's test use the same images of SVHN.
+that compare budgets in ATOM's test use the same images of SVHN. What is set beside the kept scores uses the images that
+these scores belong to: up to 1,000 of CIFAR-10, and up to 500 of each set of outliers.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.harness import Row, experiment, grid
-from robustood import artefacts, metrics
+from robustood import artefacts, metrics, results
+from robustood.artefacts import Scores
 from robustood.attacks import maximise
 from robustood.data import compress, load, pixels
 from robustood.detectors import MSP, Detector, RejectClass
@@ -30,6 +34,9 @@ from robustood.recipes.runs import trained
 RUNS = [f"{name}_cifar10_cpu" for name in ("standard", "oe", "aloe", "ntom", "atom", "acet")]
 RUNS += ["atom_cifar10_cpu_fine", "minedaloe_cifar10_cpu", "adv_cifar10_cpu_8"]
 ATTACKED = RUNS[4:8]  # outliers, in training
+ALONE = ["oe_cifar10_cpu", *RUNS[3:]]  # in ATOM's test
+LOSSLESS = [f"{name}_cifar10_cpu_lossless" for name in ("standard", "oe")]
+OTHERS = [f"{name}_cifar10_cpu" for name in ("adv", "aoe")] + ["adv_cifar10_cpu_4", *LOSSLESS]
 DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
 NEW = ["svhn:train", "textures", "scenes", "cifar100:test"]
 COMMON: Row = {"images a set": 500, "inputs": "cifar10:test", "accepted": 0.95}
@@ -39,6 +46,8 @@ BETWEEN: Row = PAIR | {"detectors": DETECTORS, "eps": 1 / 255, "steps": 40, "tar
 # Number of steps, size of the first step in grey levels (default: twice the radius), target classes.
 BUDGETS = ((10, 16, 3), (10, 2, 3), (40, 16, 3), (100, 16, 1), (100, 16, 3))
 SEARCHED: Row = PAIR | {"eps": 8 / 255, "budgets": BUDGETS}
+KEPT: Row = {"inputs": "cifar10:test", "new": NEW, "seen": "tinyimagenet:val"}
+KEPT |= {"images": 1000, "images a set": 500}
 
 
 @lru_cache
@@ -94,7 +103,7 @@ CHANGES = {f"moved by {grey}": grey for grey in (0, 1, 2, 4, 8)} | {"JPEG 75": N
 def faint(run: str, change: str, seed: int) -> Row:
     """Faint changes that are not attacks, and the share that each network then accepts. No gradient is used.
 
-    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    Shown in book/atom_variants.md, "A second leak: the attack marks the outliers".
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -126,7 +135,7 @@ WAYS: dict[str, tuple[int, int, float] | None] = {  # radius, steps and their si
 def training_attack(run: str, attack: str, seed: int) -> Row:
     """Outliers attacked by the training loss, as in ATOM's training, with other steps, and with a smaller radius.
 
-    Shown in book/13_results.md, "A second leak: the attack marks the outliers".
+    Shown in book/atom_variants.md, "A second leak: the attack marks the outliers".
     """
     detector, objective, _ = network(run)
     assert isinstance(objective, OutlierTraining)
@@ -175,7 +184,7 @@ def transfer(run: str, made_for: str, seed: int) -> Row:
 def budgets(run: str, steps: int, first_step: int, targets: int, seed: int) -> Row:
     """AUROC in ATOM's test, outliers attacked adaptively with other steps and numbers of target classes.
 
-    Shown in book/13_results.md, "Was the attack strong enough?".
+    Shown in book/atom_variants.md, "Steps and classes".
     """
     detector, *_ = network(run)
     x, u = pair()
@@ -185,4 +194,73 @@ def budgets(run: str, steps: int, first_step: int, targets: int, seed: int) -> R
         "auroc": metrics.confidence_interval(
             metrics.auroc, scores(detector, x), scores(detector, u)
         )
+    }
+
+
+# --- beside the kept scores
+
+
+def kept(run: str, attack: str, sets: Sequence[str]) -> tuple[Scores, Scores]:
+    """The kept scores of the deployed detector of a run: those of CIFAR-10, and those of sets of outliers."""
+    return results.pooled(artefacts.scores(run), type(network(run)[0]).__name__, attack, sets)
+
+
+@experiment(grid(run=RUNS + OTHERS), KEPT | {"quality": 75}, seeds=(0,))
+def compressed(run: str, seed: int) -> Row:
+    """AUROC when the in-distribution images went through JPEG, and how far it then lies above the clean one.
+
+    Shown in book/13_results.md, "First, a leak".
+    """
+    images = pixels(compress(stored(KEPT["inputs"], KEPT["images"]), 75))
+    moved, found = scores(network(run)[0], images), {}
+    for where, sets in {"new": KEPT["new"], "seen": [KEPT["seen"]]}.items():
+        inside, outside = kept(run, "none", sets)
+        found[where] = metrics.confidence_interval(metrics.auroc, moved, outside)
+        pairs = (moved, outside), (inside, outside)
+        found[f"{where}, change"] = metrics.paired_difference(metrics.auroc, *pairs)
+    return found
+
+
+INPUTS: Row = KEPT | {"images": 300, "eps": 1 / 255, "steps": 100, "targets": 3}
+
+
+@experiment(grid(run=ALONE), INPUTS, seeds=(0,))
+def inputs_alone(run: str, seed: int) -> Row:
+    """AUROC when the in-distribution images alone are attacked, by one grey level; outliers are the clean new ones.
+
+    Shown in book/13_results.md, "Outliers alone attacked: the table of ATOM".
+    """
+    (detector, *_), (_, outside) = network(run), kept(run, "none", INPUTS["new"])
+    x = pixels(stored(INPUTS["inputs"], INPUTS["images"]))
+    how = {key: INPUTS[key] for key in ("steps", "targets")}
+    moved = attack_score(detector, x, Linf(INPUTS["eps"]), direction="lower", **how)
+    return {
+        name: metrics.confidence_interval(metrics.auroc, scores(detector, images), outside)
+        for name, images in {"clean": x, "attacked": moved}.items()
+    }
+
+
+REPEATED: Row = KEPT | {"attacked again, a set": 75, "beaten": 0.05}
+
+
+@experiment(grid(run=[LOSSLESS[1], *RUNS[1:3], "atom_cifar10_cpu"]), REPEATED, seeds=(1,))
+def repeated(run: str, seed: int) -> Row:
+    """The kept adaptive attack on outliers, and the same attack from other random starts, image by image.
+
+    Shown in book/13_results.md, "Image by image".
+    """
+    (detector, *_), settings = network(run), artefacts.result(run)["report"]["settings"]
+    at = np.linspace(0, KEPT["images a set"] - 1, REPEATED["attacked again, a set"]).astype(int)
+    inside, pool = kept(run, "adaptive", KEPT["new"])
+    before = np.concatenate([each[at] for each in np.split(pool, len(KEPT["new"]))])
+    u = torch.cat([stored(name, KEPT["images a set"])[at] for name in KEPT["new"]])
+    how = {key: settings[key] for key in ("steps", "restarts", "targets")}
+    draw = torch.Generator().manual_seed(seed)
+    ball = Linf(settings["eps"])
+    u = attack_score(detector, pixels(u), ball, direction="raise", generator=draw, **how)
+    again = scores(detector, u)
+    by = {"kept": before, "again": again, "worse of both": np.maximum(before, again)}
+    return {
+        "beaten": proportion(int((again > before + REPEATED["beaten"]).sum()), len(again)),
+        **{name: metrics.confidence_interval(metrics.auroc, inside, s) for name, s in by.items()},
     }

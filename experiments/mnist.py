@@ -1,4 +1,4 @@
-"""The experiments of ``digits_training.py`` on more images: the MNIST tables of chapter 13, ``book/13_results.md``.
+"""The experiments of ``digits_training.py`` on more images: the tables of the page ``book/mnist.md``.
 
 They need the images: ``robustood data fetch mnist``. No image is stored. The four networks trained on all images are
 kept in ``data/weights/mnist_*.safetensors`` and loaded from there as long as their card names the same recipe.
@@ -102,7 +102,7 @@ def whole(eps: float) -> tuple[nn.Module, float]:
 def tradeoff(train_eps: float, seed: int) -> Row:
     """Accuracy for each training radius at each test radius, l_inf.
 
-    Shown in book/13_results.md, "What robustness costs".
+    Shown in book/mnist.md, "What robustness costs".
     """
     model, seconds = whole(train_eps)
     row = digits.linf_curve(model, attacked(), RADII, RADII[1:], steps=20)
@@ -113,7 +113,7 @@ def tradeoff(train_eps: float, seed: int) -> Row:
 def changed(train_eps: float, seed: int) -> Row:
     """Clean test images that only one of two networks classifies correctly: the standard one or a robust one.
 
-    Shown in book/13_results.md, "What robustness costs".
+    Shown in book/mnist.md, "What robustness costs".
     """
     test = images("test")
     model, seconds = whole(train_eps)
@@ -132,7 +132,7 @@ def changed(train_eps: float, seed: int) -> Row:
 def gradients(train_eps: float, seed: int) -> Row:
     """Where the loss gradient lies, and how it is aligned with the image.
 
-    Shown in book/13_results.md, "Gradients".
+    Shown in book/mnist.md, "Gradients".
     """
     model, seconds = whole(train_eps)
     row = digits.dead_share(model, attacked(), images("train").x)
@@ -172,7 +172,7 @@ def away_from_ink(x: Tensor) -> Tensor:
 def large_eps(train_eps: float, seed: int) -> Row:
     """Targeted l_2 PGD far beyond the training radius: do the images reach the target class?
 
-    Shown in book/13_results.md, "Far away: does the image reach the class?".
+    Shown in book/mnist.md, "Far away: does the image reach the class?".
     """
     model, seconds = whole(train_eps)
     test = images("test")[:FAR_IMAGES]
@@ -192,7 +192,7 @@ def large_eps(train_eps: float, seed: int) -> Row:
 def sample_size(n: int, train_eps: float, seed: int) -> Row:
     """Clean accuracy against the number of training images.
 
-    Shown in book/13_results.md, "Few images".
+    Shown in book/mnist.md, "Few images".
     """
     order = torch.randperm(60000, generator=torch.Generator().manual_seed(seed))
     batches = max(1, n // RECIPE["batch_size"])
@@ -213,6 +213,6 @@ def sample_size(n: int, train_eps: float, seed: int) -> Row:
 def fiveseven(train_eps: float, least_correlation: float, seed: int) -> Row:
     """A linear classifier of 5 against 7 on all pixels or only on well correlated ones.
 
-    Shown in book/13_results.md, "Five against seven".
+    Shown in book/mnist.md, "Five against seven".
     """
     return digits.linear_pair(images("train"), images("test"), train_eps, least_correlation)

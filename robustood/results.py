@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from robustood import artefacts, tables
+from robustood import artefacts, metrics, tables
 from robustood.artefacts import Json, Scores
 from robustood.checkpoints import read_json
 from robustood.inputs import (
+    check_choice,
     check_flag,
+    check_instance,
     check_mapping,
     check_path,
     check_several,
@@ -20,9 +24,10 @@ from robustood.inputs import (
 )
 from robustood.metrics import Estimate
 
-__all__ = ["detector", "learned_cells", "load", "pooled", "table"]
+__all__ = ["Kept", "Shown", "detector", "kept", "learned_cells", "load", "pooled", "shown", "table"]
 
 _DEPLOYED = ("RejectClass", "ODIN")  # a row shows the first of these that was measured
+_CELL = (str, int, float, Estimate)
 _COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
     "adaptive", "seen", "seen, adaptive", "minutes", "images/s", "x floor",
@@ -108,6 +113,112 @@ def pooled(
     fewest = min(map(len, outside))
     spread = (np.linspace(0, len(each) - 1, fewest).astype(int) for each in outside)
     return inside, np.concatenate([each[at] for each, at in zip(outside, spread)])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run that ships with the project, in one test: its report, and the score of each image. Made by :func:`kept`.
+
+    Each rate is a mean over sets of outliers, by default over those that training has not seen, with the interval of
+    :func:`pooled` scores. The detector is by default the first one of the report: the reject class, or MSP.
+
+    Attributes:
+        report: what :func:`robustood.recipes.evaluate` wrote.
+        scores: those of :func:`robustood.artefacts.scores`.
+    """
+
+    report: Json
+    scores: Mapping[str, Scores]
+
+    @property
+    def detector(self) -> str:
+        """The first detector of the report."""
+        return self.report["means"][0]["detector"]
+
+    @property
+    def unseen(self) -> list[str]:
+        """The sets of outliers that are not the seen distribution."""
+        return list(dict.fromkeys(row["set"] for row in self.report["rows"] if not row["seen"]))
+
+    def pair(
+        self, attack: str = "none", sets: Sequence[str] | None = None, detector: str | None = None
+    ) -> tuple[Scores, Scores]:
+        """In-distribution scores, and pooled scores of sets of outliers; arguments as for :func:`pooled`."""
+        wanted = self.unseen if sets is None else sets
+        return pooled(self.scores, self.detector if detector is None else detector, attack, wanted)
+
+    def auroc(
+        self, attack: str = "none", sets: Sequence[str] | None = None, detector: str | None = None
+    ) -> Estimate:
+        """Mean AUROC over sets of outliers."""
+        return metrics.confidence_interval(metrics.auroc, *self.pair(attack, sets, detector))
+
+    def fpr(
+        self, attack: str = "none", sets: Sequence[str] | None = None, detector: str | None = None
+    ) -> Estimate:
+        """Mean share of outliers accepted, at the threshold that accepts 95 % of these in-distribution scores."""
+        rate = partial(metrics.fpr_at_tpr, positive="in")
+        return metrics.confidence_interval(rate, *self.pair(attack, sets, detector), resamples=200)
+
+    def rate(self, name: str) -> Estimate:
+        """A rate of the whole network: "accuracy" or "attacked_accuracy"."""
+        check_choice(name, "name", ("accuracy", "attacked_accuracy"))
+        return Estimate(**self.report[name])
+
+
+def kept(name: str, plan: str | None = None) -> Kept:
+    """A run that ships with the project, in the test of its own recipe or under another plan.
+
+    Args:
+        name: that of the run, such as "aloe_cifar10_cpu".
+        plan: that of the evaluation, such as "atom".
+
+    Raises:
+        ValueError: if the run does not ship, or was not measured under this plan.
+
+    >>> print(f"{kept('aloe_cifar10_cpu').auroc('adaptive'):.2f}")
+    0.68 [0.65, 0.70]
+    """
+    artefacts.find("scores", name)  # refuses a result that is no run
+    record = artefacts.result(name)
+    tests = {None: record["report"]} | {k: r for k, r in record["plans"].items() if r.get("rows")}
+    if plan is not None:
+        check_choice(plan, "plan", [test for test in tests if test])
+    return Kept(tests[plan], artefacts.scores(name, plan))
+
+
+class Shown:
+    """A table that Jupyter shows, and that prints as text. Made by :func:`shown`."""
+
+    def __init__(self, cells: Sequence[Sequence[str]]):
+        self._cells = cells
+
+    def _repr_markdown_(self) -> str:
+        return tables.text(self._cells, markdown=True)
+
+    def __repr__(self) -> str:
+        return tables.text(self._cells)
+
+
+def shown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
+    """A table of a page. Estimates stand there in per cent with their intervals, other cells as they print.
+
+    Args:
+        head: one title per column.
+        rows: of as many cells.
+    """
+    check_several(head, "head", "titles of columns")
+    check_several(rows, "rows", "rows of cells", 0)
+    for title in head:
+        check_text(title, "head: each")
+    for row in rows:
+        check_several(row, "rows: each", "cells", 0)
+        for cell in row:
+            check_instance(cell, "rows: each cell", _CELL, "a text, a number or an Estimate")
+        if len(row) != len(head):
+            raise ValueError(f"rows must have {len(head)} cells like head, got {row!r:.80}")
+    written = [[f"{c:.1%}" if isinstance(c, Estimate) else str(c) for c in row] for row in rows]
+    return Shown([list(head), *written])
 
 
 def table(runs: Sequence[Json], markdown: bool = False) -> str:

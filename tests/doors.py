@@ -24,6 +24,7 @@ from robustood import (
     metrics,
     mining,
     objectives,
+    results,
     sanity,
     toy,
 )
@@ -95,6 +96,8 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "detectors.Gaussian": PARTS,
     "detectors.Gaussian.*": PARTS,
     "detectors.downhill": PARTS,
+    "results.Kept": RESULT,
+    "results.Shown": RESULT,
     "results.detector": PARTS,
     "results.learned_cells": PARTS,
     "plotting.Scored": PROTOCOL,
@@ -354,6 +357,8 @@ def calls(tmp: Path):
     light = data.random_lights(2, 3, source())
     shipped = next(name for name in artefacts.names("scores") if "." not in name)
     score = {"detector a in": np.float32(A), "detector a u": np.float32(B)}
+    rate = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 100}
+    known = results.Kept({"means": [{"detector": "detector"}], "rows": [], "accuracy": rate}, score)
     sweep = dict(model=NET, x=X, y=Y, within=WITHIN)
     many = dict(n=20, batch_size=64)
     fit = dict(epochs=1, batch_size=3, outlier_batch_size=2, lr=0.01, weight_decay=0.0, warmup=0.1)
@@ -583,12 +588,19 @@ def calls(tmp: Path):
         ),
         "plotting.image_grid": dict(images=X[:3], titles=["a", "b", "c"], columns=2, scale=0.5),
         "plotting.use_style": {},
+        "recipes.commands": dict(run=results.load()[0]),
         "recipes.names": {},
         "recipes.plans": {},
         "recipes.read": dict(name_or_path="aloe_cifar10_fast", changes=["training.epochs=3"], plan="strong"),
         "recipes.Recipe.to_json": dict(self=read("aloe_cifar10_fast")),
+        "results.Kept.auroc": dict(self=known, attack="a", sets=["u"], detector="detector"),
+        "results.Kept.fpr": dict(self=known, attack="a", sets=["u"], detector="detector"),
+        "results.Kept.pair": dict(self=known, attack="a", sets=["u"], detector="detector"),
+        "results.Kept.rate": dict(self=known, name="accuracy"),
+        "results.kept": dict(name="oe_cifar10_cpu", plan="atom"),
         "results.load": dict(folder=tmp),
         "results.pooled": dict(scores=score, detector="detector", attack="a", sets=["u"]),
+        "results.shown": dict(head=["a", "b"], rows=[["c", 1], ["d", 2.5]]),
         "results.table": dict(runs=[], markdown=True),
         "sanity.Defence.check": dict(
             self=sanity.Defence(NET, "Nothing is wrong."), x=X, y=Y, outliers=U, within=WITHIN, steps=1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -435,6 +436,23 @@ def test_the_settings_of_every_shipped_run_are_read_as_they_were_recorded(run):
     assert recorded["recipe"] in ALL
     card = artefacts.find("weights", run["folder"]).with_suffix(".json")
     assert read_json(card)["settings"] == recorded["settings"]
+
+
+@pytest.mark.parametrize("run", results.load(), ids=lambda run: run["folder"])
+def test_the_commands_of_a_shipped_run_lead_to_its_settings(run):
+    """But for a recipe's step size that was the library's own at the time: then the flag spells it out."""
+    train, evaluate = (shlex.split(line) for line in recipes.commands(run))
+    recipe, folder = run["run"]["recipe"], f"runs/{run['folder']}"
+    assert train[:3] == ["robustood", "train", recipe] and train[-2:] == ["--folder", folder]
+    assert evaluate[:3] == ["robustood", "evaluate", folder]
+    flags = [flag for words in (train, evaluate) for flag in words if "=" in flag]
+    again = read(recipe, flags).settings.to_dict()
+    wanted = {**run["run"]["settings"], "evaluation": run["report"]["settings"]}
+    step = again["objective"].pop("step_size", None)
+    if step != wanted["objective"].pop("step_size", None):
+        eps, steps = (wanted["objective"][key] for key in ("within", "steps"))
+        assert step == pytest.approx(2.5 * eps / steps)
+    assert again == wanted
 
 
 def test_classes_are_found_by_name(sets):

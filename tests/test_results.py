@@ -184,3 +184,51 @@ def test_the_mean_over_sets_is_the_rate_of_their_mixture():
         ValueError, match=r"no scores of .* \['MSP paper in', 'MSP paper a'\]; there are: MSP"
     ):
         results.pooled(scores, "MSP", "paper", ["a"])
+
+
+# --- a kept run in one of its tests
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "side", "detector", "attack"),
+    [
+        ("aloe_cifar10_cpu", None, "both", "MSP", "adaptive"),
+        ("oe_cifar10_cpu", "atom", "out", "MSP", "compositional"),
+        ("atom_cifar10_cpu", None, "out", "RejectClass", "paper"),
+    ],
+)
+def test_a_kept_run_gives_the_means_of_its_report(name, plan, side, detector, attack):
+    run = results.kept(name, plan)
+    assert run.report["settings"]["side"] == side and run.detector == detector
+    assert run.unseen == ["svhn:train", "textures", "scenes", "cifar100:test"]
+    (mean,) = [
+        m
+        for m in run.report["means"]
+        if (m["detector"], m["attack"], m["side"]) == (detector, attack, side)
+    ]
+    assert run.auroc(attack).value == pytest.approx(mean["auroc"], abs=1e-6)
+    assert run.fpr(attack).value == pytest.approx(mean["fpr_attacked"], abs=1e-6)
+    assert run.rate("accuracy").value == run.report["accuracy"]["value"]
+    seen = run.auroc(attack, ["tinyimagenet:val"])
+    assert seen.value == pytest.approx(mean["seen_auroc"], abs=1e-6)
+    assert run.auroc(attack).n == 3000 and seen.n == 1500
+    assert seen.low < seen.value < seen.high
+
+
+def test_a_kept_run_is_read_by_another_detector_and_refuses_what_was_not_measured():
+    run = results.kept("oe_cifar10_cpu")
+    assert run.auroc("adaptive", detector="ODIN").value > run.auroc("adaptive").value + 0.1
+    with pytest.raises(ValueError, match=r"no scores of this .*'KNN none in'"):
+        run.auroc(detector="KNN")
+    with pytest.raises(ValueError, match=r"plan must be one of 'detectors', 'strong', got 'atom'"):
+        results.kept("aloe_cifar10_cpu", "atom")
+    with pytest.raises(ValueError, match=r"nothing ships as scores/digits_trades\.npz"):
+        results.kept("digits_trades")
+
+
+def test_a_table_of_a_page_shows_estimates_in_per_cent():
+    found = results.shown(["run", "AUROC"], [["a", metrics.Estimate(0.5, 0.4, 0.61, 9)], ["b", 7]])
+    assert repr(found).splitlines() == ["run  AUROC", "a    50.0 [40.0, 61.0]", "b    7"]
+    assert found._repr_markdown_().splitlines()[2] == "| a   | 50.0 [40.0, 61.0] |"
+    with pytest.raises(ValueError, match=r"rows must have 2 cells like head, got \['c'\]"):
+        results.shown(["run", "AUROC"], [["c"]])

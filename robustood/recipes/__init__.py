@@ -21,7 +21,7 @@ import torch
 from robustood import distributed
 from robustood.artefacts import Json
 from robustood.recipes import learned_sets, reports
-from robustood.recipes.composing import names, plans, read
+from robustood.recipes.composing import commands, names, plans, read
 from robustood.recipes.images import Root, data
 from robustood.recipes.reading import Bounds
 from robustood.recipes.recipe import Evaluation, Images, Method, Recipe, Settings, Training
@@ -30,7 +30,7 @@ from robustood.recipes.selftest import self_test
 from robustood.recipes.slices import run_slice
 
 __all__ = [
-    "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "data", "evaluate",
+    "Bounds", "Evaluation", "Images", "Method", "Recipe", "Settings", "Training", "commands", "data", "evaluate",
     "names", "plans", "read", "run_slice", "self_test", "train",
 ]  # fmt: skip
 

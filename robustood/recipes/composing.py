@@ -7,21 +7,25 @@ Most recipes combine several parts: ``aloe_cifar10_fast`` is the method ``method
 
 from __future__ import annotations
 
+import json
+import shlex
 import tomllib
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 
+from robustood.artefacts import Json
 from robustood.checkpoints import read_json
-from robustood.inputs import check_path, check_several, check_text, suggest
+from robustood.inputs import check_mapping, check_path, check_several, check_text, suggest
 from robustood.recipes.reading import Table
 from robustood.recipes.recipe import SECTIONS, Recipe, settings
 
-__all__ = ["KINDS", "load", "names", "parts", "plans", "read"]
+__all__ = ["KINDS", "commands", "load", "names", "parts", "plans", "read"]
 
 FOLDER = Path(__file__).parent
 KINDS = ("sets", "plans", "scales", "methods")  # of parts, merged in this order
+_GREY = ("within", "step_size", "eps")  # what readers think of in grey levels
 
 
 def names() -> list[str]:
@@ -185,3 +189,37 @@ def _parse(change: str) -> Table:
     if list(value) != ["value"]:
         raise ValueError(f"--set takes a single value, got {change!r}; repeat --set for more keys")
     return {section: {key: value["value"]}}
+
+
+def commands(run: Json) -> list[str]:
+    """The two commands that repeat a run, training and evaluation, with all that it set differently from its recipe.
+
+    Args:
+        run: one of those from :func:`robustood.results.load`, with its report.
+    """
+    check_mapping(run, "run", "results.load()[0]")
+    for part in ("run", "report"):
+        check_mapping(run.get(part), f"run[{part!r}]", "results.load()[0]")
+    own, folder = run["run"], f"runs/{run['folder']}"
+    now = read(own["recipe"]).settings.to_dict()
+    trained = _changes(now, {key: own["settings"][key] for key in now if key != "evaluation"})
+    measured = _changes(now, {"evaluation": run["report"]["settings"]})
+    return [
+        f"robustood train {own['recipe']}{trained} --folder {folder}",
+        f"robustood evaluate {folder}{measured}",
+    ]
+
+
+def _changes(now: Table, then: Table) -> str:
+    """The flags that turn a recipe's sections into earlier ones."""
+    flags = [
+        f"{section}.{key}={f'{255 * value:g}/255' if key in _GREY else json.dumps(value)}"
+        for section, values in then.items()
+        for key, value in values.items()
+        if now[section].get(key) != value
+    ]
+    attack = then.get("objective", {})
+    if "within" in attack and "step_size" in now["objective"].keys() - attack.keys():
+        # then the size was the library's own
+        flags.append(f"objective.step_size={2.5 * 255 * attack['within'] / attack['steps']:g}/255")
+    return "".join(f" --set {shlex.quote(flag)}" for flag in flags)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,9 @@ from rehearsal.pretended import Rehearsal
 from torch import Tensor
 
 from robustood import attacks, evaluate, generative, rng, sanity, smoothing
+from robustood.attacks import _portfolio as portfolio
 from robustood.detectors import MSP
+from robustood.evaluate import _standard as protocol
 from robustood.losses import cross_entropy
 from robustood.models import read, small_cnn
 from robustood.objectives import NTOM
@@ -77,11 +80,22 @@ def test_each_paper_attacks_as_on_the_cpu(paper, net, data):
 
 
 @pytest.mark.slow
-def test_the_standard_protocol_measures_as_on_the_cpu(net, data):
-    def report(net, x, u):
-        return [json.loads(evaluate.standard(MSP(net), x, {"u": u}, Linf(parts.EPS)).to_json())]
+def test_the_standard_protocol_measures_as_on_the_cpu(net, data, monkeypatch):
+    """Each of its attacks, in two steps."""
+    whole = protocol.stages
 
-    agree(*both(report, net, data.test.x[:2], data.ood["grey"][:2]))
+    def short(*given):
+        own = [stage for stage in whole(*given) if stage.attack.func is evaluate.attack_score]
+        assert len(own) == 5
+        return [replace(stage, attack=partial(stage.attack, steps=2)) for stage in own]
+
+    monkeypatch.setattr(protocol, "stages", short)
+
+    def report(net, x, u):
+        found = evaluate.standard(MSP(net), x, {"u": u}, Linf(parts.EPS))
+        return [json.loads(found.to_json())]
+
+    agree(*both(report, net, data.test.x[:6], data.ood["grey"][:6]))
 
 
 @pytest.mark.slow
@@ -96,13 +110,19 @@ def test_each_rule_climbs_as_on_the_cpu(rule, net, data):
 
 
 @pytest.mark.slow
-def test_accuracy_under_the_strongest_attack_is_that_of_the_cpu(net, data):
+def test_accuracy_under_the_strongest_attack_is_that_of_the_cpu(data, monkeypatch):
+    """Each of its four attacks, in two steps."""
+    whole = portfolio._attacks
+    monkeypatch.setattr(
+        portfolio, "_attacks", lambda *given: [partial(a, steps=2) for a in whole(*given)]
+    )
+
     def accuracy(net, x, y):
         strongest = partial(attacks.worst_case, within=Linf(parts.EPS))
         return [attacks.robust_accuracy(net, x, y, strongest)]
 
     plain = small_cnn(3, channels=3, size=parts.SIDE)
-    agree(*both(accuracy, plain, data.test.x[:2], data.test.y[:2]))
+    agree(*both(accuracy, plain, data.test.x[:6], data.test.y[:6]))
 
 
 SETS = {

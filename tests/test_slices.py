@@ -140,7 +140,7 @@ def test_a_plan_gives_all_the_same_epochs_or_leaves_the_last_ones_out():
     assert spans(4 * (15 + 70) + 1) == dict.fromkeys("abcd", 7)
     assert spans(1e9) == dict.fromkeys("abcd", 30)
     assert spans(3 * (15 + 50) + 1) == dict.fromkeys("abc", 5)  # four would have 3 each
-    assert spans(1) == {"a": 1}
+    assert spans(15 + 49) == spans(1) == {}
     assert plan({}, 100, rates) == {}
 
 
@@ -312,6 +312,14 @@ def test_time_is_shared_as_planned_and_passed_on(prepared, finished, monkeypatch
     assert asked[0][1] == pytest.approx(595 * share, rel=0.1)
     assert asked[1][1] == pytest.approx(595, rel=0.1)  # the first one took no time
     assert state["unfinished"] == list(SOME[:2])
+
+
+def test_too_little_time_for_a_recipe_is_said_and_none_begins(prepared, monkeypatch):
+    monkeypatch.setattr(slices, "NAMES", SOME[1:2])
+    said = []
+    state = recipes.run_slice("runs/slice", 0.15, "cpu", "tiny", tell=said.append)
+    assert state["jobs"] == {} and state["unfinished"] == [SOME[1]]
+    assert any("with 1 epochs needs about " in line and "more --minutes" in line for line in said)
 
 
 def test_what_a_failed_check_and_slow_compilation_change(tested):

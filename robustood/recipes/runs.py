@@ -316,5 +316,5 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """A readable name of the device."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

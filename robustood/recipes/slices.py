@@ -156,6 +156,8 @@ def plan(
 ) -> dict[str, int]:
     """How many epochs each recipe gets: as many for all as fit, for the first ones only if these were too few.
 
+    A recipe that does not fit with the least number of epochs is left out, be it the only one.
+
     Args:
         costs: of the recipes, in their order.
         seconds: available time.
@@ -167,8 +169,8 @@ def plan(
         fixed = sum(rates.seconds(each, 0) for each in some.values())
         epoch = sum(each.epoch for each in some.values()) / rates.training
         epochs = int((_USED * seconds - fixed) / epoch)
-        if epochs >= least or n == 1:
-            return dict.fromkeys(some, max(1, min(epochs, most)))
+        if epochs >= least:
+            return dict.fromkeys(some, min(epochs, most))
     return {}
 
 
@@ -296,7 +298,15 @@ class _Slice:
         if not rest:
             return
         rates, changes = self.rates(tested, rest)
-        for name, epochs in plan(rest, self.left(), rates, budget.most, budget.least).items():
+        planned = plan(rest, self.left(), rates, budget.most, budget.least)
+        if not planned:
+            name, needed = next(iter(rest)), rates.seconds(next(iter(rest.values())), budget.least)
+            self.tell(
+                f"{name} with {budget.least} epochs needs about {needed / _USED / 60:.1f} minutes, and "
+                f"{self.left() / 60:.1f} are left; call again with more --minutes"
+            )
+            return
+        for name, epochs in planned.items():
             own = [*budget.changes, *changes, f"training.epochs={epochs}"]
             jobs[name] = {
                 "epochs": epochs, "changes": own, "seconds": rates.seconds(rest[name], epochs)

@@ -191,7 +191,7 @@ def fit(
     distributed.check_divisible(batch_size, "batch_size")
     distributed.check_divisible(outlier_batch_size, "outlier_batch_size", 2)  # half is attacked
     schedule = Schedule(epochs, len(data.train) // batch_size, lr, warmup, milestones)
-    batches = dict(batch_size=batch_size, outlier_batch_size=outlier_batch_size, augment=augment)
+    sizes = {"batch_size": batch_size, "outlier_batch_size": outlier_batch_size}
     device = torch.device(device or next(model.parameters()).device)
     model, data = model.to(device), data.to(device)
     run = Run(
@@ -199,7 +199,7 @@ def fit(
         objective=objective,
         optimiser=made_optimiser(optimiser, model, float(lr), float(weight_decay)),
         data=data,
-        draw=partial(draw, **batches),
+        draw=partial(draw, augment=augment, **sizes),
         schedule=schedule,
         streams=Streams(check_seed(seed), device),
         deadline=time.monotonic() + 60 * minutes,

@@ -1,6 +1,7 @@
 """What ships with the project is found wherever it lies, and a run is saved whole or not at all."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -133,3 +134,53 @@ def test_a_damaged_record_is_not_restored(record, said, store, tmp_path):
     with pytest.raises(ValueError, match=rf"mine\.json is damaged \({said}"):
         artefacts.restore("mine", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def runs_to_pack(folder, sizes):
+    """Folders of runs with weights of these sizes, and files that an archive leaves out."""
+    for name, size in sizes.items():
+        (folder / name / "evaluation").mkdir(parents=True)
+        (folder / name / "run.json").write_text(f'{{"run": "{name}"}}')
+        (folder / name / "weights.safetensors").write_bytes(bytes([len(name)]) * size)
+        for left_out in ("state.pt", "evaluation/notes.json"):
+            (folder / name / left_out).write_text("no")
+    (folder / "notes").mkdir()  # no run
+    (folder / "notes" / "weights.json").write_text("{}")
+    (folder / "table.txt").write_text("a table")
+
+
+def test_an_archive_has_small_parts_that_open_alone(tmp_path):
+    runs_to_pack(tmp_path, {"a": 30_000, "bb": 30_000, "ccc": 70_000})
+    (tmp_path / "archive.7.tar").write_text("of an earlier call")
+    parts = artefacts.pack(tmp_path, limit=90_000)
+    assert [part.name for part in parts] == ["archive.1.tar", "archive.2.tar"]
+    assert sorted(tmp_path.glob("archive.*")) == parts
+    assert all(part.stat().st_size <= 90_000 for part in parts)
+    held = {}
+    for part in parts:
+        with tarfile.open(part) as tar:
+            held |= {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+    inside = [
+        f"{run}/{file}"
+        for run in ("a", "bb", "ccc")
+        for file in ("run.json", "weights.safetensors")
+    ]
+    assert sorted(held) == [*inside, "table.txt"]
+    assert all(content == (tmp_path / name).read_bytes() for name, content in held.items())
+    before = [part.read_bytes() for part in parts]
+    assert [part.read_bytes() for part in artefacts.pack(tmp_path, limit=90_000)] == before
+
+
+def test_what_does_not_fit_into_an_archive_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds 0 files for 0 parts, but there must be 1 to 8"):
+        artefacts.pack(tmp_path)
+    runs_to_pack(tmp_path, {"a": 30_000, "bb": 30_000})
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors has 30000 bytes, more than a part; raise limit"
+    ):
+        artefacts.pack(tmp_path, limit=30_000)
+    with pytest.raises(
+        ValueError, match=r"for 2 parts, but there must be 1 to 1; raise limit or most"
+    ):
+        artefacts.pack(tmp_path, limit=50_000, most=1)
+    assert not list(tmp_path.glob("*.tar"))

@@ -1,6 +1,7 @@
 """The command line, from packs on disk to a table, and what happens when a run is disturbed."""
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -694,6 +695,39 @@ def test_errors_are_one_line_and_exit_code_2(arguments, said, packs, monkeypatch
         cli.main(arguments)
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "attack", "slice"])
+def test_a_device_that_is_not_there_is_refused_by_every_command(
+    command, finished, mine, packs, monkeypatch, capsys
+):
+    monkeypatch.setenv("ROBUSTOOD_DATA", str(packs))
+    arguments = {
+        "train": [str(packs / "tiny.toml")],
+        "evaluate": [str(finished)],
+        "attack": ["mine.py:dark", "day", "night", "--eps", "8/255"],
+        "slice": ["--budget", "tiny"],
+    }[command]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device, said in {
+        "gpu": "--device gpu: must be cuda, mps, cpu, or one GPU such as cuda:1",
+        "cuda:": "--device cuda:: must be cuda, mps, cpu, or one GPU such as cuda:1",
+        "cuda": "--device cuda: torch finds no such CUDA device; there are: cpu",
+        "mps": "--device mps: torch finds no such MPS device; there are: cpu",
+    }.items():
+        assert cli.main([command, *arguments, "--device", device]) == 2
+        assert capsys.readouterr().err == f"robustood: {said}\n"
+    assert not Path("runs").exists()
+
+
+def test_a_device_is_counted(monkeypatch):
+    chosen = importlib.import_module("robustood.cli._shell").chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert chosen("cuda:1") == torch.device("cuda:1") and chosen("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"no such CUDA device; there are: cuda:0, cuda:1, .*cpu"):
+        chosen("cuda:2")
+
+
 def test_arguments_that_argparse_refuses(capsys):
     for wrong in (["train"], ["train", "x", "--minutes", "nan"], ["train", "x", "--minutes", "-1"]):
         with pytest.raises(SystemExit) as left:
@@ -839,7 +873,7 @@ def test_an_interrupted_attack_says_how_it_resumes(mine, monkeypatch, capsys):
         (["mine.py:dark", "day", "night", "day"], "must have different names, got day, night, day"),
         (["mine.py:dark", "day", "night", "--out", "a.txt"], "a.txt: must end in .json"),
         (["mine.py:dark", "day", "night", "--out", "no/a.json"], "in a folder that exists"),
-        (["mine.py:dark", "day", "night", "--device", "cuda:77"], "finds no CUDA|invalid device"),
+        (["mine.py:dark", "day", "night", "--device", "cuda:77"], "finds no such CUDA device; there are: "),
         (["mine.py:dark", "day", "mine.py"], "mine.py is not a .npy file"),
     ],
 )  # fmt: skip

@@ -120,7 +120,7 @@ def test_the_self_test_finds_planted_faults(monkeypatch):
 # --- the plan
 
 
-def test_the_full_slice_fits_into_its_minutes_at_the_assumed_speed():
+def test_the_full_slice_fits_into_its_minutes_at_the_assumed_speed(untyped):
     costs = {
         name: cost(recipes.read(name, BUDGETS["full"].changes), 49_000, 82_500)
         for name in NAMES[:6]
@@ -140,88 +140,104 @@ def test_a_plan_gives_all_the_same_epochs_or_leaves_the_last_ones_out():
     assert spans(4 * (15 + 70) + 1) == dict.fromkeys("abcd", 7)
     assert spans(1e9) == dict.fromkeys("abcd", 30)
     assert spans(3 * (15 + 50) + 1) == dict.fromkeys("abc", 5)  # four would have 3 each
-    assert spans(1) == {"a": 1}
+    assert spans(15 + 49) == spans(1) == {}
     assert plan({}, 100, rates) == {}
 
 
 # --- the whole way
 
-
-def content(folder):
-    """Weights and scores of all runs in a folder."""
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for pattern in ("*/weights.safetensors", "*/scores.npz")
-        for file in folder.glob(pattern)
-    }
+SOME = (
+    NAMES[0],
+    NAMES[2],
+    NAMES[3],
+    NAMES[6],
+)  # with and without outliers, with mining, another set
 
 
-def test_a_dry_run_goes_from_the_self_test_to_an_archive(prepared, capsys):
-    command = ["slice", "--budget", "tiny", "--device", "cpu", "--minutes", "60"]
-    assert cli.main(command) == 0
-    said = capsys.readouterr().out
-    places = [said.index(f"{name}: 1 epochs in at most") for name in NAMES]
+@pytest.fixture(scope="module")
+def finished(packs, tested, tmp_path_factory):
+    """The folder of a slice that nothing disturbed, and what it said."""
+    folder, said = tmp_path_factory.mktemp("finished"), []
+    (folder / "selftest.json").write_text(json.dumps(tested))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "NAMES", SOME)
+        state = recipes.run_slice(folder, 60, "cpu", "tiny", root=packs, tell=said.append)
+    assert tuple(state["jobs"]) == SOME and state["failed"] == {} and state["unfinished"] == []
+    return folder, "\n".join(said)
+
+
+def content(folder, names=SOME):
+    """Weights and scores of runs in a folder."""
+    files = ("weights.safetensors", "scores.npz")
+    return {(name, file): (folder / name / file).read_bytes() for name in names for file in files}
+
+
+def test_the_order_of_a_slice():
+    own = ("aloe", "oe", "standard", "atom", "acet", "ntom")
+    assert list(NAMES) == [f"{m}_{s}_fast" for s in ("cifar10", "cifar100") for m in own]
+    assert set(NAMES) <= set(recipes.names())
+
+
+def test_a_dry_run_goes_from_the_self_test_to_a_table(finished):
+    folder, said = finished
+    places = [said.index(f"{name}: 1 epochs in at most") for name in SOME]
     assert places == sorted(places) and "self-test" not in said  # it was there already
-    folder = prepared / "runs/slice"
-    state = json.loads((folder / "slice.json").read_text())
-    assert tuple(state["jobs"]) == NAMES and state["failed"] == {} and state["unfinished"] == []
     runs = {run["folder"]: run for run in results.load(folder)}
-    assert set(runs) == set(NAMES)
+    assert set(runs) == set(SOME)
     for name, run in runs.items():
         assert run["run"]["finished"] and run["report"]["rows"]
         assert run["run"]["settings"]["model"]["classes"] == (100 if "cifar100" in name else 10)
-    assert results.table(list(runs.values())) in said
-    assert (folder / "table.txt").read_text().strip() in said
+    assert said.count("accuracy %") == len(SOME) + 1  # a table after each, and at the end
+    table = results.table(list(runs.values()))
+    assert said.endswith(table) and (folder / "table.txt").read_text() == f"{table}\n"
 
+
+def test_the_archive_holds_what_the_commands_take(finished, tmp_path):
+    folder, _ = finished
     parts = sorted(folder.glob("archive.*.tar"))
-    assert 1 <= len(parts) <= 8 and all(part.stat().st_size <= 16e6 for part in parts)
-    away = prepared / "away"
-    for part in parts:
-        with tarfile.open(part) as tar:
-            assert not [
-                m
-                for m in tar.getnames()
-                if Path(m).suffix not in {".json", ".csv", ".npz", ".safetensors", ".txt"}
-            ]
-            tar.extractall(away, filter="data")
-    assert content(away) == content(folder) and len(content(away)) == 2 * len(NAMES)
-    again = {run["folder"]: run for run in results.load(away)}
-    assert again == runs
-    with np.load(away / NAMES[0] / "scores.npz", allow_pickle=False) as scores:
+    assert len(parts) == 1 and parts[0].stat().st_size <= 16e6
+    with tarfile.open(parts[0]) as tar:
+        kinds = {Path(member).suffix for member in tar.getnames()}
+        tar.extractall(tmp_path, filter="data")
+    assert kinds == {".json", ".csv", ".npz", ".safetensors", ".txt"}
+    assert content(tmp_path) == content(folder)
+    assert results.load(tmp_path) == results.load(folder)
+    with np.load(tmp_path / SOME[0] / "scores.npz", allow_pickle=False) as scores:
         assert len(scores["MSP adaptive in"]) == 8
-
-    assert cli.main(command) == 0  # nothing is left to do
-    assert "epochs in at most" not in capsys.readouterr().out
 
 
 SCRIPT = """
 import sys
 from robustood import cli
 from robustood.recipes import slices
-slices.NAMES = slices.NAMES[:2]
+slices.NAMES = tuple(sys.argv[1].split())
 sys.exit(cli.main(["slice", "--budget", "tiny", "--device", "cpu", "--minutes", "60"]))
 """
 
 
-def test_a_slice_that_was_killed_goes_on_with_the_same_result(prepared, monkeypatch):
-    monkeypatch.setattr(slices, "NAMES", NAMES[:2])
-    go = partial(recipes.run_slice, device="cpu", budget="tiny", minutes=60)
-    folder = prepared / "runs/slice"
-    shutil.copytree(folder, "whole")
-    go("whole")
+def test_a_slice_that_was_killed_goes_on_with_the_same_result(
+    prepared, finished, monkeypatch, capsys
+):
+    folder, names = prepared / "runs/slice", SOME[:2]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    patience = time.monotonic() + 120
-    while not (folder / NAMES[0] / "state.pt").exists() and time.monotonic() < patience:
+        [sys.executable, "-c", SCRIPT, " ".join(names)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    patience = time.monotonic() + 200
+    while not (folder / names[0] / "state.pt").exists() and time.monotonic() < patience:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (folder / NAMES[1] / "report.json").exists()
-    state = go(folder)
-    assert state["unfinished"] == [] and content(folder) == content(prepared / "whole")
+    assert not (folder / names[1] / "report.json").exists()
+    monkeypatch.setattr(slices, "NAMES", names)
+    command = ["slice", "--budget", "tiny", "--device", "cpu", "--minutes", "60"]
+    assert cli.main(command) == 0
+    assert content(folder, names) == content(finished[0], names)
+    capsys.readouterr()
+    assert cli.main(command) == 0  # nothing is left to do
+    assert "epochs in at most" not in capsys.readouterr().out
 
 
 def test_a_slice_without_time_trains_nothing_and_says_what_is_left(untimely):
@@ -231,56 +247,91 @@ def test_a_slice_without_time_trains_nothing_and_says_what_is_left(untimely):
     assert not list(folder.glob("*/run.json"))
 
 
-def test_time_that_is_up_ends_an_evaluation_between_its_parts(prepared, monkeypatch):
-    monkeypatch.setattr(slices, "NAMES", NAMES[:1])
-    go, folder = partial(recipes.run_slice, "runs/slice", 60, "cpu", "tiny"), Path("runs/slice")
-    real, told = slices._Slice.in_time, []
+def test_time_that_is_up_ends_an_evaluation_between_its_parts(prepared, finished, monkeypatch):
+    folder, name = prepared / "runs/slice", SOME[1]
+    for file in ("recipe.json", "run.json", "weights.safetensors", "weights.json"):
+        (folder / name).mkdir(exist_ok=True)
+        shutil.copy(finished[0] / name / file, folder / name)
+    monkeypatch.setattr(slices, "NAMES", (name,))
+    go, real, told = (
+        partial(recipes.run_slice, folder, 60, "cpu", "tiny"),
+        slices._Slice.in_time,
+        [],
+    )
 
     def late(self, name, line):
         told.append(line)
-        if len(told) == 4:
+        if len(told) == 2:
             self.deadline = time.monotonic()
         real(self, name, line)
 
     with monkeypatch.context() as patch:
         patch.setattr(slices._Slice, "in_time", late)
-        assert go()["unfinished"] == [NAMES[0]]
-    assert len(told) == 4 and (folder / NAMES[0] / "weights.safetensors").exists()
-    assert go()["unfinished"] == []
+        assert go()["unfinished"] == [name]
+    assert told == ["accuracy", "MSP, attack: none"]
+    assert go()["unfinished"] == [] and content(folder, [name]) == content(finished[0], [name])
 
 
-def test_one_recipe_that_fails_does_not_stop_the_others(prepared, monkeypatch, capsys):
-    monkeypatch.setattr(slices, "NAMES", NAMES[:2])
-    real = slices.train
+def test_one_recipe_that_fails_does_not_stop_the_others(prepared, finished, monkeypatch, capsys):
+    fails, works = names = SOME[:2]
+    monkeypatch.setattr(slices, "NAMES", names)
 
-    def train(recipe, *given, **how):
-        if recipe.name == NAMES[0]:
+    def train(recipe, place, *given, **how):
+        if recipe.name == fails:
             raise FloatingPointError("the loss is nan at step 3")
-        return real(recipe, *given, **how)
+        shutil.copytree(finished[0] / works, place)
+        return {"finished": True}
 
+    monkeypatch.setattr(slices, "train", train)
+    monkeypatch.setattr(slices.reports, "measure", lambda *given: None)
     command = ["slice", "--budget", "tiny", "--minutes", "60", "--device", "cpu"]
-    with monkeypatch.context() as patch:
-        patch.setattr(slices, "train", train)
-        assert cli.main(command) == cli.FAILED
-    assert f"{NAMES[0]} failed: FloatingPointError: the loss is nan" in capsys.readouterr().out
-    assert Path("runs/slice", NAMES[1], "report.json").is_file()
-    assert cli.main(command) == 0  # tried again
-
-
-def test_what_a_failed_check_and_slow_compilation_change(prepared, tested):
-    work = slices._Slice(
-        Path("runs/slice"), torch.device("cpu"), "full", None, print, time.monotonic() + 600
+    assert cli.main(command) == cli.FAILED
+    said = capsys.readouterr().out
+    assert f"{fails} failed: FloatingPointError: the loss is nan" in said
+    assert said.index(f"{works}: 1 epochs") > said.index(f"{fails}: failed")
+    state = json.loads(Path("runs/slice/slice.json").read_text())
+    assert (
+        list(state["failed"]) == [fails] and (Path("runs/slice") / works / "report.json").is_file()
     )
+
+
+def test_time_is_shared_as_planned_and_passed_on(prepared, finished, monkeypatch):
+    """A recipe gets its part of what is left; one that did not finish is taken up again."""
+    monkeypatch.setattr(slices, "NAMES", SOME[:2])
+    asked = []
+
+    def train(recipe, place, minutes, *given, **how):
+        asked.append((recipe.name, 60 * minutes))
+        return {"finished": False}
+
+    monkeypatch.setattr(slices, "train", train)
+    state = recipes.run_slice("runs/slice", 10, "cpu", "tiny")
+    parts = [state["jobs"][name]["seconds"] for name in SOME[:2]]
+    share = parts[0] / sum(parts)
+    assert [name for name, _ in asked] == 3 * list(SOME[:2])
+    assert asked[0][1] == pytest.approx(595 * share, rel=0.1)
+    assert asked[1][1] == pytest.approx(595, rel=0.1)  # the first one took no time
+    assert state["unfinished"] == list(SOME[:2])
+
+
+def test_too_little_time_for_a_recipe_is_said_and_none_begins(prepared, monkeypatch):
+    monkeypatch.setattr(slices, "NAMES", SOME[1:2])
+    said = []
+    state = recipes.run_slice("runs/slice", 0.15, "cpu", "tiny", tell=said.append)
+    assert state["jobs"] == {} and state["unfinished"] == [SOME[1]]
+    assert any("with 1 epochs needs about " in line and "more --minutes" in line for line in said)
+
+
+def test_what_a_failed_check_and_slow_compilation_change(tested):
+    deadline = time.monotonic() + 1200
+    work = slices._Slice(Path("runs/slice"), torch.device("cpu"), "full", None, print, deadline)
     costs = dict.fromkeys(NAMES, Cost(2e14, 2e14))
-    gpu = {
-        **tested,
-        "compile_seconds": 5.0,
-        "rates": {"eager": 4e13, "compiled": 9e13, "evaluation": 2e13},
-    }
+    rates = {"eager": 4e13, "compiled": 9e13, "evaluation": 2e13}
+    gpu = {**tested, "compile_seconds": 5.0, "rates": rates}
     fails = lambda name: {**gpu, "checks": [{"name": name, "passed": False}]}
     assert work.rates(gpu, costs) == (Rates(9e13, 2e13, H100.besides + 5), [])
     eager = Rates(4e13, 2e13, H100.besides), ["training.compile=false"]
-    assert work.rates({**gpu, "compile_seconds": 60.0}, costs) == eager
+    assert work.rates({**gpu, "compile_seconds": 600.0}, costs) == eager
     assert work.rates(fails("compiled"), costs) == eager
     assert work.rates(fails("bf16"), costs)[1] == ["training.precision=float32"]
 
@@ -296,7 +347,7 @@ def test_what_a_failed_check_and_slow_compilation_change(prepared, tested):
         ({"root": "nowhere"}, r"no set 'cifar10:train' in nowhere"),
     ],
 )
-def test_wrong_arguments_are_refused_before_any_work(given, said, prepared):
+def test_wrong_arguments_are_refused_before_any_work(given, said, prepared, untyped):
     with pytest.raises(ValueError, match=said):
         recipes.run_slice(**{"folder": "new", "minutes": 60, "budget": "tiny", **given})
     assert not Path("new").exists()

@@ -32,9 +32,10 @@ from robustood.artefacts import Json
 from robustood.checkpoints import check_same, read_json, write_json, write_whole
 from robustood.costs import step_cost
 from robustood.data import Batch, Data
+from robustood.engine import flops
 from robustood.evaluate import PAPERS
 from robustood.inputs import check_choice, check_device, check_number, check_path
-from robustood.objectives import OutlierTraining, Standard
+from robustood.objectives import OutlierTraining
 from robustood.recipes import reports
 from robustood.recipes.composing import read
 from robustood.recipes.images import Card, Root, check_there, to_train
@@ -74,8 +75,9 @@ BUDGETS = {
     "full": Budget((_TABLE, "evaluation.n_in=400", "evaluation.n_out=100"), most=30, least=5),
     "tiny": Budget(  # a dry run on any machine
         (
-            _TABLE, "evaluation.n_in=8", "evaluation.n_out=4", "evaluation.steps=1", "evaluation.targets=1",
-            "evaluation.pgd_steps=1", "model.depth=10", "model.width=1", "data.validation=8",
+            "evaluation.attacks=['none', 'adaptive']", "evaluation.detectors=['auto']",
+            "evaluation.sets=['textures']", "evaluation.n_in=8", "evaluation.n_out=4", "evaluation.steps=1",
+            "evaluation.targets=1", "evaluation.pgd_steps=1", "model.depth=10", "model.width=1", "data.validation=8",
             "training.batch_size=16", "training.outlier_batch_size=16", "training.precision=float32",
             "training.channels_last=false", "training.compile=false",
         ),
@@ -126,7 +128,7 @@ def cost(recipe: Recipe, images: int, outliers: int) -> Cost:
     want, rule, model = recipe.settings.training, recipe.objective(), recipe.model()
     x, u = torch.zeros(want.batch_size, 3, 32, 32), torch.zeros(want.outlier_batch_size, 3, 32, 32)
     batch = Batch(x, torch.zeros(len(x)).long(), u)
-    forward = step_cost(model, Standard(), batch).flops / 3 / len(x)
+    forward = flops(lambda: model.eval()(x[:1]))
     mined = rule.mine if isinstance(rule, OutlierTraining) else None
     scored = min(mined.sample or outliers, outliers) if mined else 0
     steps = images // min(want.batch_size, images)
@@ -154,6 +156,8 @@ def plan(
 ) -> dict[str, int]:
     """How many epochs each recipe gets: as many for all as fit, for the first ones only if these were too few.
 
+    A recipe that does not fit with the least number of epochs is left out, be it the only one.
+
     Args:
         costs: of the recipes, in their order.
         seconds: available time.
@@ -165,8 +169,8 @@ def plan(
         fixed = sum(rates.seconds(each, 0) for each in some.values())
         epoch = sum(each.epoch for each in some.values()) / rates.training
         epochs = int((_USED * seconds - fixed) / epoch)
-        if epochs >= least or n == 1:
-            return dict.fromkeys(some, max(1, min(epochs, most)))
+        if epochs >= least:
+            return dict.fromkeys(some, min(epochs, most))
     return {}
 
 
@@ -290,20 +294,33 @@ class _Slice:
     def extend(self, tested: Json, costs: dict[str, Cost]) -> None:
         """Plan as many of the remaining recipes as the time allows."""
         budget, jobs = BUDGETS[self.budget], self.state["jobs"]
-        for name in NAMES:
-            if name not in jobs:
-                data, _ = self.images(recipe := read(name, budget.changes), self.root)
-                if (same := name.replace("cifar100", "cifar10")) not in costs:
-                    costs[same] = cost(recipe, len(data.train), len(data.outliers))
-                costs[name] = costs[same]
-        rest = {name: costs[name] for name in NAMES if name not in jobs}
+        rest = {name: self.cost(name, costs) for name in NAMES if name not in jobs}
+        if not rest:
+            return
         rates, changes = self.rates(tested, rest)
-        for name, epochs in plan(rest, self.left(), rates, budget.most, budget.least).items():
+        planned = plan(rest, self.left(), rates, budget.most, budget.least)
+        if not planned:
+            name, needed = next(iter(rest)), rates.seconds(next(iter(rest.values())), budget.least)
+            self.tell(
+                f"{name} with {budget.least} epochs needs about {needed / _USED / 60:.1f} minutes, and "
+                f"{self.left() / 60:.1f} are left; call again with more --minutes"
+            )
+            return
+        for name, epochs in planned.items():
             own = [*budget.changes, *changes, f"training.epochs={epochs}"]
             jobs[name] = {
-                "epochs": epochs, "changes": own, "seconds": rates.seconds(costs[name], epochs)
+                "epochs": epochs, "changes": own, "seconds": rates.seconds(rest[name], epochs)
             }  # fmt: skip
         self.tell(", ".join(f"{name}: {job['epochs']} epochs" for name, job in jobs.items()))
+
+    def cost(self, name: str, known: dict[str, Cost]) -> Cost:
+        """The operations of a recipe; those with CIFAR-100 count as the same with CIFAR-10."""
+        same = name.replace("cifar100", "cifar10")
+        if same not in known:
+            recipe = read(same, BUDGETS[self.budget].changes)
+            data, _ = self.images(recipe, self.root)
+            known[same] = cost(recipe, len(data.train), len(data.outliers))
+        return known[same]
 
     def rates(self, tested: Json, rest: Mapping[str, Cost]) -> tuple[Rates, list[str]]:
         """The measured speed, compiled or not, whichever leaves more epochs; and what follows for the recipes."""

@@ -24,7 +24,7 @@ HOW = {
 def objective(name: str, device: str = "cpu") -> Objective:
     """An objective by its name; what it holds is on the device."""
     rule = parts.OBJECTIVES[name]
-    return rule(device) if signature(rule).parameters else rule()
+    return rule(device) if "device" in signature(rule).parameters else rule()
 
 
 def waits(

@@ -89,8 +89,10 @@ def step_cost(
     400
     """
     check_instance(model, "model", nn.Module, "a network, such as small_cnn()")
-    check_callable(objective, "objective", "objective(model, batch)")
+    check_instance(objective, "objective", Callable, "a training rule, such as ALOE(0.1)")
     check_instance(batch, "batch", Batch, "a Batch(x, y)")
+    if optimiser is not None:
+        check_callable(optimiser, "optimiser", "optimiser(parameters)")
     check_choice(precision, "precision", ("float32", "bf16"))
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trained)

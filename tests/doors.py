@@ -75,7 +75,6 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "checkpoints.write_table": PARTS,
     "checkpoints.write_whole": PARTS,
     "costs.StepCost": RESULT,
-    "costs.StepCost.*": RESULT,
     "costs.check_memory": CHECK,
     "costs.free_memory": PARTS,
     "data.check_trainable": CHECK,
@@ -455,6 +454,10 @@ def calls(tmp: Path):
             names=["a", "b", "c"], ids=["1", "2", "3"], jpeg=90, per=4, source="drawn",
         ),
         "detectors.post_hoc": dict(model=NET, x=MANY, y=MANY_Y),
+        "costs.step_cost": dict(
+            model=NET, objective=objectives.Standard(), batch=data.Batch(X, Y), precision="float32",
+            optimiser=partial(torch.optim.SGD, lr=0.1),
+        ),
         "engine.Engine": dict(
             precision="float32", channels_last=True, compile=False, tf32=True, benchmark=True,
             measured={"compiled": 1.0},

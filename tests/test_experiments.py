@@ -248,7 +248,12 @@ def test_the_kept_cifar10_tables_have_the_images_that_they_say(name):
     wanted = {
         "cifar10_transfer": {},
         "cifar10_budgets": {},
-        "cifar10_compressed": {"new": 3000, "new, change": 3000, "seen": 1500, "seen, change": 1500},
+        "cifar10_compressed": {
+            "new": 3000,
+            "new, change": 3000,
+            "seen": 1500,
+            "seen, change": 1500,
+        },
         "cifar10_inputs_alone": {"clean": 2300, "attacked": 2300},
         "cifar10_repeated": {"beaten": 300, "kept": 1300, "again": 1300, "worse of both": 1300},
     }.get(name, {"new": 4 * 500, "inputs": 500, "seen": 500, "accepted": 500})

@@ -165,7 +165,8 @@ class Running(nn.Module):
                 return compiled(*given)
             except TorchDynamoException as error:
                 found = call(*given)
-                self.failed = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                reason = " ".join(str(error).strip().split("\n\n")[0].split())  # the rest is advice
+                self.failed = f"{type(error).__name__}: {reason[:200]}"
                 warnings.warn(
                     f"torch.compile failed, so this run goes on uncompiled ({self.failed}); pass compile=False "
                     "to omit the attempt, or install what it lacks, such as a C++ compiler",

@@ -21,8 +21,16 @@ from robustood.checkpoints import read_json, write_json, write_whole
 from robustood.inputs import check_choice, check_count, check_path, check_text, suggest
 
 __all__ = [
-    "check_whole", "find", "names", "pack", "read_run", "restore", "result", "save", "scores",
-]  # fmt: skip
+    "check_whole",
+    "find",
+    "names",
+    "pack",
+    "read_run",
+    "restore",
+    "result",
+    "save",
+    "scores",
+]
 
 Json = dict[str, Any]  # the value in a JSON file
 Scores = Float32[np.ndarray, " _"]  # sets differ in size
@@ -30,8 +38,14 @@ _HERE = Path(__file__).parent
 FOLDERS = (_HERE.parent / "data", _HERE / "shipped")  # in a checkout; in an installed package
 _ENDINGS = {"results": ".json", "scores": ".npz", "weights": ".safetensors"}
 _KEPT = (  # of the folder of a run: all but the state of its training and the notes of its evaluation
-    "recipe.json", "run.json", "log.csv", "weights.safetensors", "weights.json", "report*.json", "scores*.npz",
-)  # fmt: skip
+    "recipe.json",
+    "run.json",
+    "log.csv",
+    "weights.safetensors",
+    "weights.json",
+    "report*.json",
+    "scores*.npz",
+)
 _BLOCK = 512  # of a tar file, in bytes; its end fills ten of them twice over
 RECORDED = ("recipe", "seed", "settings", "data", "history", "finished")  # in every run.json
 MEASURED = ("settings", "means")  # in every report.json

@@ -49,9 +49,17 @@ from robustood.inputs import (
 from robustood.perturbations import Ball, PerturbationSet
 
 __all__ = [
-    "Engine", "Meter", "Running", "arithmetic", "choose", "flops", "made_optimiser", "median_seconds",
-    "running", "synchronised_time",
-]  # fmt: skip
+    "Engine",
+    "Meter",
+    "Running",
+    "arithmetic",
+    "choose",
+    "flops",
+    "made_optimiser",
+    "median_seconds",
+    "running",
+    "synchronised_time",
+]
 
 Precision = Literal["float32", "bf16"]
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")

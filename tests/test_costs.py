@@ -85,8 +85,10 @@ def test_bf16_halves_the_activations_and_half_a_batch_too():
 def test_the_state_of_an_optimiser_is_counted():
     found = {}
     for name, make in {
-        "plain": partial(torch.optim.SGD, lr=0.1), "momentum": SGD, "adam": partial(torch.optim.Adam, lr=0.1),
-    }.items():  # fmt: skip
+        "plain": partial(torch.optim.SGD, lr=0.1),
+        "momentum": SGD,
+        "adam": partial(torch.optim.Adam, lr=0.1),
+    }.items():
         cost = step_cost(network(), Standard(), batch(), make)
         found[name] = cost.optimiser / cost.weights
     assert found["plain"] == 0

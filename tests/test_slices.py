@@ -23,9 +23,16 @@ from robustood.recipes.selftest import TOLERANCES, published_step
 from robustood.recipes.slices import BUDGETS, H100, NAMES, Cost, Rates, cost, plan
 
 SIZES = {
-    "cifar10_train": 40, "cifar10_test": 20, "cifar100_train": 120, "cifar100_test": 20, "tinyimagenet_train": 40,
-    "tinyimagenet_val": 8, "svhn_train": 6, "textures": 6, "scenes": 6,
-}  # fmt: skip
+    "cifar10_train": 40,
+    "cifar10_test": 20,
+    "cifar100_train": 120,
+    "cifar100_test": 20,
+    "tinyimagenet_train": 40,
+    "tinyimagenet_val": 8,
+    "svhn_train": 6,
+    "textures": 6,
+    "scenes": 6,
+}
 TINY = BUDGETS["tiny"].changes
 
 
@@ -61,8 +68,11 @@ def untimely(packs, tmp_path_factory):
     ]
     done = subprocess.run(
         [sys.executable, "-m", "robustood", *command, "--data", str(packs)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == cli.UNFINISHED, done.stderr
     return folder, done.stdout
 
@@ -221,8 +231,10 @@ def test_a_slice_that_was_killed_goes_on_with_the_same_result(
     folder, names = prepared / "runs/slice", SOME[:2]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, " ".join(names)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     patience = time.monotonic() + 200
     while not (folder / names[0] / "state.pt").exists() and time.monotonic() < patience:
         assert process.poll() is None, process.stderr.read()

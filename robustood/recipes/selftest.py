@@ -176,31 +176,36 @@ def _compared(name: str, one: Step, other: Step) -> Json:
 
 def _speed(recipe: Recipe, model: nn.Module, batch: Batch, how: Engine) -> Json:
     """Seconds of a step of ALOE, as it stands and compiled, and what follows from them."""
-    device, objective, took = batch.x.device, recipe.objective(), {}
-    compiling, meter = 0.0, None
-    for compile in dict.fromkeys((False, how.compile)):
-        net, engine = copy.deepcopy(model).train(), replace(how, compile=compile)
-        with running(net, engine) as network:
-            part = replace(batch, climb=getattr(network, "climb", None))
-            step = lambda: objective(network, part).backward()  # noqa: B023
-            start = synchronised_time(device)
-            step()
-            compiling = synchronised_time(device) - start if compile else 0.0
-            took[bool(compile)] = median_seconds(step, device)
-            meter = Meter.read(net, network, objective, batch)
-    assert meter is not None
+    device, rule = batch.x.device, recipe.objective()
+    _, eager, meter = _timed(model, rule, batch, replace(how, compile=False))
+    compiling, ours = 0.0, eager
+    if how.compile:
+        compiling, ours, meter = _timed(model, rule, batch, how)
     theirs = median_seconds(partial(published_step, copy.deepcopy(model), batch), device)
-    ours = took[bool(how.compile)]
     return {
         "speed": meter.report(how, ours, len(batch.x), device),
         "published_over_ours": theirs / ours,
         "compile_seconds": compiling,
         "rates": {
-            "eager": meter.flops / took[False],
-            "compiled": meter.flops / took[True] if how.compile else None,
+            "eager": meter.flops / eager,
+            "compiled": meter.flops / ours if how.compile else None,
             "evaluation": _evaluation_rate(model, batch.x),
         },
     }
+
+
+def _timed(
+    model: nn.Module, objective: Objective, batch: Batch, how: Engine
+) -> tuple[float, float, Meter]:
+    """Seconds of the first step in an engine and of a later one, and the cost of a step."""
+    net, device = copy.deepcopy(model).train(), batch.x.device
+    with running(net, how) as network:
+        part = replace(batch, climb=getattr(network, "climb", None))
+        step = lambda: objective(network, part).backward()
+        start = synchronised_time(device)
+        step()
+        first = synchronised_time(device) - start
+        return first, median_seconds(step, device), Meter.read(net, network, objective, batch)
 
 
 def _evaluation_rate(model: nn.Module, x: Tensor) -> float:
@@ -221,7 +226,10 @@ def published_step(model: nn.Module, batch: Batch, eps: float = 1 / 255, steps: 
     As the code of Chen et al. (2020) has it: a forward pass of both clean batches for the log, gradients of the
     weights in each attack step, batch statistics in the attack, inputs and outliers attacked one after the other.
     """
-    assert batch.outliers is not None
+    if batch.outliers is None:
+        raise ValueError(
+            "batch.outliers must not be None: the loop attacks outliers too; pass some"
+        )
     model.train()
     clean = model(torch.cat([batch.x, batch.outliers]))
     float(cross_entropy(clean[: len(batch.x)], batch.y).detach())  # for the log alone

@@ -75,16 +75,27 @@ BUDGETS = {
     "full": Budget((_TABLE, "evaluation.n_in=400", "evaluation.n_out=100"), most=30, least=5),
     "tiny": Budget(  # a dry run on any machine
         (
-            "evaluation.attacks=['none', 'adaptive']", "evaluation.detectors=['auto']",
-            "evaluation.sets=['textures']", "evaluation.n_in=8", "evaluation.n_out=4", "evaluation.steps=1",
-            "evaluation.targets=1", "evaluation.pgd_steps=1", "model.depth=10", "model.width=1", "data.validation=8",
-            "training.batch_size=16", "training.outlier_batch_size=16", "training.precision=float32",
-            "training.channels_last=false", "training.compile=false",
+            "evaluation.attacks=['none', 'adaptive']",
+            "evaluation.detectors=['auto']",
+            "evaluation.sets=['textures']",
+            "evaluation.n_in=8",
+            "evaluation.n_out=4",
+            "evaluation.steps=1",
+            "evaluation.targets=1",
+            "evaluation.pgd_steps=1",
+            "model.depth=10",
+            "model.width=1",
+            "data.validation=8",
+            "training.batch_size=16",
+            "training.outlier_batch_size=16",
+            "training.precision=float32",
+            "training.channels_last=false",
+            "training.compile=false",
         ),
         most=1,
         least=1,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -214,9 +225,13 @@ def run_slice(
         want = read(name, BUDGETS[budget].changes).settings.data
         check_there([want.train, want.test, want.outliers, *want.outlier_sets()], root)
     work = _Slice(
-        Path(folder).expanduser(), chosen_device(device), budget, root, tell,
+        Path(folder).expanduser(),
+        chosen_device(device),
+        budget,
+        root,
+        tell,
         start + 60 * minutes - min(_RESERVE, 6 * minutes),
-    )  # fmt: skip
+    )
     work.run()
     work.state["minutes"] += (time.monotonic() - start) / 60
     work.close()
@@ -309,8 +324,10 @@ class _Slice:
         for name, epochs in planned.items():
             own = [*budget.changes, *changes, f"training.epochs={epochs}"]
             jobs[name] = {
-                "epochs": epochs, "changes": own, "seconds": rates.seconds(rest[name], epochs)
-            }  # fmt: skip
+                "epochs": epochs,
+                "changes": own,
+                "seconds": rates.seconds(rest[name], epochs),
+            }
         self.tell(", ".join(f"{name}: {job['epochs']} epochs" for name, job in jobs.items()))
 
     def cost(self, name: str, known: dict[str, Cost]) -> Cost:

@@ -180,7 +180,7 @@ def transfer(training: str, eps: float, direction: str, seed: int) -> Row:
 def fall(training: str, detector: str, eps: float, seed: int) -> Row:
     """Every detector, clean and with one or both sides attacked, by three attacks.
 
-    Shown in book/07_evaluate.md, "Half the radius".
+    Shown in book/05_detectors.md, "Near and far, side by side", and in book/07_evaluate.md, "Half the radius".
     """
     model, seconds = trained(training, seed)
     return {"sides": sides(detectors(model)[detector], ATTACKS), "seconds": seconds}

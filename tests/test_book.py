@@ -129,9 +129,12 @@ def test_a_chapter_opens_as_every_chapter_does(twin):
     box = text[places[2] : places[3]]
     goals = re.findall(r"^\s*(?:[-*]|\d+\.) ", box, flags=re.MULTILINE)
     assert len(goals) == 3, f"{twin.stem}: three objectives, not {len(goals)}"
-    first = [cell.outputs for cell in refresh.code_cells(stored)[:4]]
-    shown = any("image/png" in out.get("data", {}) for outs in first for out in outs)
-    assert shown, f"{twin.stem}: no picture among the outputs of the first four code cells"
+    hidden = {"hide-cell", "remove-cell"}
+    first = [cell for cell in refresh.code_cells(stored) if not hidden & set(refresh.tags(cell))][
+        :3
+    ]
+    shown = any("image/png" in out.get("data", {}) for cell in first for out in cell.outputs)
+    assert shown, f"{twin.stem}: no picture among the outputs of the first three cells of a page"
 
 
 @each_chapter
@@ -272,10 +275,10 @@ def test_every_row_about_the_papers_is_answered():
     )
     assert len(rows) > 50
     for row in rows:
-        assert row.count(" | ") == 3, f"papers.md: four columns, not {row}"
-        status = row.rsplit(" | ", 1)[1]
-        answered = "{doc}" in status or re.search(r"not yet: \w+", status)
-        assert answered and not status.endswith("not yet"), f"papers.md: no answer in {row}"
+        assert row.count("|") == 3, f"papers.md: four columns, not {row}"
+        status = row.rsplit("|", 1)[1].strip()
+        answered = "{doc}" in status or re.search(r"not yet: .+", status)
+        assert answered, f"papers.md: no answer in {row}"
 
 
 def test_the_table_of_contents_is_complete():

@@ -194,7 +194,7 @@ def run_slice(
     root: Root = None,
     tell: Tell = silent,
 ) -> Json:
-    """Test a device, then train and evaluate the recipes in :data:`NAMES` until the time is up.
+    """Test a device, then train and evaluate the recipes in ``slices.NAMES`` until the time is up.
 
     The same call resumes: what is finished stays, an interrupted run goes on. After each recipe the folder holds
     ``table.txt`` and the archive (:func:`robustood.artefacts.pack`) of what is there.

@@ -32,6 +32,8 @@ REPAIRS = [
     # What scrolls sideways must be within reach of the keyboard.
     (r'<div class="pst-scrollable-table-container">', '<div class="pst-scrollable-table-container" tabindex="0">'),
     (r'(<div class="leaderboard")>', r'\1 tabindex="0">'),
+    # From the source back to the page: what two modules export is looked for at the other one's address.
+    (r'(href="[^"]*book/api/(\w+)\.html#robustood\.)(?!\2\.)\w+\.', r"\1\2."),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of the page ``book/atom_variants.md``.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of two of its appendices.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
@@ -158,7 +158,7 @@ def training_attack(run: str, attack: str, seed: int) -> Row:
 def transfer(run: str, made_for: str, seed: int) -> Row:
     """AUROC of each detector when both sides are attacked for one of the detectors.
 
-    Shown in book/13_results.md, "Other detectors on the same networks".
+    Shown in book/other_detectors.md, "Was the attack on them strong enough?".
     """
     x, u = pair()
     if made_for != "none":

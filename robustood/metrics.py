@@ -147,6 +147,8 @@ def threshold_at_tpr(scores_in: Scores, tpr: float = 0.95) -> float:
     a = _values(scores_in, "scores_in")
     fix = "a share of the positives; write 0.95 for 95 %"
     check_number(tpr, "tpr", np.nextafter(0, 1), 1, fix)
+    if isinstance(tpr, np.floating):  # a float32 of 0.8 is a little more, but it stands for 0.8
+        tpr = float(str(tpr))
     kept = int(np.ceil(tpr * a.size))  # the smallest count with kept / n >= tpr, despite rounding:
     kept += int(kept / a.size < tpr) - int((kept - 1) / a.size >= tpr)
     return float(np.partition(a, a.size - kept)[a.size - kept])

@@ -98,13 +98,17 @@ def train_mode(case: Case, subject: object) -> Finding:
     """Modules whose behaviour differs between training and evaluation, left in train mode."""
     parts = [part for network in networks(subject) for part in network.modules()]
     left = [p for p in parts if p.training and isinstance(p, (_BatchNorm, _DropoutNd))]
-    moved = 0.0
+    moved, effect = 0.0, "eval mode changes 0% of the outputs"
     if any(part.training for part in parts):
         as_given, again = (evaluated(case, case.x) for _ in range(2))
-        with frozen(subject):
-            moved = apart(as_given, evaluated(case, case.x)) if apart(as_given, again) == 0 else 0.0
+        if apart(as_given, again) > 0:
+            effect = "their outputs are random, so they cannot be compared with eval mode"
+        else:
+            with frozen(subject):
+                moved = apart(as_given, evaluated(case, case.x))
+            effect = f"eval mode changes {moved:.0%} of the outputs"
     kinds = ", ".join(sorted({type(part).__name__ for part in left})) or "no such module"
-    found = f"{len(left)} modules are in train mode ({kinds}); eval mode changes {moved:.0%} of the outputs"
+    found = f"{len(left)} modules are in train mode ({kinds}); {effect}"
     bad = max(float(bool(left)), moved)
     advice = "call model.eval() before anything is measured; all attacks of this check were made in eval mode"
     return finding("train_mode", bad, "error" if bad else "ok", found, advice)

@@ -381,7 +381,13 @@ def pretend_cuda(patch: pytest.MonkeyPatch, operations: Operations) -> None:
         "get_rng_state": lambda device="cuda": layers.get_state(),
         "set_rng_state": lambda state, device="cuda": layers.set_state(state),
         "get_device_name": lambda device=None: "a pretended GPU",
-        "is_bf16_supported": lambda including_emulation=True: False,
+        "get_device_capability": lambda device=None: (
+            7,
+            5,
+        ),  # a T4: no bf16, so that weights stay comparable
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (2**34, 2**34),
     }
     for name, answer in given.items():
         patch.setattr(torch.cuda, name, answer)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from robustood import rng
 from robustood.artefacts import Json
 from robustood.data import Batch
 from robustood.engine import Engine, Meter, flops, median_seconds, running, synchronised_time
@@ -94,7 +95,7 @@ def self_test(
 
 def _batch(recipe: Recipe, device: torch.device) -> Batch:
     """Random images of the sizes of a recipe."""
-    want, noise = recipe.settings.training, torch.Generator(device).manual_seed(0)
+    want, noise = recipe.settings.training, rng.generator(device, 0)
     x = torch.rand(want.batch_size, *_SHAPE, generator=noise, device=device)
     u = torch.rand(want.outlier_batch_size, *_SHAPE, generator=noise, device=device)
     return Batch(
@@ -113,7 +114,7 @@ def _ours(
     model: nn.Module, objective: Objective, batch: Batch, how: Engine
 ) -> tuple[float, Tensor]:
     """Loss and gradient of one step of an objective in an engine, from a copy of the network."""
-    net, noise = copy.deepcopy(model).train(), torch.Generator(batch.x.device).manual_seed(1)
+    net, noise = copy.deepcopy(model).train(), rng.generator(batch.x.device, 1)
     with running(net, how) as network:
         loss = objective(
             network, replace(batch, generator=noise, climb=getattr(network, "climb", None))

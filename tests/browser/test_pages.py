@@ -32,7 +32,7 @@ SCREENS = {
 }
 # Images that did not load, formulas that failed, and boxes whose content is cut off or sticks out of the page.
 LOOK = """() => {
-  const wide = document.documentElement.clientWidth, article = document.querySelector("article");
+  const wide = document.documentElement.clientWidth, article = document.querySelector("article") ?? document.body;
   const sticks = [], told = e => `${e.tagName}.${e.className}: ${e.scrollWidth} > ${e.clientWidth}`;
   if (document.documentElement.scrollWidth > wide + 1) sticks.push(told(document.documentElement));
   for (const e of article.querySelectorAll("pre, table, img, mjx-container, p, dl, figure, fieldset")) {

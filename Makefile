@@ -67,7 +67,7 @@ browser: $(STAMP) ## What looks at the built pages: Playwright and, where apt ma
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
 	  echo "no chromium: the tests in tests/browser will be skipped until one is on the path"
 
-check: browser book ## The slow suites, other libraries, all pages, and the notebooks in every arithmetic
+check: browser ## The slow suites, other libraries, all pages, and the notebooks in every arithmetic
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 pytorch-ood==0.4.0 pyautoattack==0.2.0 \
 	  foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 timm==1.0.31
 	$(BIN)/pytest tests -m "slow or oracle" -n 2 --dist worksteal

@@ -1,6 +1,5 @@
 """Notebooks as Colab opens them: a file without the repository around it, and the package installed from a wheel."""
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -9,14 +8,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import refresh
-from arithmetic import environment
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 QUICK = (
     "break_and_repair",
     "13_results",
 )  # one that trains, one that reads the results in the wheel
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WHERE = """
 import robustood, sys
 assert robustood.__file__.startswith({site!r}), robustood.__file__
@@ -38,20 +36,11 @@ def site(tmp_path_factory) -> Path:
 
 
 def opened(stem: str, site: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, executed in an empty folder."""
+    """The notebook, executed in an empty folder, where no photographs are found."""
     notebook = nbformat.read(ROOT / "book" / f"{stem}.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(WHERE.format(site=str(site))))
-    client = NotebookClient(
-        notebook,
-        timeout=refresh.CELL_LIMIT_S,
-        kernel_name="python3",
-        skip_cells_with_tag="live",
-        resources={"metadata": {"path": str(folder)}},
-        extra_arguments=["--log-level=ERROR"],
-    )
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    without = {k: v for k, v in os.environ.items() if k != "ROBUSTOOD_DATA"}
-    client.execute(env={**without, **environment("avx2"), **threads, "PYTHONPATH": str(site)})
+    own = {"PYTHONPATH": str(site), "ROBUSTOOD_DATA": str(folder / "none")}
+    refresh.execute(notebook, folder, **own, **dict.fromkeys(THREADS, "1"))
     return notebook
 
 

@@ -7,6 +7,7 @@ extensions write: two title headings a page, icons loaded three times, and marku
 from __future__ import annotations
 
 import re
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
@@ -54,8 +55,7 @@ def describe(
     """Add a description, and what previews in other places show."""
     if doctree is None:
         return
-    about = nodes.Text(description(doctree)).astext().replace("&", "&amp;").replace('"', "&quot;")
-    title = nodes.Text(context["title"]).astext().replace('"', "&quot;")
+    about, title = escape(description(doctree)), context["title"].replace('"', "&quot;")
     picture = f"{app.config.html_baseurl}_static/break_and_repair.png"
     context["metatags"] = context.get("metatags", "") + (
         f'\n<meta name="description" content="{about}" />'

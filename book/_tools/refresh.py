@@ -130,8 +130,14 @@ def merged(twin: Path) -> nbformat.NotebookNode:
     return source
 
 
-def execute(notebook: nbformat.NotebookNode) -> None:
-    """Execute all cells except those tagged "live", whose widgets need a running kernel."""
+def execute(notebook: nbformat.NotebookNode, folder: Path = BOOK, **variables: str) -> None:
+    """Execute all cells except those tagged "live", whose widgets need a running kernel.
+
+    Args:
+        notebook: its outputs are replaced.
+        folder: in which the kernel starts.
+        variables: of its environment, besides those of this process.
+    """
     from nbclient import NotebookClient
 
     for cell in code_cells(notebook):
@@ -143,10 +149,10 @@ def execute(notebook: nbformat.NotebookNode) -> None:
         record_timing=False,
         coalesce_streams=True,
         skip_cells_with_tag="live",
-        resources={"metadata": {"path": str(BOOK)}},
+        resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--log-level=ERROR"],
     )
-    client.execute(env={**os.environ, **environment("avx2")})
+    client.execute(env={**os.environ, **environment("avx2"), **variables})
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:

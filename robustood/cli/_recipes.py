@@ -84,9 +84,8 @@ def _evaluate(given: argparse.Namespace) -> int:
                 f"--set {change}: the training of a finished run is fixed; only evaluation.* may "
                 "change here"
             )
-    (folder,) = distributed.each(
-        [partial(_measurable, given.run)]
-    )  # one process copies, none reads too early
+    # One process copies, and none reads too early.
+    (folder,) = distributed.each([partial(_measurable, given.run)])
     recipe = recipes.read(folder / "recipe.json", given.set, given.plan)
     device = chosen(given.device)
     report = recipes.evaluate(recipe, folder, device, root=given.data, tell=say)

@@ -46,9 +46,8 @@ Inputs = Float[Tensor, "_ *shape"]  # sets differ in size
 Attack = Callable[..., Tensor]
 Scores = Float[np.ndarray, " _"]
 Job = Callable[[], Tensor]
-Wanted = tuple[
-    str, Inputs, Direction | None
-]  # a set, and the direction of the attack on it, if any
+# The name of a set, its inputs, and the direction of the attack on them, if any.
+Wanted = tuple[str, Inputs, Direction | None]
 _Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
 _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",

@@ -140,9 +140,8 @@ def _finite(recipe: Recipe, device: torch.device) -> Json:
 
 def _comparisons(recipe: Recipe, model: nn.Module, batch: Batch, how: Engine) -> list[Json]:
     """The step as it stands in float32 against three others."""
-    backend = (
-        True if batch.x.device.type == "cuda" else "eager"
-    )  # on a CPU the traced graph as it stands
+    # On a CPU the traced graph is run as it stands.
+    backend = True if batch.x.device.type == "cuda" else "eager"
     plain, paper = Engine(channels_last=how.channels_last), read("aloe_cifar10_paper").objective()
     step = partial(_ours, model, recipe.objective(), batch)
 

@@ -1,5 +1,8 @@
 """The book: pairs of text and notebook, what a chapter must have, and links that lead somewhere."""
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -360,6 +363,23 @@ def test_internal_links_lead_to_files():
             else:
                 there = any(target.with_suffix(end).exists() for end in (".md", ".ipynb"))
                 assert there, f"{page.name}: a dead reference to {doc}"
+
+
+def test_each_signature_on_the_pages_reads_as_python():
+    """What Sphinx cannot read as Python it prints as it stands, without links."""
+    read = 0
+    for page in (BOOK / "api").glob("*.rst"):
+        module = importlib.import_module(f"robustood.{page.stem}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not inspect.isfunction(value) and not inspect.isclass(value):
+                continue
+            kind = "class" if inspect.isclass(value) else "function"
+            found = robustood_book.write_signature(None, kind, name, value, None, "", "")
+            if found and found[0]:
+                ast.parse(f"def f{found[0]}: ...")
+                read += 1
+    assert read > 200
 
 
 def test_docstrings_may_hold_formulas_between_dollar_signs():

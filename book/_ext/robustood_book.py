@@ -73,9 +73,9 @@ def write_signature(
     result = inspect.Signature.empty if what == "class" else found.return_annotation
     written = found.replace(parameters=parameters, return_annotation=as_written(result, scope))
     call, _, result = stringify_signature(written, unqualified_typehints=True).partition(" -> ")
-    return call.replace(
-        "<factory>", "..."
-    ), result  # a made default is no Python, and nothing would be linked
+    # Sphinx links only what reads as Python: no made default, no function or class as it prints.
+    call = call.replace("<factory>", "...")
+    return re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", call), result
 
 
 def drop_repeats(

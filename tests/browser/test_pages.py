@@ -37,7 +37,7 @@ LOOK = """() => {
   if (document.documentElement.scrollWidth > wide + 1) sticks.push(told(document.documentElement));
   for (const e of article.querySelectorAll("pre, table, img, mjx-container, p, dl, figure, fieldset")) {
     if (e.getClientRects().length && e.getBoundingClientRect().right > wide + 1
-        && !e.closest("[tabindex], .cell_output pre, mjx-container, .sig")) sticks.push(told(e));
+        && !e.parentElement.closest("[tabindex], .cell_output pre, mjx-container, .sig")) sticks.push(told(e));
   }
   return {
     sticks,

@@ -11,6 +11,7 @@ With a single process every function does the trivial thing, so that callers nee
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "check_alike", "check_divisible", "each", "from_first", "join", "mean", "rank", "release_batch_norm",
+    "check_alike", "check_divisible", "each", "from_first", "join", "leave", "mean", "rank", "release_batch_norm",
     "together", "world", "wrapped",
 ]  # fmt: skip
 
@@ -39,13 +40,25 @@ _PATIENCE = timedelta(days=1)  # between the batches of an evaluation, which may
 
 
 def join() -> int:
-    """Join the processes that ``torchrun`` started, if any; returns the rank."""
+    """Join the processes that ``torchrun`` started, if any; returns the rank.
+
+    The end of the program leaves them, if :func:`leave` did not.
+    """
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_SILENCE)
+        # A connection still open when the interpreter ends has threads that abort the process.
+        atexit.register(leave)
     return rank()
+
+
+def leave() -> None:
+    """Close the connections to the other processes, if there are any."""
+    if dist.is_initialized():
+        _patient.cache_clear()
+        dist.destroy_process_group()
 
 
 def rank() -> int:

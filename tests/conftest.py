@@ -1,5 +1,6 @@
 """What every test starts from: one thread, fixed seeds, and strict property tests."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -70,7 +71,8 @@ def run_script(tmp_path):
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         start.append(f"--max-restarts={restarts}")
         command = [sys.executable, *(start if processes > 1 else []), str(script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        whole = os.environ | {"PYTHONUNBUFFERED": ""}  # or two processes' words may mix in a line
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=whole)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

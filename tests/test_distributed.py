@@ -280,13 +280,32 @@ def test_torchrun_goes_on_after_a_kill_and_ends_with_the_same_weights(
     assert all(torch.equal(value, disturbed[name]) for name, value in quiet.items())
 
 
+def test_the_processes_part_in_order(run_script):
+    said = run_script(
+        """
+        from robustood import distributed
+
+        rank, _ = distributed.join(), list(distributed.each([lambda: 1]))
+        assert distributed.world() == 2
+        distributed.leave()
+        distributed.leave()
+        assert (distributed.world(), list(distributed.each([lambda: 2]))) == (1, [2])
+        print("process", rank, "ends")
+        """,
+        processes=2,
+    )
+    assert sorted(said.splitlines()) == ["process 0 ends", "process 1 ends"]
+
+
 def test_a_process_that_is_silent_for_ten_minutes_is_given_up(monkeypatch):
-    asked = {}
+    asked, at_exit = {}, []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **how: asked.update(how))
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
     distributed.join()
     assert asked == {"timeout": timedelta(minutes=10)}
+    assert at_exit == [distributed.leave]  # or an open connection would abort the interpreter
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-import torch
-
 from robustood import __version__, distributed
 from robustood.cli import _detectors, _images, _recipes
 from robustood.cli._shell import FAILED, INTERRUPTED, Add, Work, place, say
@@ -64,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"robustood: {_explained(error)}", file=sys.stderr)
         return FAILED
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        distributed.leave()
 
 
 class _Terminable:

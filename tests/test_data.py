@@ -1363,7 +1363,9 @@ def test_transparency_is_laid_on_white(tmp_path, mode):
         image = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
         image.paste((0, 0, 0, 0), (0, 0, 16, 32))
         image.paste((0, 0, 0, 51), (16, 0, 24, 32))  # a fifth
-        image, half = image.convert(mode), 204
+        opacity, half = image.getchannel("A"), 204
+        image = image.convert(mode)
+        image.putalpha(opacity)  # Pillow before 11.1 loses it between RGBA and PA
     elif mode == "P":
         image = Image.new("P", (32, 32), 1)
         image.putpalette([9, 9, 9, 0, 0, 0])

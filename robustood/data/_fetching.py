@@ -86,12 +86,23 @@ def _fetch(name: str, split: str, path: Path) -> None:
     except URLError as error:
         raise ConnectionError(str(error.reason)) from error
     except RuntimeError as error:  # what torchvision raises if none of several addresses answers
-        raise ConnectionError(str(error)) from error
+        said = str(error)
+        raise ConnectionError(
+            said if _OTHER_WAYS in said else f"{said}. {_other_ways(raw)}"
+        ) from error
     except OSError as error:
         if isinstance(error, ConnectionError):
             raise
         raise cannot_write(raw, error) from error
     write_pack(path, np.stack(images), labels, classes)
+
+
+_OTHER_WAYS = "or copy the set's pack from a machine with a network, or set ROBUSTOOD_DATA to a folder that has it"
+
+
+def _other_ways(place: Path) -> str:
+    """Advice if no address answers for what belongs at ``place``."""
+    return f"Try again later, or get the file by other means and put it at {place}, {_OTHER_WAYS}"
 
 
 @contextmanager
@@ -157,10 +168,7 @@ def download(url: str, target: Path, md5: str | None) -> None:
         except ConnectionError as error:
             if _size(partial) <= best:
                 raise ConnectionError(
-                    f"cannot download {url} ({error}; {_size(partial):,} bytes so far). Try again "
-                    f"later, or get the file by other means and put it at {target}, or copy the "
-                    "set's pack from a machine with a network, or set ROBUSTOOD_DATA to a folder that "
-                    "has it"
+                    f"cannot download {url} ({error}; {_size(partial):,} bytes so far). {_other_ways(target)}"
                 ) from error
             best = _size(partial)
     try:

@@ -151,7 +151,9 @@ def score_histograms(
     last = replace(last, threshold=first.threshold)
     edges = _edges(bins, [s for each in shown.values() for s in (each.inside, each.outside)])
     outline: dict[str, Any] = {"linewidth": 1.5, "hatch": None, "zorder": 3}
-    filled: dict[str, Any] = {"linewidth": 1.5 if len(shown) == 1 else 0, "fill": True, "zorder": 2}
+    filled: dict[str, Any] = {"fill": True, "zorder": 2, "linewidth": 1.5}
+    if len(shown) > 1:
+        filled |= {"linewidth": 0, "linestyle": "-"}  # matplotlib 3.8 refuses dashes of no width
     said = []
     for place, (name, sides) in enumerate(shown.items(), start=1):
         drawn = filled if place == len(shown) else outline

@@ -49,6 +49,13 @@ LOOK = """() => {
     description: document.querySelector("meta[name=description]")?.content ?? null,
   };
 }"""
+# What paper would lose: boxes that scroll on a screen, or reach beyond the page.
+PRINTED = """() => [...(document.querySelector("article") ?? document.body).querySelectorAll("*")]
+  .filter(e => e.getClientRects().length && !e.closest("svg, .math, mjx-container"))
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+    || (getComputedStyle(e).overflowX != "visible" && e.clientWidth > 1 && e.scrollWidth > e.clientWidth + 1))
+  .map(e => `${e.tagName}.${e.className}: ${e.scrollWidth} > ${e.clientWidth}`)"""
+PAPER = 718  # the width of A4 in pixels, less margins
 AUDIT = "() => axe.run(document, {preload: false, resultTypes: ['violations']}).then(found => found.violations)"
 
 
@@ -178,6 +185,32 @@ def test_a_fault_is_found(browser, axe, few_pages, tmp_path):
     faults = "\n".join(looked_at(browser, axe, tmp_path / "page.html", "laptop"))
     for kind in ("sticks", "unnamed", "headings", "nothing is not defined", "axe: ", "127.0.0.1"):
         assert kind in faults, (kind, faults)
+
+
+def cut_off(browser, page: Path) -> list[str]:
+    """What would be missing from a printed page."""
+    with opened(browser, page, "laptop") as (tab, _):
+        tab.set_viewport_size({"width": PAPER, "height": 1000})
+        tab.emulate_media(media="print")
+        return tab.evaluate(PRINTED)
+
+
+def test_paper_loses_nothing(browser, few_pages, tmp_path):
+    for name in FEW:
+        assert not cut_off(browser, few_pages / f"{name}.html")
+    text = (few_pages / f"{FEW[0]}.html").read_text("utf-8")
+    sheet = re.search(r"<link[^>]*_static/custom.css[^>]*>", text)
+    without = text.replace(sheet[0], "").replace("../_static", f"{few_pages}/_static")
+    (tmp_path / "page.html").write_text(without)
+    assert cut_off(browser, tmp_path / "page.html"), (
+        "without our style, long lines of code are cut off"
+    )
+
+
+@pytest.mark.slow
+def test_paper_loses_nothing_of_any_page(browser, all_pages):
+    found = {page.name: cut_off(browser, page) for page in pages(all_pages)}
+    assert not {name: cut for name, cut in found.items() if cut}
 
 
 # --- what a reader moves

@@ -564,7 +564,27 @@ def test_the_same_images_are_picked_each_time_and_all_where_there_are_few():
     assert len(reports.pick(split, 500)) == 100
 
 
-def test_images_are_tested_with_the_compression_they_were_trained_with():
+def test_images_are_tested_with_the_compression_of_the_training_images_on_both_sides(sets):
+    held, _ = sets
+    recipe = read("oe_cifar10_cpu")
+    test, outside, cards = images.to_test(recipe, None, trained={"jpeg": 90})
+    assert torch.equal(test.x, data.compress(held["cifar10:test"].x, 90))
+    assert {len(outside), len(cards)} == {5, 6}
+    for name, x in outside.items():
+        before = held[name].x
+        if held[name].jpeg:  # the seen distribution, less what overlaps
+            assert name == "tinyimagenet:val" and not set(map(bytes, x.numpy())) - set(
+                map(bytes, before.numpy())
+            )
+        else:
+            assert torch.equal(x, data.compress(before, 90))
+            assert cards[name]["passed through JPEG"] == 90
+    plain, outside, cards = images.to_test(recipe, None, trained={"jpeg": None})
+    assert torch.equal(plain.x, held["cifar10:test"].x)
+    assert not any("passed through JPEG" in card for card in cards.values())
+
+
+def test_images_pass_through_jpeg_once():
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     test, card = Split(x, torch.arange(4)), {"jpeg": None}
     same = images.passed(test, None, card)

@@ -40,7 +40,7 @@ def data(recipe: Recipe, root: Root = None) -> Data:
         ValueError: for an unknown or unsuitable set, or a pool that is smaller than the recipe requires.
     """
     found, cards = to_train(recipe, root)
-    test, outside, _ = to_test(recipe, root, names=classes(cards["train"]))
+    test, outside, _ = to_test(recipe, root, trained=cards["train"])
     return replace(found, test=test, ood=outside)
 
 
@@ -88,25 +88,32 @@ def to_train(recipe: Recipe, root: Root) -> tuple[Data, dict[str, Card]]:
 
 
 def to_test(
-    recipe: Recipe, root: Root, only: Sequence[str] = (), names: Sequence[str] = ()
+    recipe: Recipe, root: Root, only: Sequence[str] = (), trained: Card | None = None
 ) -> tuple[Split, dict[str, Tensor], dict[str, Card]]:
     """Test images, and test outliers by name with the seen distribution first; only the sets in ``only``, if any.
 
-    The labels of the test images number the classes in the order of ``names``, if these are given.
+    Args:
+        recipe: the recipe.
+        root: folder that holds the packs; default as in :func:`robustood.data.load`.
+        only: names of sets of outliers.
+        trained: the card of the training images. Labels count its classes in its order. If its images were JPEG,
+            all test images are, with the same quality: were only those of the in-distribution, the test would
+            ask which images were compressed.
     """
-    want = recipe.settings.data
+    want, trained = recipe.settings.data, trained or {}
+    quality = everywhere(want) or trained.get("jpeg")
     outliers = [name for name in want.outlier_sets() if not only or name in only]
     check_there([want.test, *outliers], root)
     inside = sets.load(want.test, root=root)
-    inside = sets.counted_as(inside, names, want.train)
+    inside = sets.counted_as(inside, classes(trained), want.train)
     cards, outside = {"test": card(want.test, inside)}, {}
-    inside = passed(inside, everywhere(want), cards["test"])
+    inside = passed(inside, quality, cards["test"])
     for name in outliers:
         loaded = sets.load(name, root=root)
         if name == want.seen and want.known:
             loaded = sets.without_overlap(loaded, want.known)
         cards[name] = card(name, loaded)
-        outside[name] = passed(loaded, everywhere(want), cards[name]).x
+        outside[name] = passed(loaded, quality, cards[name]).x
     return plain(inside), outside, cards
 
 

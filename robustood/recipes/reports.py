@@ -64,14 +64,12 @@ def measure(
     model, written, device = trained(recipe, folder, device)
     model = model.to(memory_format=torch.channels_last)
     seen = written["data"]["train"]
-    test, outside, cards = to_test(recipe, root, want.sets, classes(seen))
+    test, outside, cards = to_test(recipe, root, want.sets, seen)
     if (label := int(test.y.max())) >= model.classes:
         raise ValueError(
             f"{recipe.settings.data.test} has the label {label}, but the network has {model.classes} classes; "
             "pack the test images from folders named like those of the training images"
         )
-    # If only the training images were JPEG, that shift would affect every measurement.
-    test = passed(test, seen["jpeg"], cards["test"])
     inside = pick(test, want.n_in)
     outside = {name: pixels(pick(Split(x, x), want.n_out).x) for name, x in outside.items()}
     taken = {k: v for k, v in asdict(want).items() if k not in _ASKED}

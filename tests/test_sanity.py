@@ -546,6 +546,18 @@ def test_the_zoo_is_told_apart_on_every_seed(book, seed):
     assert verdicts(book, trained(book, seed, 12), seed) == {}
 
 
+@pytest.mark.parametrize(("turn", "alarm"), [(1 / 8, False), (1 / 32, True)])
+def test_where_lengths_are_divided_the_shortest_step_decides(turn, alarm):
+    """The score climbs along its gradient for steps below ``turn`` radii, and falls for longer ones."""
+
+    def rough(x):
+        t = (x - 0.5) / EPS
+        return (t * (turn**2 - t**2)).flatten(1).sum(1)
+
+    x = torch.full((40, 1, 2, 2), 0.5)
+    assert ("ascent" in flagged(quick(Scored(rough), x, x.clone(), EPS))) == alarm
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("outliers", ["letters", "patches", "noise"])
 def test_no_shipped_detector_raises_an_alarm(book, net, outliers):

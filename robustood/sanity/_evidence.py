@@ -22,7 +22,7 @@ DRAWS = 20  # random members of the set
 QUERIES = 60  # steps of the random search
 LONGER = 3  # times the steps
 RESTARTS = 2  # other initial points: a random one, and the clean input
-SIZES = (1.0, 1 / 4, 1 / 16, 1 / 64)  # lengths of a single step, as shares of the radius
+SIZES = (1.0, 1 / 4, 1 / 16, 1 / 64)  # lengths of a step, as shares of the radius, shortest last
 
 
 def noise(values: Tensor) -> float:
@@ -150,13 +150,15 @@ class Evidence:
         """Whose gradient promises a difference, and whose objective is no higher along it than against it.
 
         Both steps are taken at several lengths, and the majority counts: in a box, steps in random directions may raise
-        the objective, but as often against the gradient as along it.
+        the objective, but as often against the gradient as along it. Where the lengths are divided, the shortest
+        decides, which the gradient describes best: an honest score may be rough.
         """
         x, within = self.x, self.within
         climbed = lambda z: _climb(self.side.own[0], within.apply(x, z))
         start = within.identity(x)
         _, value, _, grad = value_and_grad(self.side.own[0], x, start.clone(), within)
         promised, votes = torch.zeros_like(value).bool(), torch.zeros_like(value)
+        vote = votes
         for share in SIZES:
             along, against = (
                 within.ascend(x, start.clone(), sign * grad, share * within.radius)
@@ -164,8 +166,9 @@ class Evidence:
             )
             slope = ((along - against) * grad).flatten(1).sum(1)
             promised = promised | (slope > noise(value))
-            votes = votes + (climbed(along) - climbed(against)).sign()
-        return promised, promised & (votes <= 0)
+            vote = (climbed(along) - climbed(against)).sign()
+            votes = votes + vote
+        return promised, promised & (votes + vote / 2 <= 0)
 
     # --- without gradients, and with others
 

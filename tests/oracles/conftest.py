@@ -6,7 +6,7 @@ from torch import nn
 
 
 @pytest.fixture(scope="module")
-def net():
+def exact():
     """Convolutions with batch normalisation whose statistics have moved, in double precision."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)

@@ -67,38 +67,40 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("eps", [2 / 255, 8 / 255, 0.1])
-def test_fgsm_agrees(torchattacks, net, batch, eps):
-    theirs = torchattacks.FGSM(net, eps=eps)(*batch)
-    ours = fgsm(net, *batch, Linf(eps))
+def test_fgsm_agrees(torchattacks, exact, batch, eps):
+    theirs = torchattacks.FGSM(exact, eps=eps)(*batch)
+    ours = fgsm(exact, *batch, Linf(eps))
     assert difference(ours, theirs) < 1e-5
     assert difference(ours, batch[0]) == pytest.approx(eps)
 
 
 @pytest.mark.parametrize(("eps", "steps", "step_size"), [(8 / 255, 10, 2 / 255), (0.1, 20, 0.02)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_from_the_clean_image_agrees(torchattacks, net, batch, norm, eps, steps, step_size):
+def test_pgd_from_the_clean_image_agrees(torchattacks, exact, batch, norm, eps, steps, step_size):
     peer, within = (
         (torchattacks.PGD, Linf(eps)) if norm == "linf" else (torchattacks.PGDL2, L2(10 * eps))
     )
     step_size *= within.radius / eps
-    theirs = peer(net, eps=within.radius, alpha=step_size, steps=steps, random_start=False)(*batch)
-    ours = pgd(net, *batch, within, steps=steps, step_size=step_size, restarts=0, keep="last")
+    theirs = peer(exact, eps=within.radius, alpha=step_size, steps=steps, random_start=False)(
+        *batch
+    )
+    ours = pgd(exact, *batch, within, steps=steps, step_size=step_size, restarts=0, keep="last")
     assert difference(ours, theirs) < 1e-5
     assert difference(ours, batch[0]) > 0.5 * eps  # both moved
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_from_a_shared_random_start_agrees(torchattacks, net, batch, norm):
+def test_pgd_from_a_shared_random_start_agrees(torchattacks, exact, batch, norm):
     peer, within, step_size = (
         (torchattacks.PGD, NoisyLinf(8 / 255), 2 / 255)
         if norm == "linf"
         else (torchattacks.PGDL2, NoisyL2(0.5), 0.1)
     )
-    attack = peer(net, eps=within.radius, alpha=step_size, steps=10, random_start=True)
+    attack = peer(exact, eps=within.radius, alpha=step_size, steps=10, random_start=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         theirs = attack(*batch)
-    call = partial(pgd, net, *batch, steps=10, step_size=step_size, keep="last")
+    call = partial(pgd, exact, *batch, steps=10, step_size=step_size, keep="last")
     assert difference(call(within), theirs) < 1e-5
     plain = Linf(8 / 255) if norm == "linf" else L2(0.5)
     assert difference(call(plain), theirs) > 1e-3  # another start ends elsewhere
@@ -164,16 +166,16 @@ def test_apgd_agrees_with_apgd(torchattacks, robust, book, norm, within):
     assert abs(ours - left) <= 0.01, (ours, left)
 
 
-def test_dlr_agrees_with_apgd(torchattacks, net, logits):
+def test_dlr_agrees_with_apgd(torchattacks, exact, logits):
     z, y = logits
-    theirs = torchattacks.APGD(net, loss="dlr").dlr_loss(z, y)
+    theirs = torchattacks.APGD(exact, loss="dlr").dlr_loss(z, y)
     torch.testing.assert_close(losses.dlr(z, y), theirs, atol=1e-12, rtol=1e-9)
 
 
-def test_the_margin_agrees_with_carlini_and_wagner(torchattacks, net, logits):
+def test_the_margin_agrees_with_carlini_and_wagner(torchattacks, exact, logits):
     z, y = logits
     z = z - z.min() + 1  # theirs masks by multiplying with zero: right for positive logits only
-    theirs = torchattacks.CW(net, kappa=1e6).f(z, y)
+    theirs = torchattacks.CW(exact, kappa=1e6).f(z, y)
     torch.testing.assert_close(losses.margin(z, y), -theirs.to(z.dtype), atol=1e-5, rtol=1e-6)
 
 

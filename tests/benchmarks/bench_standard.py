@@ -7,7 +7,7 @@ should be at most 1.1 on a quiet machine. The numbers are printed and never judg
 
 A: ResNet-18 with 1,000 outputs, 40 + 20 images of 32x32; B: the same, 4 + 4 images of 224x224; C: the small residual
 network of the recipes for CIFAR, 40 + 40 images of 32x32. Weights are random, so that most inputs fall to the first
-attacks; that keeps all three together below three minutes.
+attacks; that keeps all three together below a quarter of an hour.
 """
 
 import os

@@ -10,6 +10,7 @@ import torch
 
 import experiments
 from experiments.harness import Experiment
+from robustood import engine
 
 
 def tables() -> dict[str, Experiment]:
@@ -40,6 +41,7 @@ def main() -> None:
             print(f"{name:24} {table['made_by']}, {seconds:.0f} s\n    {table['what']}")
     chosen = [each for name, each in known.items() if name.startswith((*args.names,))]
     torch.set_num_threads(1)
+    engine.keep_memory()
     for seed in args.seeds or sorted({seed for each in chosen for seed in each.seeds}):
         for each in chosen:  # all tables for one seed first, because they share networks
             if seed in each.seeds:

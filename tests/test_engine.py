@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 
 import pytest
 import torch
@@ -362,3 +363,25 @@ def test_a_run_with_an_engine_reports_its_speed_and_another_does_not(photos):
         == {}
     )
     assert torch.allclose(vector(model), vector(plain), atol=1e-4)  # the measurement left no trace
+
+
+CHURN = """
+import resource, sys
+import torch
+from robustood.engine import keep_memory
+
+if sys.argv[1] == "kept":
+    keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(10):
+    if turn == 2:
+        before = faults()
+    torch.ones(12_000_000)  # 48 MB, as the outputs of a layer, freed at once
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns memory this way")
+def test_kept_memory_is_not_fetched_again(run_script):
+    apart, kept = (int(run_script(CHURN, how)) for how in ("as it is", "kept"))
+    assert apart > 50_000 and kept < apart / 20

@@ -165,6 +165,14 @@ def test_projection_is_idempotent_and_lands_in_the_set(within, seed, scale):
     assert torch.allclose(within.project(x, once.clone()), once, atol=2e-7)
 
 
+@PROJECTED
+def test_a_step_of_length_zero_is_the_projection(within):
+    x = images(0)
+    z = 3 * within.draw(x)
+    stepped = within.ascend(x, z.clone(), torch.zeros_like(z), 0.0)
+    assert torch.equal(stepped, within.project(x, z.clone()))
+
+
 @EVERY_BALL
 def test_contains_refuses_what_is_outside(within):
     x = images(0)

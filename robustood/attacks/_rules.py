@@ -104,7 +104,7 @@ class _APGDRestart:
         if self.step:
             share = self.rule.momentum
             mixed = z + share * (ahead - z) + (1 - share) * (z - self.previous)
-            ahead = self.within.ascend(self.x, mixed, torch.zeros_like(mixed), 0.0)
+            ahead = self.within.project(self.x, mixed)
         self.previous, self.step = z, self.step + 1
         return ahead
 

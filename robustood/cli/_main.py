@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from robustood import __version__, distributed
+from robustood import __version__, distributed, engine
 from robustood.cli import _detectors, _images, _recipes
 from robustood.cli._shell import FAILED, INTERRUPTED, Add, Work, place, say
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 error, 3 out of time, 4 done with findings that forbid trust, 130 interrupted.
     """
     given = parser().parse_args(arguments)
+    engine.keep_memory()
     try:
         with _Terminable():
             if "WORLD_SIZE" in os.environ:

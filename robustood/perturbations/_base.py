@@ -68,6 +68,10 @@ class PerturbationSet(ABC):
             step_size: one number, or one per sample (batch,).
         """
 
+    def project(self, x: Inputs, z: Tensor) -> Tensor:
+        """The nearest allowed parameter; may work in place. By default a step of length zero."""
+        return self.ascend(x, z, torch.zeros_like(z), 0.0)
+
     @abstractmethod
     def contains(self, x: Inputs, z: Tensor) -> Bool[Tensor, " batch"]:
         """Which parameters are allowed, up to rounding."""

@@ -157,8 +157,7 @@ class Evidence:
         climbed = lambda z: _climb(self.side.own[0], within.apply(x, z))
         start = within.identity(x)
         _, value, _, grad = value_and_grad(self.side.own[0], x, start.clone(), within)
-        promised, votes = torch.zeros_like(value).bool(), torch.zeros_like(value)
-        vote = votes
+        promised, votes = torch.zeros_like(value).bool(), []
         for share in SIZES:
             along, against = (
                 within.ascend(x, start.clone(), sign * grad, share * within.radius)
@@ -166,9 +165,8 @@ class Evidence:
             )
             slope = ((along - against) * grad).flatten(1).sum(1)
             promised = promised | (slope > noise(value))
-            vote = (climbed(along) - climbed(against)).sign()
-            votes = votes + vote
-        return promised, promised & (votes + vote / 2 <= 0)
+            votes.append((climbed(along) - climbed(against)).sign())
+        return promised, promised & (torch.stack(votes).sum(0) + votes[-1] / 2 <= 0)
 
     # --- without gradients, and with others
 

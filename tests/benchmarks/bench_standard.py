@@ -22,6 +22,7 @@ import torchvision
 from torch import Tensor, nn
 
 from robustood.detectors import MSP
+from robustood.engine import keep_memory
 from robustood.evaluate import StandardReport, standard
 from robustood.models import frozen, resnet
 
@@ -108,6 +109,7 @@ def show(name: str, report: StandardReport, passes: list[Pass], spent: float, bo
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_memory()  # as the command does
     torch.manual_seed(0)
     measured("A", torchvision.models.resnet18(weights=None), 40, 20, 32)
     measured("B", torchvision.models.resnet18(weights=None), 4, 4, 224)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,9 @@ __all__ = ["Kept", "Shown", "detector", "kept", "learned_cells", "load", "pooled
 
 _DEPLOYED = ("RejectClass", "ODIN")  # a row shows the first of these that was measured
 _CELL = (str, int, float, Estimate)
+_WITHIN = re.compile(
+    r"(?<=\d,) (?=-?\d)|(?<=\d) (?=/)|(?<=/) (?=\d)"
+)  # no line ends within a number
 _COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
     "adaptive", "seen", "seen, adaptive", "minutes", "images/s", "x floor",
@@ -194,7 +198,8 @@ class Shown:
         self._cells = cells
 
     def _repr_markdown_(self) -> str:
-        return tables.text(self._cells, markdown=True)
+        whole = [[_WITHIN.sub("\u00a0", cell) for cell in line] for line in self._cells]
+        return tables.text(whole, markdown=True)
 
     def __repr__(self) -> str:
         return tables.text(self._cells)

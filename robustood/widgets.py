@@ -34,9 +34,9 @@ Draw = Callable[..., Figure]
 _Answer = TypeVar("_Answer", bound=Callable[..., object])
 MOST_FRAMES = 240
 
-_PAGE = """<div id="{name}" class="explore" style="max-width:{width}px;background:#fff;color:#222;padding:8px;\
-border-radius:6px">
-<img alt="{alt}" style="width:100%" src="{first}">
+_PAGE = """<div id="{name}" class="explore" style="max-width:max({width}px,38em);background:#fff;\
+color:#222;padding:8px;border-radius:6px">
+<img alt="{alt}" style="width:100%;max-width:{width}px" src="{first}">
 {controls}
 <script>
 (function () {{
@@ -57,17 +57,17 @@ border-radius:6px">
 }})();
 </script></div>"""
 
-_ROW = "display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px;margin:2px 0;border:0;padding:0"
+_ROW = "display:grid;grid-template-columns:{columns};align-items:center;gap:4px 10px;margin:2px 0;border:0;padding:0"
 
 # A finger needs more height than a pointer, and a drag along the slider must not scroll the page.
 _SLIDER = """<label data-control style="{row}">
-<span style="min-width:9em">{name}</span> <input type="range" min="0" max="{last}"
-value="{start}" step="1" style="flex:1 1 8em;height:2.4em;touch-action:pan-y" aria-valuetext="{text}">
-<output style="min-width:4em">{text}</output></label>"""
+<span>{name}</span> <input type="range" min="0" max="{last}"
+value="{start}" step="1" style="min-width:0;height:2.4em;touch-action:pan-y" aria-valuetext="{text}">
+<output>{text}</output></label>"""
 
 _BUTTONS = """<fieldset data-control style="{row}">
-<legend style="float:left;min-width:9em;width:auto;font-size:inherit;margin:0;padding:0">{name}</legend>
-{buttons}</fieldset>"""
+<legend style="float:left;width:auto;font-size:inherit;margin:0;padding:0">{name}</legend>
+<div style="display:flex;flex-wrap:wrap;gap:0 10px">{buttons}</div></fieldset>"""
 
 _BUTTON = """<label style="padding:.35em .2em">
 <input type="radio" name="{group}" value="{index}"{checked}> {text}</label>"""
@@ -172,13 +172,18 @@ def _control(group: str, name: str, named: bool, texts: list[str], start: int) -
     safe = [html.escape(text) for text in texts]
     if not named:
         return _SLIDER.format(
-            row=_ROW, name=html.escape(name), last=len(safe) - 1, start=start, text=safe[start]
+            row=_ROW.format(columns="minmax(6em,10em) minmax(0,1fr) 4em"),
+            name=html.escape(name),
+            last=len(safe) - 1,
+            start=start,
+            text=safe[start],
         )
     buttons = "\n".join(
         _BUTTON.format(group=group, index=i, checked=" checked" * (i == start), text=text)
         for i, text in enumerate(safe)
     )
-    return _BUTTONS.format(row=_ROW, name=html.escape(name), buttons=buttons)
+    row = _ROW.format(columns="minmax(6em,10em) minmax(0,1fr)")
+    return _BUTTONS.format(row=row, name=html.escape(name), buttons=buttons)
 
 
 def _listed(

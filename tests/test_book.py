@@ -192,6 +192,14 @@ def test_a_chapter_ends_with_advice_and_few_slips(twin):
     assert len(slips) <= 5, f"{twin.stem}: at most five slips, not {len(slips)}"
 
 
+def test_no_directive_is_read_as_text():
+    """CommonMark takes a line of backticks for a paragraph if another backtick follows."""
+    spoiled = re.compile(r"^ *`{3,}(?!`)[^`\n]*`.*$", re.MULTILINE)
+    assert spoiled.search("```{quiz} Is `x` in the set?")
+    pages = ROOT.glob("book/**/*.md")
+    assert not {path.name: found for path in pages if (found := spoiled.findall(path.read_text()))}
+
+
 @each_chapter
 def test_a_chapter_asks_three_questions(twin):
     """The build checks that a quiz is well formed (``robustood_quiz``)."""

@@ -229,6 +229,6 @@ def test_a_kept_run_is_read_by_another_detector_and_refuses_what_was_not_measure
 def test_a_table_of_a_page_shows_estimates_in_per_cent():
     found = results.shown(["run", "AUROC"], [["a", metrics.Estimate(0.5, 0.4, 0.61, 9)], ["b", 7]])
     assert repr(found).splitlines() == ["run  AUROC", "a    50.0 [40.0, 61.0]", "b    7"]
-    assert found._repr_markdown_().splitlines()[2] == "| a   | 50.0 [40.0, 61.0] |"
+    assert found._repr_markdown_().splitlines()[2] == "| a   | 50.0 [40.0,\N{NO-BREAK SPACE}61.0] |"
     with pytest.raises(ValueError, match=r"rows must have 2 cells like head, got \['c'\]"):
         results.shown(["run", "AUROC"], [["c"]])

@@ -1,7 +1,8 @@
 """Finishing touches to the built pages, where the theme offers no setting.
 
-Each page gets a description for search engines and previews, and an icon. :data:`REPAIRS` mends what the theme and its
-extensions write: two title headings a page, icons loaded three times, and markup that a screen reader cannot use.
+Each page gets a description for search engines and previews, and an icon. A number and its unit stay in one line, as do
+a formula and the comma after it. :data:`REPAIRS` mends what the theme and its extensions write: two title headings
+per page, icons loaded three times, and markup that a screen reader cannot use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 MOST_LETTERS = 200
+UNIT = re.compile(r"(?<=\d) (?=(?:%|s|ms|MB|GB)(?!\w))")
 # (what the page says, what it should say); the reason stands above each.
 REPAIRS = [
     # The icons come as a script of 1.5 MB and again as fonts. The fonts suffice; a page on disk must not preload them.
@@ -33,6 +35,11 @@ REPAIRS = [
     # What scrolls sideways must be within reach of the keyboard.
     (r'<div class="pst-scrollable-table-container">', '<div class="pst-scrollable-table-container" tabindex="0">'),
     (r'(<div class="leaderboard")>', r'\1 tabindex="0">'),
+    # A line must not begin with the comma after a formula, or end with the bracket before it.
+    (
+        r'(?<!class="joined">)(\(?<span class="math notranslate nohighlight">[^<]*</span>[,.;:?!)]+'
+        r'|\(<span class="math notranslate nohighlight">[^<]*</span>)', r'<span class="joined">\1</span>',
+    ),
     # From the source back to the page: what two modules export is looked for at the other one's address.
     (r'(href="[^"]*book/api/(\w+)\.html#robustood\.)(?!\2\.)\w+\.', r"\1\2."),
 ]  # fmt: skip
@@ -66,6 +73,14 @@ def describe(
     )
 
 
+def join_units(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Put a space that does not break between a number and its unit; code stays as it is."""
+    for text in list(doctree.findall(nodes.Text)):
+        code = (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw)
+        if UNIT.search(text) and not isinstance(text.parent, code):
+            text.parent.replace(text, nodes.Text(UNIT.sub("\u00a0", text)))
+
+
 def repaired(page: str) -> str:
     """A page after all repairs; repairing it again changes nothing."""
     for pattern, replacement in REPAIRS:
@@ -84,6 +99,7 @@ def repair(app: Sphinx, failed: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("doctree-resolved", join_units)
     app.connect("html-page-context", describe)
     app.connect("build-finished", repair)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

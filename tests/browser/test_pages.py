@@ -30,8 +30,9 @@ SCREENS = {
     "phone": (390, "light", True),
     "phone, dark": (390, "dark", True),
 }
-# Images that did not load, formulas that failed, and boxes whose content is cut off or sticks out of the page.
-LOOK = """() => {
+# Images that did not load, formulas that failed, boxes whose content is cut off or sticks out of the page, columns of a
+# table that are too narrow for any word, and directives that were not understood.
+LOOK = r"""() => {
   const wide = document.documentElement.clientWidth, article = document.querySelector("article") ?? document.body;
   const sticks = [], told = e => `${e.tagName}.${e.className}: ${e.scrollWidth} > ${e.clientWidth}`;
   if (document.documentElement.scrollWidth > wide + 1) sticks.push(told(document.documentElement));
@@ -39,8 +40,19 @@ LOOK = """() => {
     if (e.getClientRects().length && e.getBoundingClientRect().right > wide + 1
         && !e.parentElement.closest("[tabindex], .cell_output pre, mjx-container, .sig")) sticks.push(told(e));
   }
+  for (const e of article.querySelectorAll("mjx-container:not([display])")) {
+    const block = e.closest("p, li, dd, td, th, figcaption");
+    if (block && e.getClientRects().length
+        && e.getBoundingClientRect().right > block.getBoundingClientRect().right + 1) sticks.push(told(e));
+  }
   return {
     sticks,
+    squeezed: [...article.querySelectorAll("td, th")].filter(e => {
+      const font = parseFloat(getComputedStyle(e).fontSize);
+      const longest = Math.max(...e.innerText.split(/\s/).map(word => word.length));
+      return e.getClientRects().length && longest > 3 && e.clientWidth < 1.6 * font;
+    }).map(e => e.innerText.slice(0, 60)),
+    raw: [...article.querySelectorAll("p, li, dd")].map(e => e.textContent).filter(t => /(`{3}|:{3,}) ?{/.test(t)),
     unnamed: [...document.querySelectorAll("img:not([alt]), img[alt='']")].map(e => e.outerHTML.slice(0, 200)),
     unloaded: [...document.querySelectorAll("img")]
       .filter(e => e.complete && !e.naturalWidth).map(e => e.src.slice(0, 200)),
@@ -145,7 +157,7 @@ def looked_at(browser, axe: str, page: Path, screen: str) -> list[str]:
             if broken["impact"] in ("serious", "critical"):
                 first = broken["nodes"][0]["html"][:200]
                 faults.append(f"axe: {broken['id']} ({len(broken['nodes'])} times), first {first}")
-        for kind in ("sticks", "unnamed", "unloaded", "formulas"):
+        for kind in ("sticks", "squeezed", "raw", "unnamed", "unloaded", "formulas"):
             faults += [f"{kind}: {each}" for each in seen[kind]]
         if seen["titles"] != 1:
             faults.append(f"{seen['titles']} headings of the first level")
@@ -177,13 +189,25 @@ def test_a_fault_is_found(browser, axe, few_pages, tmp_path):
     )
     planted = (
         '<img src="data:,"><h1>Again</h1><pre style="width:3000px">wide</pre><script>nothing.at.all</script>'
-        '<a href="#x"></a><img alt="elsewhere, unreachable" src="http://127.0.0.1:9/x.png">'
+        '<a href="#x"></a><img alt="elsewhere, unreachable" src="http://127.0.0.1:9/x.png"><p>```{quiz} Why?</p>'
+        '<table><tr><td style="display:block;width:1em;overflow-wrap:anywhere">squeezed</td></tr></table>'
+        '<p style="width:5em"><mjx-container style="display:inline-block;width:9em">long</mjx-container></p>'
     )
     (tmp_path / "page.html").write_text(
         page.replace("<article", f"{planted}<article").replace("</article>", f"{planted}</article>")
     )
     faults = "\n".join(looked_at(browser, axe, tmp_path / "page.html", "laptop"))
-    for kind in ("sticks", "unnamed", "headings", "nothing is not defined", "axe: ", "127.0.0.1"):
+    for kind in (
+        "sticks: MJX",
+        "squeezed: squeezed",
+        "raw: ```{quiz",
+        "sticks",
+        "unnamed",
+        "headings",
+        "nothing is not defined",
+        "axe: ",
+        "127.0.0.1",
+    ):
         assert kind in faults, (kind, faults)
 
 

@@ -1727,7 +1727,7 @@ def test_the_batches_of_several_processes_are_parts_of_one(book):
 
 
 def noisy(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random perturbation, one number an image."""
+    """A random perturbation, one number per image."""
     return (x + torch.rand(len(x), 1, 1, 1, generator=generator) / 2).clamp(0, 1)
 
 

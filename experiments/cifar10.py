@@ -247,7 +247,7 @@ REPEATED: Row = KEPT | {"attacked again, a set": 75, "beaten": 0.05}
 def repeated(run: str, seed: int) -> Row:
     """The kept adaptive attack on outliers, and the same attack from other random starts, image by image.
 
-    Shown in book/13_results.md, "Image by image".
+    Shown in book/atom_variants.md, "Image by image".
     """
     (detector, *_), settings = network(run), artefacts.result(run)["report"]["settings"]
     at = np.linspace(0, KEPT["images a set"] - 1, REPEATED["attacked again, a set"]).astype(int)

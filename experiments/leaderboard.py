@@ -18,21 +18,30 @@ import torch
 from experiments import cifar10
 from robustood import artefacts, challenge
 from robustood.checkpoints import load_weights
-from robustood.data import pixels
-from robustood.detectors import MSP, Detector
+from robustood.data import digits, pixels
+from robustood.detectors import PRO, Detector, post_hoc
 from robustood.evaluate import StandardReport, standard
 from robustood.models import small_cnn
 
 PREFIX = "leaderboard_"
+DETECTORS = (
+    "MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "PRO", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
+)  # fmt: skip
+TRAININGS = {
+    "standard": "standard training", "oe": "OE", "adv": "ADV", "aoe": "AOE", "aloe": "ALOE", "acet": "ACET",
+    "ntom": "NTOM", "atom": "ATOM", "minedaloe": "MinedALOE",
+}  # fmt: skip
+PLAIN = "small CNN, standard training"
 
 
-def of_box(name: str, network: str, width: int) -> StandardReport:
-    """MSP on the network of a box of :mod:`robustood.challenge`, without its mask, on 100 digits and 100 letters."""
+def of_box(name: str, detector: str, network: str, width: int) -> StandardReport:
+    """A detector of the network of a box of :mod:`robustood.challenge`, without its mask: 100 digits, 100 letters."""
     model = small_cnn(width=width)
     load_weights(artefacts.find("weights", f"challenge_{name.lower()}"), model)
-    digits, letters = challenge.clean_images().split(challenge.DIGITS)
-    detector: Detector = MSP(model)
-    report = standard(detector, digits, {"letters": letters}, challenge.WITHIN, say=print)
+    known, letters = challenge.clean_images().split(challenge.DIGITS)
+    every: dict[str, Detector] = post_hoc(model, digits().train.x, digits().train.y)
+    every["PRO"] = PRO(every["MSP"])
+    report = standard(every[detector], known, {"letters": letters}, challenge.WITHIN, say=print)
     return report.labelled(network=network, data="digits")
 
 
@@ -48,11 +57,14 @@ def of_run(run: str, training: str) -> StandardReport:
 
 
 ROWS: dict[str, Callable[[], StandardReport]] = {
-    "digits_standard_msp": partial(of_box, "A", "small CNN, standard training", 1),
-    "digits_aloe_msp": partial(of_box, "C", "small CNN of width 2, ALOE", 2),
+    "digits_aloe_msp": partial(of_box, "C", "MSP", "small CNN of width 2, ALOE", 2),
     **{
-        f"cifar10_{name}": partial(of_run, f"{name}_cifar10_cpu", training)
-        for name, training in {"standard": "standard training", "oe": "OE", "aloe": "ALOE"}.items()
+        f"digits_standard_{each.lower()}": partial(of_box, "A", each, PLAIN, 1)
+        for each in DETECTORS
+    },
+    **{
+        f"cifar10_{name}": partial(of_run, f"{name}_cifar10_cpu", words)
+        for name, words in TRAININGS.items()
     },
 }
 

@@ -123,8 +123,10 @@ def check_number(
     value: object, name: str, low: float = -MOST, high: float = MOST, fix: str = ""
 ) -> None:
     """Refuse a number that is NaN or outside [low, high]; infinity passes only as a limit."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
-        hint = f"; {fix}" if fix else ""
+    plain = isinstance(value, (int, float, np.number)) and isinstance(value, Real)
+    if isinstance(value, bool) or not plain or not low <= float(value) <= high:
+        exact = isinstance(value, Real) and not plain  # torch takes no Fraction
+        hint = f"; write float({value})" if exact else f"; {fix}" if fix else ""
         raise ValueError(f"{name} must be {_range(low, high)}, got {value!r:.80}{hint}")
 
 
@@ -156,7 +158,7 @@ def check_count(
 
 def check_seed(value: int, name: str = "seed") -> int:
     """Refuse anything but an integer of at least 0; return it as the int that torch needs."""
-    return check_count(value, name, fix="the same seed gives the same draws")
+    return check_count(value, name, high=2**63 - 1, fix="the same seed gives the same draws")
 
 
 def check_flag(value: object, name: str) -> None:

@@ -655,3 +655,14 @@ def test_the_worst_case_of_a_finite_set_is_its_worst_member(batch):
         for found in (attacks.worst_case(model, x, y, grid), pgd(model, x, y, grid, steps=0))
     ]
     assert torch.equal(*broken) and 0 < broken[0].sum() < len(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_because_rounding_leaves_the_set(net, book, dtype):
+    x, y = torch.full((4, 1, 8, 8), 0.49), book.test.y[:4]
+    moved = x.to(dtype) + torch.full_like(x, 8 / 255).to(dtype)
+    assert (moved.double() - x.to(dtype).double()).abs().max() > 8 / 255 + 1e-4
+    with pytest.raises(ValueError, match=r"x must be float32 .*cast inside the model"):
+        pgd(net, x.to(dtype), y, Linf(8 / 255), steps=1)
+    inside = lambda v: net(v.to(dtype).float())
+    assert Linf(8 / 255).contains(x, pgd(inside, x, y, Linf(8 / 255), steps=2) - x).all()

@@ -847,6 +847,40 @@ def test_attack_ends_with_4_if_its_checks_found_errors(mine, capsys):
     assert StandardReport.from_json("a.json").findings.errors
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('w')", "KeyError: 'w'"),
+        ("assert x.sum() < 0", "AssertionError"),
+        ("return [None][1]", "IndexError: list index out of range"),
+        ("return object().score", "AttributeError: "),
+    ],
+)
+def test_an_error_of_the_users_code_is_one_line(body, said, mine, capsys):
+    (mine / "wrong.py").write_text(f"def score(x):\n    {body}\n")
+    assert cli.main(["attack", "wrong.py:score", *SETS, *ATTACK, "--higher", "in"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("robustood: ") and said in told and "\n" not in told
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(mine, capsys):
+    (mine / "taken.json").mkdir()
+    how = ["attack", "mine.py:dark", *SETS, *ATTACK, "--out"]
+    assert cli.main([*how, "taken.json"]) == 2
+    told = capsys.readouterr()
+    assert "--out taken.json: cannot be written (Is a directory)" in told.err and not told.out
+    assert not [file for file in mine.iterdir() if file.suffix == ".csv"]
+
+
+def test_the_name_of_a_folder_may_hold_a_dot(mine, capsys):
+    (mine / "night").rename(mine / "CIFAR-10.1")
+    assert cli.main(
+        ["attack", "mine.py:dark", "day", "CIFAR-10.1", *ATTACK, "--out", "a.json"]
+    ) in (0, 4)
+    capsys.readouterr()
+    assert [row["set"] for row in StandardReport.from_json("a.json")["both"].rows] == ["CIFAR-10.1"]
+
+
 def test_an_interrupted_attack_says_how_it_resumes(mine, monkeypatch, capsys):
     def stop(*_, **how):
         raise KeyboardInterrupt

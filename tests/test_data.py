@@ -779,6 +779,11 @@ def test_sets_are_found_by_name_and_parts_are_joined(tmp_path):
         "tinyimagenet:val": [8],
     }
     assert data.available(tmp_path) == sorted(wanted)
+    for name in ("tiny_imagenet32_train", "tiny_imagenet32_test", "my_own64_test", "night_views32"):
+        write_pack(tmp_path / f"{name}.npz", images(2, 0, 8), [0, 0])
+    more = ["tiny_imagenet:train", "tiny_imagenet:test", "my_own64:test", "night_views"]
+    assert data.available(tmp_path) == sorted([*wanted, *more])
+    assert all(len(load(name, root=tmp_path)) == 2 for name in more)
     for name, parts in wanted.items():
         found = load(name, root=tmp_path)
         rows = np.concatenate([images(i + 2, i, 8) for i in parts])
@@ -1950,3 +1955,30 @@ def test_images_that_cannot_be_read_are_named(places):
             data.sample(folder / source)
     with pytest.raises(ValueError, match=r"no set 'yours' in .*there are: mine:test"):
         data.sample("yours", root=folder)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:60] + b"x" + raw[61:]]
+)
+def test_a_damaged_array_file_is_named(tmp_path, spoil):
+    file = tmp_path / "mine.npz"
+    np.savez(file, images=images(3, 0, 8))
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"mine\.npz is not a \.npy file"):
+        data.sample(file)
+
+
+def test_sixteen_bits_of_colour_are_noted(tmp_path):
+    """Pillow reads the higher byte of each value of a 16-bit colour PNG, and says nothing."""
+    rows = np.arange(8 * 8 * 3, dtype=np.uint16).reshape(8, 8, 3) * 257
+    chunk = lambda kind, body: (
+        len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+    )
+    head = (8).to_bytes(4) + (8).to_bytes(4) + bytes([16, 2, 0, 0, 0])
+    body = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
+    file = tmp_path / "a.png"
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+    pixels, _, changes = sets.read_image(file, 8)
+    assert changes == ["16 bits, converted to 8"] and np.array_equal(pixels, rows // 257)

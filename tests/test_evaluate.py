@@ -785,3 +785,67 @@ def test_the_standard_evaluation_refuses_bad_arguments_before_it_begins(changed,
     with counting() as passes, pytest.raises((ValueError, TypeError), match=words):
         standard(**(given | changed))
     assert passes.forwards == 0
+
+
+class Kept(nn.Module):
+    """A linear network that keeps more than tensors with its weights."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.layer, self.note = nn.Linear(16, 3), note
+        with torch.no_grad():
+            for value in self.layer.parameters():
+                value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_what_a_network_keeps_beside_its_weights_counts_in_the_hash(lines):
+    _, x, u = lines
+    first, same, other = (
+        standard(MSP(Kept(note)), x[:6], {"u": u[:6]}, Linf(0.02, box=None)).sha256["weights"]
+        for note in (1, 1, 2)
+    )
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda u: {"in": u}, "x_out must not name a set 'in', as a report calls"),
+        (lambda u: {"in (clean)": u}, r"must not name a set 'in \(clean\)'"),
+        (lambda u: {0: u}, "each name in x_out must be a str"),
+        (lambda u: {"a": u, "b": u[:, :4]}, r"x_out\['b'\] must hold inputs like x_in.* got \(4,\)"),
+        (lambda u: {"b": u.double()}, r"x_out\['b'\] must hold inputs like x_in.*float64"),
+    ],
+)  # fmt: skip
+def test_sets_that_a_report_could_not_tell_apart_or_attack_are_refused(
+    lines, untyped, change, said
+):
+    detector, x, u = lines
+    with pytest.raises(ValueError, match=said):
+        standard(detector, x, change(u), Linf(0.02, box=None))
+
+
+def test_a_verdict_as_csv_keeps_its_columns_through_json(lines):
+    detector, x, u = lines
+    found = standard(detector, x[:6], {"u": u[:6]}, Linf(0.02, box=None))
+    assert type(found).from_json(found.to_json()).to_csv() == found.to_csv()
+
+
+def test_a_score_that_leaves_torch_is_attacked_by_values(lines):
+    class Array(type(lines[0])):
+        def score(self, x):
+            return torch.from_numpy(x.numpy() @ self.w.numpy())
+
+    detector, x, u = lines
+    found = standard(Array(detector.w), x[:8], {"u": u[:8]}, Linf(0.02, box=None))
+    assert found["both"].settings["gradient"] == "none"
+    assert found["both"].mean("auroc") <= found["none"].mean("auroc")

@@ -1218,3 +1218,49 @@ def test_a_network_inside_a_callable_is_frozen_in_eval_mode_and_restored(untyped
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     if isinstance(found, torch.Tensor):
         assert torch.equal(found, DOORS[name](net))
+
+
+def test_a_padded_convolution_is_no_head():
+    """Its border holds the bias alone, so the mean of its outputs is not its value at the mean of its inputs."""
+    net = lambda padding: nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 1, padding=padding),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for padding in (0, "valid", "same"):
+        model = adapt(net(padding))
+        assert torch.allclose(model.head(model.features(x)), model(x), atol=1e-6)
+    with pytest.raises(ValueError, match="must have a linear layer or a 1 x 1 convolution"):
+        adapt(net(1))
+
+
+def test_a_head_may_be_called_by_keyword_beside_a_layer_of_single_numbers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.head = nn.Linear(3, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.head(input=x.flatten(1) * self.gate(torch.ones(3)))
+
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = adapt(Net())
+    assert torch.allclose(model.head(model.features(x)), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "output"),
+    [(lambda z: z, "logits"), (lambda z: {"a": z}, "logits"), (lambda z: (z,), 3)],
+)
+def test_an_output_that_is_not_there_is_named(returned, output):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, 5)
+
+        def forward(self, x):
+            return returned(self.head(x.flatten(1)))
+
+    model = adapt(Net(), head="head", output=output)
+    with pytest.raises(ValueError, match=f"output={output!r} is not in what the network returns"):
+        model(torch.rand(2, 1, 8, 8))

@@ -370,3 +370,12 @@ def test_the_figures_can_be_saved_with_their_text(sides, rows, tmp_path):
     assert all(text.endswith(".") and 60 < len(text) < 400 and "\n" not in text for text in said)
     figure.savefig(tmp_path / "figure.png", metadata={"Description": " ".join(said)})
     assert (tmp_path / "figure.png").stat().st_size > 20_000
+
+
+def test_scores_that_no_bins_can_part_are_refused():
+    _, axis = plt.subplots()
+    far = np.full(4, 1e17)
+    with pytest.raises(
+        ValueError, match=r"scores in \[1e\+17, 1e\+17\] cannot be parted into \d+ bins"
+    ):
+        score_histograms(axis, (far, far))

@@ -578,3 +578,10 @@ def test_the_zoo_has_broken_and_honest_defences_and_copies_its_networks(untyped,
         zoo(net, None, net)
     with pytest.raises(ValueError, match="outliers must be shaped like x"):
         broken[0].check(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), torch.rand(2, 3, 8, 8), EPS)
+
+
+def test_labels_for_a_detector_are_told_from_outliers(net, book):
+    with pytest.raises(
+        ValueError, match=r"y must be outliers for a detector.* got labels of shape \(4,\)"
+    ):
+        check(MSP(net), book.test.x[:4], book.test.y[:4], Linf(0.1))

@@ -771,3 +771,51 @@ def test_too_few_draws_to_certify_anything_are_refused(alpha, fewest):
         certify(model, x, L2(0.1), n=fewest - 1, **how)
     found = certify(model, x, L2(0.1), n=fewest, **how)  # all agree: the least number suffices
     assert (found.label == 0).all() and (found.radius > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_bounds_follow_a_weight_that_is_computed_in_the_forward_pass(book):
+    made = lambda: nn.Sequential(
+        nn.Flatten(),
+        torch.nn.utils.weight_norm(nn.Linear(64, 32)),
+        nn.ReLU(),
+        torch.nn.utils.weight_norm(nn.Linear(32, 10)),
+    )
+    trained = made()
+    with torch.no_grad():
+        for name, value in trained.named_parameters():
+            if name.endswith("_g"):
+                value.mul_(8)
+    net = made().eval()
+    net.load_state_dict(trained.state_dict())  # the layers' weights are still those of before
+    x = book.test.x[:8]
+    low, high = interval_bounds(net, x - 0.05, x + 0.05)
+    assert torch.equal(low, interval_bounds(net, x - 0.05, x + 0.05)[0])
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with torch.no_grad():
+            z = net(x + 0.05 * torch.randn(x.shape, generator=draw).sign())
+        assert (low - 1e-4 <= z).all() and (z <= high + 1e-4).all()
+
+
+def test_bounds_are_of_what_an_adapted_network_returns(book):
+    chain, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), book.test.x[:4]
+    assert torch.allclose(interval_bounds(adapt(chain), x, x)[0], chain(x), atol=1e-5)
+    with pytest.raises(ValueError, match="is not the output layer"):
+        interval_bounds(adapt(chain, output=lambda z: 10 * z), x, x)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (lambda v: v.flatten(1)[:, :3], r"one value per input, shape \(\d+,\), got \(\d+, 3\)"),
+        (lambda v: v.mean(), r"got \(\)"),
+        (lambda v: v.flatten(1).mean(1).tolist(), "got list"),
+        (lambda v: v.flatten(1).mean(1)[:-1], "one value per input"),
+        (lambda v: 3 + v.flatten(1).mean(1), r"score must lie in \[0, 1\], got values in .*sigmoid"),
+        (lambda v: v.flatten(1).mean(1) * math.nan, "score must lie in"),
+    ],
+)  # fmt: skip
+def test_a_score_that_cannot_be_certified_is_refused(book, score, said):
+    with pytest.raises(ValueError, match=said):
+        certified_score(score, book.test.x[:3], L2(0.1, None), sigma=0.25, n=20)

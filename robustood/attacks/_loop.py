@@ -90,6 +90,11 @@ def search(
             it were attacked alone.
         climb: how to climb from one initial point; default :func:`ascent`, which an engine may compile.
     """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"x must be float32 or float64 under attack, got {x.dtype}, whose rounding takes images out of the set; "
+            "pass x.float(), and cast inside the model, such as lambda v: model(v.half()).float()"
+        )
     steps, restarts = check_count(steps, "steps"), check_count(restarts, "restarts")
     check_choice(keep, "keep", ("best", "last"))
     if step_size is not None:

@@ -72,6 +72,8 @@ def _attack(given: argparse.Namespace) -> int:
     out = given.out
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: must end in .json, in a folder that exists")
+    if out is not None:
+        _try(out)
     within = _BALLS[given.norm](given.eps)
     detector = _detector(given.detector, given.higher)
     if (device := chosen(given.device)) is not None:
@@ -100,6 +102,17 @@ def _attack(given: argparse.Namespace) -> int:
     return FLAWED if report.findings.errors else 0
 
 
+def _try(out: Path) -> None:
+    """Refuse a file that cannot be written, before any work."""
+    there = out.exists()
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if not there:
+        out.unlink()
+
+
 def _judge(given: argparse.Namespace) -> int:
     """Judge images against a box."""
     box = challenge.box(given.box)
@@ -110,7 +123,9 @@ def _judge(given: argparse.Namespace) -> int:
 def _name(source: str) -> str:
     """What a report calls a set: its name, or that of its folder or file."""
     place = Path(source).expanduser()
-    return place.resolve().name.removesuffix(place.suffix) if place.exists() else source
+    if not place.exists():
+        return source
+    return place.resolve().name.removesuffix(place.suffix if place.is_file() else "")
 
 
 def _detector(where: str, higher: Literal["in", "out"] | None) -> Detector:

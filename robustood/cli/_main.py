@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"interrupted; {given.resume}")
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # of the user's detector, anything may come
         if os.environ.get("ROBUSTOOD_DEBUG"):
             raise
         print(f"robustood: {_explained(error)}", file=sys.stderr)
@@ -86,12 +86,14 @@ class _Terminable:
 
 def _explained(error: Exception) -> str:
     """One line about an error, with advice if it comes from the operating system."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    known = isinstance(error, (ValueError, OSError, RuntimeError, ArithmeticError))
+    text = text if known and text else f"{kind}: {text}" if text else kind
     if isinstance(error, OSError) and error.strerror and ";" not in error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return (
-            f"{error.strerror}{where}; nothing written before is lost: fix the cause (or choose another folder for "
-            "robustood train by --folder), then repeat the command"
+            f"{error.strerror}{where}; what was written to a folder before is not lost: fix the cause (or choose "
+            "another folder by --folder), then repeat the command"
         )
     return text
 

@@ -138,6 +138,10 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         ValueError: for values of unknown range.
     """
     changes, top = [], _top(image)
+    if image.mode in ("RGB", "RGBA", "LA") and any(
+        "16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    ):
+        changes.append(SIXTEEN)  # Pillow itself takes the higher byte of these
     if getattr(image, "n_frames", 1) > 1:
         changes.append(FIRST)
     if image.getexif().get(ORIENTATION, 1) in range(2, 9):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def _array(file: Path) -> Tensor:
                 if len(held.files) != 1:
                     raise ValueError(f"it holds {len(held.files)} arrays, not one")
                 held = held[held.files[0]]
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"source {file} is not a .npy file, nor a .npz file with one array ({error}); write it by np.save"
         ) from error

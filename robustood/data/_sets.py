@@ -93,12 +93,17 @@ def load(name: str, split: str | None = None, root: str | Path | None = None) ->
 def available(root: str | Path | None = None) -> list[str]:
     """The sets in a folder, as :func:`load` takes them: ``["cifar10:test", "cifar10:train"]``."""
     place = _root(root)
-    stems = [
-        re.fullmatch(r"(.+?)(?:32)?(?:_([^_]+)(?:_.*)?)?", p.stem) for p in place.glob("*.npz")
-    ]
-    found = {f"{m[1]}:{m[2]}" if m[2] else m[1] for m in stems if m}
+    found = {":".join(_parted(pack.stem)) for pack in place.glob("*.npz")}
     found |= {f"mnist:{s}" for s, p in _IDX.items() if any(place.glob(f"mnist/{p}-images*.gz"))}
     return sorted(found)
+
+
+def _parted(stem: str) -> list[str]:
+    """Name and split, if any, of a file such as ``tiny_imagenet32_train_a``: a size, if there is one, ends the name."""
+    split = "(?:_([^_]+)(?:_.*)?)?"
+    kinds = (f"(.+?)32{split}", r"(.+?\d)_([^_]+)(?:_.*)?", f"([^_]+){split}")
+    found = next(filter(None, (re.fullmatch(kind, stem) for kind in kinds)), None)
+    return [part for part in found.groups() if part] if found else [stem]
 
 
 def check(name: str, split: str | None = None, root: str | Path | None = None) -> dict[str, Any]:

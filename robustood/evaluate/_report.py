@@ -31,6 +31,7 @@ from robustood.inputs import (
     check_path,
     check_seed,
     check_several,
+    check_text,
     checked_inputs,
     finite_inputs,
     numbers,
@@ -167,8 +168,11 @@ class Report:
 
         A rate takes three columns: ``auroc``, ``auroc_low`` and ``auroc_high``, the ends of its interval.
         """
-        ordered = [{c: row[c] for c in _COLUMNS if c in row} | row for row in self.rows]
-        return written(as_csv([flat(row) for row in ordered]), path)
+        return written(as_csv([flat(each) for each in self.ordered()]), path)
+
+    def ordered(self) -> list[Row]:
+        """The rows with their columns in the usual order, which JSON does not keep."""
+        return [Row({c: row[c] for c in _COLUMNS if c in row} | row) for row in self.rows]
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table, as text."""
@@ -282,6 +286,12 @@ class Bench:
             check_path(self.run_dir, "run_dir")
         if not self.x_out:
             raise ValueError("x_out is empty; pass at least one set of outliers, {name: images}")
+        for name in self.x_out:
+            check_text(name, "each name in x_out")
+            if name in ("in", "in (clean)"):
+                raise ValueError(
+                    f"x_out must not name a set {name!r}, as a report calls the in-distribution scores; rename it"
+                )
         self.within = None if self.within is None else as_set(self.within)
         box = (0, 1) if self.within is None else self.within.box
         self.x_in = checked_inputs(self.x_in, box, "x_in")

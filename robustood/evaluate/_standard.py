@@ -20,6 +20,7 @@ from robustood.detectors import Detector, Direction
 from robustood.evaluate._protocol import VERSION, Stage, climbable, stages
 from robustood.evaluate._report import Bench, Inputs, Job, Row, Scores, Wanted, scores
 from robustood.evaluate._verdict import StandardReport
+from robustood.identity import identity
 from robustood.inputs import check_callable, check_mapping
 from robustood.models import counting, networks
 from robustood.perturbations import PerturbationSet, as_set
@@ -77,7 +78,7 @@ def standard(
     )  # fmt: skip
     (findings,) = distributed.each([bench.findings])
     reports = bench.reports()
-    return StandardReport(VERSION, reports, bench.trace(), findings, bench.hashes())
+    return StandardReport(VERSION, reports, bench.trace(), findings, bench.sha256)
 
 
 @dataclass
@@ -117,6 +118,15 @@ class _Bench(Bench):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.set = cast(PerturbationSet, self.within)
+        for name, x in self.x_out.items():
+            if x.shape[1:] != self.x_in.shape[1:] or x.dtype != self.x_in.dtype:
+                raise ValueError(
+                    f"x_out[{name!r}] must hold inputs like x_in, of shape {tuple(self.x_in.shape[1:])} in "
+                    f"{self.x_in.dtype}, got {tuple(x.shape[1:])} in {x.dtype}"
+                )
+        self.sha256 = (
+            self.hashes()
+        )  # a network that cannot be identified is refused before any attack
         can = climbable(self.detector, self.x_in, self.set)
         self.stages = stages(self.detector, self.set, can)
         self.settings |= {"attack": VERSION, "how": "all", "gradient": "yes" if can else "none"}
@@ -224,12 +234,15 @@ class _Bench(Bench):
         return {k: _sha256(v) for k, v in {"weights": held, "in": [self.x_in], **sets}.items()}
 
 
-def _sha256(tensors: list[Tensor]) -> str:
-    """Of the values of some tensors."""
+def _sha256(held: Sequence[object]) -> str:
+    """Of the values of some tensors, and of whatever else a network keeps with its weights."""
     found = hashlib.sha256()
-    for each in tensors:
-        flat = each.detach().cpu().contiguous().view(-1)
-        found.update(flat.view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
+    for each in held:
+        if isinstance(each, Tensor) and not each.is_quantized:
+            flat = each.detach().cpu().contiguous().view(-1)
+            found.update(flat.view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
+        else:
+            found.update(repr(sorted(identity(None, weights=each).items())).encode())
     return found.hexdigest()
 
 

@@ -95,7 +95,9 @@ class StandardReport:
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows of all sides as CSV, with the side in the first column; also written to ``path`` if given."""
         rows = [
-            flat(Row(side=side, **row)) for side, each in self.reports.items() for row in each.rows
+            flat(Row(side=side, **row))
+            for side, each in self.reports.items()
+            for row in each.ordered()
         ]
         return written(as_csv(rows), path)
 

@@ -136,15 +136,21 @@ def _watched(
     """What layers receive and return, pooled to (batch, ..), for each time they run."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def look(layer: nn.Module, given: tuple[Tensor, ...], returned: Tensor) -> None:
+    def note(name: str) -> Callable[..., None]:
+        def look(
+            layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], returned: Tensor
+        ) -> None:
             pool = _pooled if isinstance(layer, nn.Conv2d) else _flat
             # A copy: an activation may overwrite what a layer has returned.
-            seen[name].append((pool(given[0]), pool(returned.detach()).clone()))
+            seen[name].append((pool(*given, *named.values()), pool(returned.detach()).clone()))
 
         return look
 
-    hooks = [inner.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    layers = map(inner.get_submodule, names)
+    hooks = [
+        layer.register_forward_hook(note(name), with_kwargs=True)
+        for name, layer in zip(names, layers, strict=True)
+    ]
     try:
         yield seen
     finally:
@@ -157,7 +163,7 @@ def _pooled(maps: Tensor) -> Tensor:
 
 
 def _flat(values: Tensor) -> Tensor:
-    return values.flatten(1)
+    return values.flatten(1) if values.ndim > 1 else values
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -172,9 +178,17 @@ def _entry(returned: Any, output: Output) -> Tensor:
     """The output tensor in what a network returns."""
     if output is None:
         return returned
-    if isinstance(output, str) and not isinstance(returned, Mapping):
-        return getattr(returned, output)
-    return returned[output] if isinstance(output, (str, int)) else output(returned)
+    if not isinstance(output, (str, int)):
+        return output(returned)
+    try:
+        if isinstance(output, str) and not isinstance(returned, Mapping):
+            return getattr(returned, output)
+        return returned[output]
+    except (AttributeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"output={output!r} is not in what the network returns, a {type(returned).__name__}; name the key, the "
+            "attribute or the place of its outputs, or leave output out if it returns them alone"
+        ) from error
 
 
 def candidates(module: nn.Module) -> list[str]:
@@ -191,7 +205,8 @@ def _outputs(module: nn.Module, name: str) -> int:
 def _classifies(part: nn.Module) -> bool:
     """Whether a layer can be the last one: linear, or linear in each pixel alone."""
     if isinstance(part, nn.Conv2d):
-        return part.kernel_size == (1, 1) and part.stride == (1, 1) and part.groups == 1
+        padded = part.padding not in ((0, 0), "same", "valid")
+        return part.kernel_size == part.stride == (1, 1) and part.groups == 1 and not padded
     return isinstance(part, nn.Linear)
 
 

@@ -155,5 +155,5 @@ class L2(Ball):
         # Divide by the largest entry first, or the squares of tiny gradients underflow to zero.
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
         grad = grad.div_(per_sample(largest, grad))
-        length = step_size / norms(grad).clamp_min(1e-12)
+        length = step_size / norms(grad).clamp_min(1)  # 1 or more now, or 0
         return self.project(x, grad.mul_(per_sample(length, grad)).add_(z))

@@ -273,7 +273,14 @@ def _parts(given: object, place: str, outliers: str | None) -> tuple[object, obj
 def _edges(bins: object, scores: Sequence[Float[np.ndarray, " _"]]) -> Float[np.ndarray, " _"]:
     """The edges of some bins over all scores, or the edges that were given."""
     if isinstance(bins, Integral):
-        return np.histogram_bin_edges(np.concatenate(scores), check_count(bins, "bins", low=1))
+        number, every = check_count(bins, "bins", low=1), np.concatenate(scores)
+        try:
+            return np.histogram_bin_edges(every, number)
+        except ValueError as error:
+            raise ValueError(
+                f"scores in [{every.min():g}, {every.max():g}] cannot be parted into {number} bins; pass the edges as "
+                "bins, or scale the scores"
+            ) from error
     edges = reals(bins, "bins", 1)
     if len(edges) < 2 or not (np.diff(edges) > 0).all():
         raise ValueError(

@@ -103,6 +103,10 @@ def _fitting(subject: object, x: Inputs, y: Tensor, threshold: float | None) -> 
         return y
     if threshold is not None:
         check_number(threshold, "threshold")
+    if isinstance(y, Tensor) and y.dtype == torch.int64:
+        raise ValueError(
+            f"y must be outliers for a detector, such as images of other things, got labels of shape {tuple(y.shape)}"
+        )
     y = finite_inputs(y, "y")
     if y.shape[1:] != x.shape[1:] or y.dtype != x.dtype:
         raise ValueError(

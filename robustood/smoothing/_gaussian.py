@@ -347,9 +347,19 @@ def certified_score(
     inputs.check_callable(score, "score", "score(x)")
 
     def checked(v: Tensor) -> Tensor:
-        values = score(v).double()
-        check_values(values, name="the score")
-        return values
+        values = score(v)
+        if not isinstance(values, Tensor) or values.shape != (len(v),):
+            seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"score must return a tensor with one value per input, shape ({len(v)},), got {seen}"
+            )
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"score must lie in [0, 1], got values in [{low:.3g}, {high:.3g}]; map it there by a monotone function "
+                "that is known in advance, such as the sigmoid"
+            )
+        return values.double()
 
     with frozen(score):
         mean = Noise(within, sigma).total(checked, x, n, at, batch_size, generator) / n

@@ -185,7 +185,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     if type(model) is Classifier:
         pool = [nn.AdaptiveAvgPool2d(1)] if model.pool else []
         parts: Iterable[nn.Module] = [model.normalise, *model.body, *pool, nn.Flatten(), model.head]
-    elif type(model) is Adapted:
+    elif type(model) is Adapted and model.output is None:
         parts = [model.normalise, model.inner]
     elif type(model) is nn.Sequential:
         parts = model
@@ -201,7 +201,10 @@ def propagate(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor
             low, high = layer(low), layer(high)
         elif type(layer) not in _SKIPPED:
             centre, radius = (high + low) / 2, (high - low) / 2
-            spread, mid = _magnitude(layer, radius), layer(centre)
+            mid = layer(
+                centre
+            )  # first: hooks such as those of weight_norm compute the weight in the forward pass
+            spread = _magnitude(layer, radius)
             low, high = mid - spread, mid + spread
     return low, high
 

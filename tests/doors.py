@@ -49,6 +49,7 @@ PROTOCOL = "a protocol: nothing to call"
 CHECK = "it is a check: its own argument is what is judged, here or in test_inputs"
 FETCHES = "downloads"
 EXEMPT = {  # by pattern; one "*" stands for one name
+    "engine.keep_memory": "takes no arguments",
     "artefacts.check_whole": CHECK,
     "artefacts.read_run": PARTS,
     "artefacts.pack": "writes an archive of runs: see test_artefacts",

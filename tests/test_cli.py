@@ -446,7 +446,7 @@ def test_a_full_disk_loses_nothing(tiny, finished, monkeypatch, capsys):
         patch.setattr(checkpoints.os, "fsync", full)
         assert tiny("train") == 2
     said = capsys.readouterr().err
-    assert "No space left" in said and "nothing written before is lost" in said
+    assert "No space left" in said and "what was written to a folder before is not lost" in said
     assert said.count("\n") == 1 and "Traceback" not in said
     assert not list(Path("runs/tiny").glob("*.partial"))
     assert tiny("train") == 0

@@ -228,10 +228,11 @@ def test_the_command_measures_what_starts_with_a_name(squares, monkeypatch, caps
         ("cifar10_transfer", 2),
         ("cifar10_budgets", 0),
         ("cifar10_compressed", 1),
+        ("cifar100_compressed", 1),
     ],
 )
 def test_a_kept_row_comes_back(name, row):
-    """Measured again, for CIFAR-10 on the real images."""
+    """Measured again, for CIFAR on the real images."""
     if name.startswith("cifar10"):
         sets = ("tinyimagenet:val", "svhn:train", "textures", "scenes", "cifar100:test")
         need("cifar10:test", *sets)
@@ -243,7 +244,7 @@ def test_a_kept_row_comes_back(name, row):
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name.startswith("cifar10")])
-def test_the_kept_cifar10_tables_have_the_images_that_they_say(name):
+def test_the_kept_cifar_tables_have_the_images_that_they_say(name):
     both = 200 + 200  # images of CIFAR-10 and of SVHN
     wanted = {
         "cifar10_transfer": {},
@@ -254,6 +255,7 @@ def test_the_kept_cifar10_tables_have_the_images_that_they_say(name):
             "seen": 1500,
             "seen, change": 1500,
         },
+        "cifar100_compressed": {"all": 3000, "CIFAR-100 alone": 3000, "none": 3000},
         "cifar10_inputs_alone": {"clean": 2300, "attacked": 2300},
         "cifar10_repeated": {"beaten": 300, "kept": 1300, "again": 1300, "worse of both": 1300},
     }.get(name, {"new": 4 * 500, "inputs": 500, "seen": 500, "accepted": 500})

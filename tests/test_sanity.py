@@ -450,7 +450,7 @@ def test_a_threshold_must_accept_what_it_promises(net, book):
 def test_a_detector_needs_outliers_and_a_classifier_labels(untyped):
     with pytest.raises(ValueError, match="y must be outliers shaped like x for a detector"):
         quick(MSP(LINEAR), X, torch.rand(5, 3, 4, 4), EPS)
-    with pytest.raises(ValueError, match="y must be floating point"):
+    with pytest.raises(ValueError, match="y must be outliers for a detector"):
         quick(MSP(LINEAR), X, Y, EPS)
     with pytest.raises(ValueError, match="y must be an int64 tensor of class labels"):
         quick(LINEAR, X, U, EPS)

@@ -54,6 +54,7 @@ _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
     "detection_error", "tie_rate",
 )  # fmt: skip
+
 Side = Literal["none", "in", "out", "both"]
 SIDES: tuple[Side, ...] = ("none", "in", "out", "both")
 
@@ -79,6 +80,11 @@ class Row(dict[str, Any]):
 
     def __missing__(self, column: object) -> NoReturn:
         raise KeyError(f"no column {column!r} in this row; {suggest(str(column), self)}")
+
+
+def in_order(row: Row) -> Row:
+    """A row with its columns in the usual order, which JSON does not keep."""
+    return Row({c: row[c] for c in _COLUMNS if c in row} | row)
 
 
 @dataclass(frozen=True)
@@ -168,11 +174,7 @@ class Report:
 
         A rate takes three columns: ``auroc``, ``auroc_low`` and ``auroc_high``, the ends of its interval.
         """
-        return written(as_csv([flat(each) for each in self.ordered()]), path)
-
-    def ordered(self) -> list[Row]:
-        """The rows with their columns in the usual order, which JSON does not keep."""
-        return [Row({c: row[c] for c in _COLUMNS if c in row} | row) for row in self.rows]
+        return written(as_csv([flat(in_order(row)) for row in self.rows]), path)
 
     def cells(self) -> list[list[str]]:
         """Header and rows of the table, as text."""

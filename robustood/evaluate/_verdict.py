@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from robustood import tables
 from robustood.checkpoints import as_csv
-from robustood.evaluate._report import Report, Row, Side
+from robustood.evaluate._report import Report, Row, Side, in_order
 from robustood.evaluate._text import as_text, flat, parsed, written
 from robustood.inputs import check_flag, check_text
 from robustood.sanity import Finding, Findings
@@ -95,9 +95,9 @@ class StandardReport:
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows of all sides as CSV, with the side in the first column; also written to ``path`` if given."""
         rows = [
-            flat(Row(side=side, **row))
+            flat(Row(side=side, **in_order(row)))
             for side, each in self.reports.items()
-            for row in each.ordered()
+            for row in each.rows
         ]
         return written(as_csv(rows), path)
 

@@ -29,9 +29,8 @@ __all__ = ["Kept", "Shown", "detector", "kept", "learned_cells", "load", "pooled
 
 _DEPLOYED = ("RejectClass", "ODIN")  # a row shows the first of these that was measured
 _CELL = (str, int, float, Estimate)
-_WITHIN = re.compile(
-    r"(?<=\d,) (?=-?\d)|(?<=\d) (?=/)|(?<=/) (?=\d)"
-)  # no line ends within a number
+# Where no line of a table should end: within an interval, and around the slash of two numbers.
+_WITHIN = re.compile(r"(?<=\d,) (?=-?\d)|(?<=\d) (?=/)|(?<=/) (?=\d)")
 _COLUMNS = [
     "run", "seed", "epochs", "attack", "accuracy %", "attacked %", "detector", "AUROC %", "paper's attack",
     "adaptive", "seen", "seen, adaptive", "minutes", "images/s", "x floor",

@@ -1248,6 +1248,24 @@ def test_a_head_may_be_called_by_keyword_beside_a_layer_of_single_numbers():
     assert torch.allclose(model.head(model.features(x)), model(x), atol=1e-6)
 
 
+def test_a_head_of_its_own_kind_may_take_more_than_its_input():
+    class Scaled(nn.Linear):
+        def forward(self, input, scale=1.0):
+            return scale * super().forward(input)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Scaled(64, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.inner(x.flatten(1), 2.0).relu())
+
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = adapt(Net(), head="head")
+    assert torch.allclose(model.head(model.features(x)), model(x), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("returned", "output"),
     [(lambda z: z, "logits"), (lambda z: {"a": z}, "logits"), (lambda z: (z,), 3)],

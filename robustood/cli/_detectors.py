@@ -70,8 +70,6 @@ def _add_measurement(attacks: argparse.ArgumentParser) -> None:
 def _attack(given: argparse.Namespace) -> int:
     """Run the standard evaluation on a detector."""
     out = given.out
-    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
-        raise ValueError(f"--out {out}: must end in .json, in a folder that exists")
     if out is not None:
         _try(out)
     within = _BALLS[given.norm](given.eps)
@@ -104,6 +102,8 @@ def _attack(given: argparse.Namespace) -> int:
 
 def _try(out: Path) -> None:
     """Refuse a file that cannot be written, before any work."""
+    if out.suffix != ".json" or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: must end in .json, in a folder that exists")
     there = out.exists()
     try:
         out.open("a").close()

@@ -138,11 +138,12 @@ def _watched(
 
     def note(name: str) -> Callable[..., None]:
         def look(
-            layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], returned: Tensor
+            layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], returned: Tensor
         ) -> None:
             pool = _pooled if isinstance(layer, nn.Conv2d) else _flat
             # A copy: an activation may overwrite what a layer has returned.
-            seen[name].append((pool(*given, *named.values()), pool(returned.detach()).clone()))
+            received = next(iter((*given, *named.values())))
+            seen[name].append((pool(received), pool(returned.detach()).clone()))
 
         return look
 

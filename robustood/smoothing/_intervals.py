@@ -201,9 +201,7 @@ def propagate(chain: list[nn.Module], low: Tensor, high: Tensor) -> tuple[Tensor
             low, high = layer(low), layer(high)
         elif type(layer) not in _SKIPPED:
             centre, radius = (high + low) / 2, (high - low) / 2
-            mid = layer(
-                centre
-            )  # first: hooks such as those of weight_norm compute the weight in the forward pass
+            mid = layer(centre)  # first: a hook, as of weight_norm, may compute the weight now
             spread = _magnitude(layer, radius)
             low, high = mid - spread, mid + spread
     return low, high

@@ -1,10 +1,10 @@
-"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of two of its appendices.
+"""Further measurements on the kept CIFAR-10 runs: tables of chapter 13 and of three of its appendices.
 
 They need the packs of images (``robustood data fetch``) and the kept runs. The threshold of each network accepts 95 %
 of 500 clean test images of CIFAR-10. Attacked outliers are 500 validation images of Tiny-ImageNet, the seen
 distribution. Transfer attacks use the images of the plan ``detectors``, 200 of CIFAR-10 and 200 of SVHN; the attacks
 that compare budgets in ATOM's test use the same images of SVHN. What is set beside the kept scores uses the images that
-these scores belong to: up to 1,000 of CIFAR-10, and up to 500 of each set of outliers.
+these scores belong to: up to 1,000 of CIFAR-10, and up to 500 of each set of outliers, fewer for larger networks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ATTACKED = RUNS[4:8]  # outliers, in training
 ALONE = ["oe_cifar10_cpu", *RUNS[3:]]  # in ATOM's test
 LOSSLESS = [f"{name}_cifar10_cpu_lossless" for name in ("standard", "oe")]
 OTHERS = [f"{name}_cifar10_cpu" for name in ("adv", "aoe")] + ["adv_cifar10_cpu_4", *LOSSLESS]
+LARGER = [f"{name}_cifar10_fast" for name in ("standard", "oe", "aloe", "atom")]
 DETECTORS = ("MSP", "Energy", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm")
 NEW = ["svhn:train", "textures", "scenes", "cifar100:test"]
 COMMON: Row = {"images a set": 500, "inputs": "cifar10:test", "accepted": 0.95}
@@ -48,6 +49,7 @@ BUDGETS = ((10, 16, 3), (10, 2, 3), (40, 16, 3), (100, 16, 1), (100, 16, 3))
 SEARCHED: Row = PAIR | {"eps": 8 / 255, "budgets": BUDGETS}
 KEPT: Row = {"inputs": "cifar10:test", "new": NEW, "seen": "tinyimagenet:val"}
 KEPT |= {"images": 1000, "images a set": 500}
+LESS: Row = {"images": 400, "images a set": 100}  # of the larger networks
 
 
 @lru_cache
@@ -205,14 +207,9 @@ def kept(run: str, attack: str, sets: Sequence[str]) -> tuple[Scores, Scores]:
     return results.pooled(artefacts.scores(run), type(network(run)[0]).__name__, attack, sets)
 
 
-@experiment(grid(run=RUNS + OTHERS), KEPT | {"quality": 75}, seeds=(0,))
-def compressed(run: str, seed: int) -> Row:
-    """AUROC when the in-distribution images went through JPEG, and how far it then lies above the clean one.
-
-    Shown in book/13_results.md, "First, a leak".
-    """
-    images = pixels(compress(stored(KEPT["inputs"], KEPT["images"]), 75))
-    moved, found = scores(network(run)[0], images), {}
+def compressed_inputs(run: str, n: int) -> Row:
+    """AUROC when n in-distribution images went through JPEG, and how far it then lies above the clean one."""
+    moved, found = scores(network(run)[0], pixels(compress(stored(KEPT["inputs"], n), 75))), {}
     for where, sets in {"new": KEPT["new"], "seen": [KEPT["seen"]]}.items():
         inside, outside = kept(run, "none", sets)
         found[where] = metrics.confidence_interval(metrics.auroc, moved, outside)
@@ -221,7 +218,37 @@ def compressed(run: str, seed: int) -> Row:
     return found
 
 
+@experiment(grid(run=RUNS + OTHERS), KEPT | {"quality": 75}, seeds=(0,))
+def compressed(run: str, seed: int) -> Row:
+    """AUROC when the in-distribution images went through JPEG, and how far it then lies above the clean one.
+
+    Shown in book/13_results.md, "First, a leak".
+    """
+    return compressed_inputs(run, KEPT["images"])
+
+
+@experiment(grid(run=LARGER), KEPT | LESS | {"quality": 75}, seeds=(0,))
+def larger_compressed(run: str, seed: int) -> Row:
+    """The same for the larger networks.
+
+    Shown in book/larger_network.md, "Both sides attacked by one grey level".
+    """
+    return compressed_inputs(run, LESS["images"])
+
+
 INPUTS: Row = KEPT | {"images": 300, "eps": 1 / 255, "steps": 100, "targets": 3}
+
+
+def attacked_inputs(run: str, n: int) -> Row:
+    """AUROC when n in-distribution images alone are attacked; outliers are the clean new ones."""
+    (detector, *_), (_, outside) = network(run), kept(run, "none", INPUTS["new"])
+    x = pixels(stored(INPUTS["inputs"], n))
+    how = {key: INPUTS[key] for key in ("steps", "targets")}
+    moved = attack_score(detector, x, Linf(INPUTS["eps"]), direction="lower", **how)
+    return {
+        name: metrics.confidence_interval(metrics.auroc, scores(detector, images), outside)
+        for name, images in {"clean": x, "attacked": moved}.items()
+    }
 
 
 @experiment(grid(run=ALONE), INPUTS, seeds=(0,))
@@ -230,14 +257,16 @@ def inputs_alone(run: str, seed: int) -> Row:
 
     Shown in book/13_results.md, "Outliers alone attacked: the table of ATOM".
     """
-    (detector, *_), (_, outside) = network(run), kept(run, "none", INPUTS["new"])
-    x = pixels(stored(INPUTS["inputs"], INPUTS["images"]))
-    how = {key: INPUTS[key] for key in ("steps", "targets")}
-    moved = attack_score(detector, x, Linf(INPUTS["eps"]), direction="lower", **how)
-    return {
-        name: metrics.confidence_interval(metrics.auroc, scores(detector, images), outside)
-        for name, images in {"clean": x, "attacked": moved}.items()
-    }
+    return attacked_inputs(run, INPUTS["images"])
+
+
+@experiment(grid(run=LARGER[3:]), INPUTS | LESS | {"images": 100}, seeds=(0,))
+def larger_inputs_alone(run: str, seed: int) -> Row:
+    """The same for the larger ATOM.
+
+    Shown in book/larger_network.md, "Outliers alone attacked by eight grey levels: ATOM".
+    """
+    return attacked_inputs(run, 100)
 
 
 REPEATED: Row = KEPT | {"attacked again, a set": 75, "beaten": 0.05}

@@ -11,7 +11,7 @@ from robustood.data import compress, pixels
 from robustood.detectors import MSP
 from robustood.evaluate import scores
 
-RUNS = [f"{name}_cifar100_cpu" for name in ("standard", "oe", "aloe")]
+RUNS = [f"{name}_cifar100_cpu" for name in ("standard", "oe", "aoe", "aloe")]
 NEW = ["svhn:train", "textures", "scenes", "cifar10:test"]
 KEPT: Row = {
     "inputs": "cifar100:test",

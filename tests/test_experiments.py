@@ -228,6 +228,7 @@ def test_the_command_measures_what_starts_with_a_name(squares, monkeypatch, caps
         ("cifar10_transfer", 2),
         ("cifar10_budgets", 0),
         ("cifar10_compressed", 1),
+        ("cifar10_larger_compressed", 2),
         ("cifar100_compressed", 1),
     ],
 )
@@ -255,6 +256,13 @@ def test_the_kept_cifar_tables_have_the_images_that_they_say(name):
             "seen": 1500,
             "seen, change": 1500,
         },
+        "cifar10_larger_compressed": {
+            "new": 800,
+            "new, change": 800,
+            "seen": 500,
+            "seen, change": 500,
+        },
+        "cifar10_larger_inputs_alone": {"clean": 500, "attacked": 500},
         "cifar100_compressed": {"all": 3000, "CIFAR-100 alone": 3000, "none": 3000},
         "cifar10_inputs_alone": {"clean": 2300, "attacked": 2300},
         "cifar10_repeated": {"beaten": 300, "kept": 1300, "again": 1300, "worse of both": 1300},

@@ -274,6 +274,8 @@ class _Slice:
         for _ in range(_ROUNDS):
             if self.left() > 0 and not self.todo():
                 self.extend(tested, costs)
+            if not self.todo():  # nothing more fits
+                break
             for name in self.todo():
                 if (left := self.left()) > 0:
                     self.work(name, left * self.share(name))

@@ -48,10 +48,24 @@ def join() -> int:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_SILENCE)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        store, own, size = next(dist.rendezvous("env://", timeout=_SILENCE))
+        store = dist.PrefixStore(_life(), store)
+        dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_SILENCE)
         # A connection still open when the interpreter ends has threads that abort the process.
         atexit.register(leave)
     return rank()
+
+
+def _life() -> str:
+    """A name for what the processes tell one another before they are connected.
+
+    PyTorch's store may outlive a restart by ``torchrun`` (2.15 keeps it; pytorch/pytorch#135712): without a name of its
+    own, a new process calls the address of one that is gone. Several machines count their restarts apart, so there
+    the way out is ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` before ``torchrun``.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if alone else "all lives"
 
 
 def leave() -> None:

@@ -1,9 +1,10 @@
 """What every test starts from: one thread, fixed seeds, and strict property tests."""
 
-import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from tempfile import mkdtemp
 
 import hypothesis
 import jaxtyping
@@ -68,12 +69,15 @@ def run_script(tmp_path):
     def run(code: str, *arguments: str, processes: int = 1, restarts: int = 0) -> str:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start.append(f"--max-restarts={restarts}")
-        command = [sys.executable, *(start if processes > 1 else []), str(script), *arguments]
-        whole = os.environ | {"PYTHONUNBUFFERED": ""}  # or two processes' words may mix in a line
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=whole)
+        command, said = [str(script), *arguments], Path(mkdtemp(dir=tmp_path))
+        if processes > 1:  # a file for each: torchrun does not buffer, and words in one pipe mix
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--log-dir={said}"]
+            launch += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+            command = [*launch, "--redirects=1", *command]
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        return done.stdout + "".join(file.read_text() for file in sorted(said.rglob("stdout.log")))
 
     return run

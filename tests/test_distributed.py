@@ -280,6 +280,30 @@ def test_torchrun_goes_on_after_a_kill_and_ends_with_the_same_weights(
     assert all(torch.equal(value, disturbed[name]) for name, value in quiet.items())
 
 
+def test_a_second_life_reads_nothing_of_the_first(run_script):
+    """PyTorch keeps the store over a restart: a process may then call the address of one that is gone."""
+    said = run_script(
+        """
+        import os
+        import sys
+        import torch
+        from torch.distributed.distributed_c10d import _get_default_store
+        from robustood import distributed
+
+        rank, life = distributed.join(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+        left = f"left by {rank}"
+        if life == "1":
+            print(rank, "finds", _get_default_store().check([left]))
+        _get_default_store().set(left, life)
+        distributed.mean(torch.ones(1))
+        sys.exit(life == "0")
+        """,
+        processes=2,
+        restarts=1,
+    )
+    assert sorted(said.splitlines()) == ["0 finds False", "1 finds False"]
+
+
 def test_the_processes_part_in_order(run_script):
     said = run_script(
         """

@@ -21,11 +21,20 @@ from robustood import evaluate, metrics
 from robustood import objectives as rules
 from robustood.attacks import pgd, robust_accuracy
 from robustood.data import glyphs
-from robustood.detectors import MSP, ODIN, PRO, Detector, Mahalanobis, RejectClass, post_hoc
+from robustood.detectors import (
+    MSP,
+    ODIN,
+    PRO,
+    Detector,
+    Direction,
+    Mahalanobis,
+    RejectClass,
+    post_hoc,
+)
 from robustood.evaluate import attack_score, ood_report, scores
 from robustood.losses import to_reject
 from robustood.models import Classifier, ccu_model, frozen, small_cnn
-from robustood.perturbations import Corruption, Linf
+from robustood.perturbations import Corruption, Linf, PerturbationSet
 from robustood.training import fit
 
 EPS = 0.1
@@ -55,7 +64,7 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "aloe": partial(evaluate.paper_attack, paper="aloe"),
     "atom": partial(evaluate.paper_attack, paper="atom"),
 }
-METHODS: dict[str, Any] = {
+METHODS: dict[str, rules.Objective] = {
     "standard": rules.Standard(),
     "OE": rules.OutlierExposure(),
     "reject": rules.OutlierTraining(outlier_loss=to_reject, weight=1.0),
@@ -150,7 +159,7 @@ def transfer(training: str, eps: float, direction: str, seed: int) -> Row:
     how: Row = {"within": Linf(eps), "direction": direction}
     moved = {f"adaptive {name}": attack_score(d, attacked, **how) for name, d in known.items()}
 
-    def pair(detector: Detector, x: Tensor) -> tuple[Any, Any]:
+    def pair(detector: Detector, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
         sides = scores(detector, still), scores(detector, x)
         return sides if direction == "raise" else sides[::-1]
 
@@ -234,7 +243,7 @@ def conditions(method: str, seed: int) -> Row:
     detector, ball = own_score(model), Linf(EPS)
     inside, outside = images()
     still = scores(detector, inside)
-    tests: dict[str, list[Any]] = {
+    tests: dict[str, list[PerturbationSet]] = {
         "natural": [],
         "corruption": [Corruption()],
         "linf": [ball],
@@ -354,7 +363,7 @@ def perturbed(training: str, seed: int) -> Row:
     x = {"in": digits().test.x[:100], "out": digits().ood["letters"][:100]}
 
     def attacked(detector: Detector) -> dict[str, Tensor]:
-        directions: dict[str, Any] = {"in": "lower", "out": "raise"}
+        directions: dict[str, Direction] = {"in": "lower", "out": "raise"}
         return {
             side: attack_score(detector, x[side], Linf(EPS), direction=to, targets=3)
             for side, to in directions.items()

@@ -28,9 +28,16 @@ DETECTORS = (
     "MSP", "MaxLogit", "Energy", "Entropy", "ODIN", "PRO", "Mahalanobis", "KNN", "ViM", "ReAct", "GradNorm",
 )  # fmt: skip
 TRAININGS = {
-    "standard": "standard training", "oe": "OE", "adv": "ADV", "aoe": "AOE", "aloe": "ALOE", "acet": "ACET",
-    "ntom": "NTOM", "atom": "ATOM", "minedaloe": "MinedALOE",
-}  # fmt: skip
+    "standard": "standard training",
+    "oe": "OE",
+    "adv": "ADV",
+    "aoe": "AOE",
+    "aloe": "ALOE",
+    "acet": "ACET",
+    "ntom": "NTOM",
+    "atom": "ATOM",
+    "minedaloe": "MinedALOE",
+}
 PLAIN = "small CNN, standard training"
 
 

@@ -12,12 +12,11 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from robustood.checkpoints import read_json, write_json, write_whole
+from robustood.checkpoints import Json, read_json, write_json, write_whole
 from robustood.inputs import check_choice, check_count, check_path, check_text, suggest
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "scores",
 ]
 
-Json = dict[str, Any]  # the value in a JSON file
 Scores = Float32[np.ndarray, " _"]  # sets differ in size
 _HERE = Path(__file__).parent
 FOLDERS = (_HERE.parent / "data", _HERE / "shipped")  # in a checkout; in an installed package

@@ -29,11 +29,11 @@ from robustood.identity import check_identity
 from robustood.inputs import check_instance, check_path, check_several, check_text
 
 __all__ = [
-    "Checkpoint", "as_csv", "as_json", "check_same", "from_json", "load_weights", "read_json", "read_state",
+    "Checkpoint", "Json", "as_csv", "as_json", "check_same", "from_json", "load_weights", "read_json", "read_state",
     "save_weights", "write_json", "write_state", "write_table", "write_whole",
 ]  # fmt: skip
 
-Json = dict[str, Any]
+Json = dict[str, Any]  # the value in a JSON file
 _DIGEST = hashlib.sha256().digest_size
 
 

@@ -14,11 +14,10 @@ import copy
 import math
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +188,9 @@ def _part(batch: Batch, n: int) -> Batch:
     return Batch(fake(batch.x, n), fake(batch.y, n), outliers, torch.Generator())
 
 
-def _faked(model: nn.Module) -> Any:
+def _faked(model: nn.Module) -> nn.Module:
     """A copy of a network whose parameters and buffers are fake tensors on the CPU."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
     for b in model.buffers():
@@ -229,8 +228,12 @@ class _Alive(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):

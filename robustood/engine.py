@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustood import distributed
 from robustood.attacks import AttackObjective, ascent, climb_at
+from robustood.checkpoints import Json
 from robustood.data import Batch
 from robustood.inputs import (
     check_choice,
@@ -63,6 +64,7 @@ __all__ = [
     "synchronised_time",
 ]
 
+Call = Callable[..., Any]
 Precision = Literal["float32", "bf16"]
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 # Peak dense bf16 operations per second of data-centre GPUs, from the manufacturers' data sheets.
@@ -140,11 +142,11 @@ class Running(nn.Module):
             model.to(memory_format=torch.channels_last)
         network = distributed.wrapped(model)
         # In a dictionary, so that nn.Module does not register a second network.
-        self.calls: dict[str, Callable[..., Any]] = {"update": network}
+        self.calls: dict[str, Call] = {"update": network}
         self.climb = self.compiled_ascent if engine.compile else None
         if engine.compile:
             named = isinstance(engine.compile, str)
-            how: dict[str, Any] = {"backend": engine.compile} if named else {}
+            how = {"backend": engine.compile} if named else {}
             graphs = {} if named else {"mode": "reduce-overhead"}
             self.calls["update"] = self.guarded(network, network, **how)
             self.calls["ascent"] = self.guarded(ascent, _one_graph, fullgraph=True, **how, **graphs)
@@ -160,9 +162,7 @@ class Running(nn.Module):
         """The network itself, for what must see its layers (:func:`robustood.smoothing.interval_bounds`)."""
         return self.module
 
-    def guarded(
-        self, call: Callable[..., Any], traceable: Callable[..., Any], **how: Any
-    ) -> Callable[..., Any]:
+    def guarded(self, call: Call, traceable: Call, **how: Any) -> Call:
         """A call through the compiler, in its traceable form; once that has failed, the call itself.
 
         An error that the call itself raises passes.
@@ -171,7 +171,7 @@ class Running(nn.Module):
 
         compiled = torch.compile(traceable, dynamic=False, **how)
 
-        def attempt(*given: Any) -> Any:
+        def attempt(*given: object) -> object:
             if self.failed:
                 return call(*given)
             try:
@@ -350,7 +350,7 @@ def choose(
     batch_size = check_count(batch_size, "batch_size", low=1)
     if device is not None:
         check_device(device)
-    given: dict[str, Any] = {
+    given: Json = {
         "precision": precision,
         "channels_last": channels_last,
         "compile": compile,
@@ -432,11 +432,16 @@ class Meter:
         """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         floor = self.flops / self.bare
-        found: dict[str, Any] = {
-            **asdict(engine), "device": name, "processes": distributed.world(), "threads": torch.get_num_threads(),
-            "flops_per_step": self.flops, "images_per_second": images / per_step,
-            "floor_images_per_second": images / floor, "over_floor": per_step / floor,
-        }  # fmt: skip
+        found: Json = {
+            **asdict(engine),
+            "device": name,
+            "processes": distributed.world(),
+            "threads": torch.get_num_threads(),
+            "flops_per_step": self.flops,
+            "images_per_second": images / per_step,
+            "floor_images_per_second": images / floor,
+            "over_floor": per_step / floor,
+        }
         peak = next((rate for chip, rate in _PEAK.items() if re.search(rf"\b{chip}\b", name)), None)
         if failed := getattr(self.running, "failed", ""):
             found |= {"compile": False, "compile_failed": failed}

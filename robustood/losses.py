@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, one_hot
 
 __all__ = [
-    "LOSSES", "cross_entropy", "divergence", "dlr", "log_odds", "margin", "to_reject", "to_uniform",
-]  # fmt: skip
+    "LOSSES",
+    "cross_entropy",
+    "divergence",
+    "dlr",
+    "log_odds",
+    "margin",
+    "to_reject",
+    "to_uniform",
+]
 
 Values = Float[Tensor, " batch"]
 Logits = Float[Tensor, "batch classes"]

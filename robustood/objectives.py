@@ -112,10 +112,17 @@ class InnerMax:
         climb = None if self.ramp else batch.climb  # a set that grows would need a graph per step
         with frozen(model, self.mode):
             return attacks.search(
-                objective, x, self.set_at(batch.progress), steps=self.steps, step_size=self.step_size,
-                restarts=self.restarts, keep=self.keep if self.restarts < 2 else "best",
-                generator=batch.generator, parts=parts, climb=climb,
-            )  # fmt: skip
+                objective,
+                x,
+                self.set_at(batch.progress),
+                steps=self.steps,
+                step_size=self.step_size,
+                restarts=self.restarts,
+                keep=self.keep if self.restarts < 2 else "best",
+                generator=batch.generator,
+                parts=parts,
+                climb=climb,
+            )
 
 
 @dataclass(frozen=True)

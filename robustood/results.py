@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from robustood import artefacts, metrics, tables
-from robustood.artefacts import Json, Scores
-from robustood.checkpoints import read_json
+from robustood.artefacts import Scores
+from robustood.checkpoints import Json, read_json
 from robustood.inputs import (
     check_choice,
     check_flag,

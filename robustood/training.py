@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from robustood import distributed
-from robustood.checkpoints import Checkpoint, write_table
+from robustood.checkpoints import Checkpoint, Json, write_table
 from robustood.costs import MakeOptimiser, check_memory, free_memory
 from robustood.data import Batch, Data, check_trainable, draw
 from robustood.data._batches import Change, check_augment
@@ -63,7 +62,7 @@ class History:
 
     rows: list[Row] = field(default_factory=list)
     finished: bool = False
-    speed: dict[str, Any] = field(default_factory=dict)
+    speed: Json = field(default_factory=dict)
 
     def column(self, name: str) -> list[float]:
         """The values of one entry, one per row."""

@@ -1,10 +1,10 @@
 """Weights and run states: what comes back, what is refused, what survives a crash at any point."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 
@@ -21,8 +21,10 @@ from robustood.models import Classifier, mlp, small_cnn
 from robustood.objectives import Adversarial
 from robustood.training import fit
 
-# A child is forked, not started: it has torch already, and a run takes half a second.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+# A child is forked, not started: it has torch already, and a run takes half a second. It is the fork of a process
+# without threads, because autograd refuses to work in the fork of one that has used its own.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def test_weights_come_back_with_their_card(tmp_path):
@@ -227,32 +229,33 @@ def train(folder, call, count):
     save_weights(folder / "end.safetensors", model)
 
 
+def child(folder, call, count):
+    """Train, and end with code 1 after an error, which stands in the file ``said``."""
+    with (folder / "said").open("w") as sys.stderr:
+        warnings.resetwarnings()
+        warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
+        try:
+            train(folder, call, count)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+
 def run(folder, call="none", count=0, kill_after=None):
-    """Train in a forked process; its exit code (negative: the signal) and what it said."""
-    said = folder / "said"
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with said.open("w") as sys.stderr:
-            warnings.resetwarnings()
-            warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
-            try:
-                train(folder, call, count)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-        os._exit(code)
+    """Train in another process; its exit code (negative: the signal) and what it said."""
+    (folder / "said").touch()
+    process = SERVER.Process(target=child, args=(folder, call, count))
+    process.start()
+    process.join(kill_after)
     if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), said.read_text()
+        process.kill()
+        process.join()
+    return process.exitcode, (folder / "said").read_text()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # imports much, once for all children
     code, errors = run(folder)
     assert code == 0, errors
     return folder

@@ -189,6 +189,17 @@ def test_no_function_is_longer_than_a_screen(folder):
                 assert lines <= 60, f"{name(path)}: {node.name} has {lines} lines"
 
 
+@pytest.mark.parametrize(
+    ("words", "most"), [(r"fmt: (skip|off)", 34), (r"\bnoqa\b", 11), (r"\bAny\b", 122)]
+)
+def test_exceptions_to_formatter_linter_and_types_stay_few(words, most):
+    paths = [
+        p for f in ("robustood", "book/_tools", "experiments") for p in (ROOT / f).rglob("*.py")
+    ]
+    found = sum(len(re.findall(words, path.read_text("utf-8"))) for path in paths)
+    assert found <= most, f"{words} stands {found} times, at most {most}: write it without one"
+
+
 def test_no_file_imports_itself_in_a_circle():
     """Counted with the imports inside functions; a package's face and its files are modules of their own."""
     dotted = lambda p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

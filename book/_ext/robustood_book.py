@@ -10,10 +10,13 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from enum import EnumMeta
 
 from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
+
+from robustood.inputs import MOST
 
 DISPLAYED = re.compile(r"^( *)\$\$(.+?)\$\$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"\$([^$]+)\$")
@@ -57,8 +60,8 @@ def write_signature(
     arguments: str,
     returns: str,
 ) -> tuple[str, str] | None:
-    """Leave types unevaluated: NumPy's ``ArrayLike`` would fill three lines."""
-    if getattr(value, "_is_protocol", False):
+    """Leave types unevaluated: NumPy's ``ArrayLike`` would fill three lines. Enumerations are not called."""
+    if getattr(value, "_is_protocol", False) or isinstance(value, EnumMeta):
         return "", ""
     try:
         found = inspect.signature(value)
@@ -74,7 +77,7 @@ def write_signature(
     written = found.replace(parameters=parameters, return_annotation=as_written(result, scope))
     call, _, result = stringify_signature(written, unqualified_typehints=True).partition(" -> ")
     # Sphinx links only what reads as Python: no made default, no function or class as it prints.
-    call = call.replace("<factory>", "...")
+    call = call.replace("<factory>", "...").replace(repr(MOST), "MOST")
     return re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", call), result
 
 

@@ -26,6 +26,7 @@ NUMBER = re.compile(
     rf"{SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?|{SIGN}\.\d+"
 )
 PICTURES = ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json")
+Outputs = Sequence[Any]  # of a cell, as notebooks hold them
 Spread = dict[int, float]  # index of a number within its cell -> how far it moved
 
 
@@ -82,7 +83,7 @@ def close(new: str, stored: str, spread: float) -> bool:
     return abs(a.value - b.value) <= max(MARGIN * spread, unit) + 1e-6 * unit
 
 
-def texts(outputs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+def texts(outputs: Outputs) -> Iterator[tuple[Any, str]]:
     """The dicts and keys that hold the text outputs of a cell, always in the same order."""
     for output in outputs:
         if output["output_type"] == "stream":
@@ -92,7 +93,7 @@ def texts(outputs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
                 yield output["data"], kind
 
 
-def reconciled(new: Sequence[Any], stored: Sequence[Any], spread: Spread, clean: Any) -> list[Any]:
+def reconciled(new: Outputs, stored: Outputs, spread: Spread, clean: Any) -> Outputs:
     """The new outputs, with the stored text wherever the two agree.
 
     Args:
@@ -140,7 +141,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
             item.compare_outputs = partial(compare, item, item.compare_outputs)
 
 
-def compare(item: Any, exactly: Any, new: Sequence[Any], stored: Sequence[Any], *skip: Any) -> bool:
+def compare(item: Any, exactly: Any, new: Outputs, stored: Outputs, *skip: Any) -> bool:
     """nbval's comparison, after replacing outputs that agree within their tolerances."""
     spread = spreads(Path(item.parent.path)).get(item.cell.get("id", ""), {})
     return exactly(reconciled(new, stored, spread, item.sanitize) if spread else new, stored, *skip)

@@ -279,9 +279,11 @@ def chapter_tables() -> dict[Path, str]:
         )
     pages = {ROOT / "README.md": readme, BOOK / "intro.md": intro}
     return {
-        page: TABLE.sub(lambda m, t=table: m[1] + "\n".join(t) + "\n" + m[2], page.read_text("utf-8"))
+        page: TABLE.sub(
+            lambda m, t=table: m[1] + "\n".join(t) + "\n" + m[2], page.read_text("utf-8")
+        )
         for page, table in pages.items()
-    }  # fmt: skip
+    }
 
 
 def chosen(names: Sequence[str], refuse: Callable[[str], object]) -> list[Path]:

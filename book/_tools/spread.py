@@ -88,10 +88,14 @@ def executed(notebook: nbformat.NotebookNode, run: Run) -> tuple[list[list[str]]
     for cell in refresh.code_cells(mine):
         cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
-        mine, timeout=4 * refresh.CELL_LIMIT_S, kernel_name="python3", allow_errors=disturbed,
-        skip_cells_with_tag="live", resources={"metadata": {"path": str(refresh.BOOK)}},
+        mine,
+        timeout=4 * refresh.CELL_LIMIT_S,
+        kernel_name="python3",
+        allow_errors=disturbed,
+        skip_cells_with_tag="live",
+        resources={"metadata": {"path": str(refresh.BOOK)}},
         extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
+    )
     threads = {key: str(run.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     client.execute(env={**unpinned(), **environment(run.isa), **threads})
     cells = refresh.code_cells(mine)[1:-1]

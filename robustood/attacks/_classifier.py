@@ -90,9 +90,16 @@ def pgd(
         else:
             climbed = [lambda moved: LOSSES[loss](logits(moved), y)]
         found = search(
-            [watch.over(each) for each in climbed], x, within, steps=steps, step_size=step_size,
-            restarts=restarts, rule=rule, keep=keep, generator=generator,
-        )  # fmt: skip
+            [watch.over(each) for each in climbed],
+            x,
+            within,
+            steps=steps,
+            step_size=step_size,
+            restarts=restarts,
+            rule=rule,
+            keep=keep,
+            generator=generator,
+        )
     watch.close(len(x), hidden=within.radius > 0)
     return found
 

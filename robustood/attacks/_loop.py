@@ -64,9 +64,16 @@ def maximise(
     """
     within = as_set(within)
     return search(
-        objective, checked_inputs(x, within.box), within, steps=steps, step_size=step_size,
-        restarts=restarts, rule=rule, keep=keep, generator=generator,
-    )  # fmt: skip
+        objective,
+        checked_inputs(x, within.box),
+        within,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        rule=rule,
+        keep=keep,
+        generator=generator,
+    )
 
 
 def search(

@@ -86,9 +86,16 @@ def _attack(given: argparse.Namespace) -> int:
     )
     with arithmetic():
         report = evaluate.standard(
-            detector, inside, dict(zip(names[1:], outside, strict=True)), within, batch_size=given.batch_size,
-            seed=given.seed, run_dir=given.folder, name=given.detector, say=say,
-        )  # fmt: skip
+            detector,
+            inside,
+            dict(zip(names[1:], outside, strict=True)),
+            within,
+            batch_size=given.batch_size,
+            seed=given.seed,
+            run_dir=given.folder,
+            name=given.detector,
+            say=say,
+        )
     own = getattr(detector, "name", type(detector).__name__)
     labels = {"network": given.network} if given.network else {}
     report = report.labelled(detector=str(own), data=names[0], **labels)

@@ -22,9 +22,12 @@ def add(command: Add) -> list[argparse.ArgumentParser]:
     _add_slice_options(slices)
     tables = command(_table, "table", "show one row per run: accuracy, AUROC, cost")
     tables.add_argument(
-        "runs", nargs="*", type=place, metavar="RUN_DIR",
+        "runs",
+        nargs="*",
+        type=place,
+        metavar="RUN_DIR",
         help="folders of runs (default: runs/* and the results that ship with the project)",
-    )  # fmt: skip
+    )
     tables.add_argument("--markdown", action="store_true", help="print a Markdown table")
     command(_list, "recipes", "list the recipes")
     saves = command(_save, "save", "save finished runs in data/ of a checkout, to ship with it")

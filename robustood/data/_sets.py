@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from robustood.checkpoints import Json
 from robustood.data._base import Loaded
 from robustood.data._files import images_in, read_image
 from robustood.data._packs import digest, made_from, read_idx, read_pack, write_pack
@@ -106,7 +106,7 @@ def _parted(stem: str) -> list[str]:
     return [part for part in found.groups() if part] if found else [stem]
 
 
-def check(name: str, split: str | None = None, root: str | Path | None = None) -> dict[str, Any]:
+def check(name: str, split: str | None = None, root: str | Path | None = None) -> Json:
     """Read a whole set and summarise it, for inspection or a comparison between machines."""
     found = load(name, split, root)
     return {

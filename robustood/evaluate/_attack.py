@@ -94,9 +94,14 @@ def attack_score(
     generator = generator or rng.generator(x.device, 0)
     rule = rule or APGD()
     worst = partial(
-        search, within=within, steps=steps, restarts=restarts, step_size=step_size, rule=rule,
+        search,
+        within=within,
+        steps=steps,
+        restarts=restarts,
+        step_size=step_size,
+        rule=rule,
         generator=generator,
-    )  # fmt: skip
+    )
     climbs = objectives or partial(score_objectives, targets=targets)
     if not (within.differentiable and isinstance(rule, Rule) and rule.uses_gradient):
         climbs = deployed_objective
@@ -216,9 +221,16 @@ def paper_attack(
     with torch.inference_mode(False), frozen(detector):
         for part in x.split(batch_size):
             moved = search(
-                climbed, part, within, steps=plan.steps, step_size=plan.share * within.radius,
-                restarts=plan.restarts, rule=Ascent(), keep=plan.keep, generator=generator,
-            )  # fmt: skip
+                climbed,
+                part,
+                within,
+                steps=plan.steps,
+                step_size=plan.share * within.radius,
+                restarts=plan.restarts,
+                rule=Ascent(),
+                keep=plan.keep,
+                generator=generator,
+            )
             if plan.keep == "best":  # the clean input competes, and wins ties
                 with torch.no_grad():
                     gained = climbed(moved) > climbed(part)

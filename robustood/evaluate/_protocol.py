@@ -49,12 +49,17 @@ _OWN = partial(attack_score, steps=100, objectives=deployed_objective)
 _BY_GRADIENT = [
     *_PAPERS,
     Stage(
-        "APGD on surrogates", partial(attack_score, steps=50, restarts=0, objectives=surrogate_objectives), 100, _BOTH
+        "APGD on surrogates",
+        partial(attack_score, steps=50, restarts=0, objectives=surrogate_objectives),
+        100,
+        _BOTH,
     ),
     Stage("APGD on the score", partial(_OWN, restarts=0), 100, _GRADIENT),
-    Stage("APGD on each objective", partial(attack_score, steps=50, targets=TARGETS), 400, _GRADIENT),
+    Stage(
+        "APGD on each objective", partial(attack_score, steps=50, targets=TARGETS), 400, _GRADIENT
+    ),
     Stage("another random start", _OWN, 100, _GRADIENT),
-]  # fmt: skip
+]
 _SQUARE = Stage("Square", partial(attack_score, steps=1000, restarts=0, rule=Square()), 400)
 _DRAWS = Stage(
     "random draws", partial(attack_score, steps=0, restarts=200, objectives=deployed_objective), 70

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustood import distributed, metrics, rng, tables
-from robustood.checkpoints import Checkpoint, as_csv
+from robustood.checkpoints import Checkpoint, Json, as_csv
 from robustood.detectors import Detector, Direction
 from robustood.evaluate._attack import attack_score, check_detector
 from robustood.evaluate._text import as_text, flat, parsed, plain, written
@@ -49,7 +49,7 @@ Scores = Float[np.ndarray, " _"]
 Job = Callable[[], Tensor]
 # The name of a set, its inputs, and the direction of the attack on them, if any.
 Wanted = tuple[str, Inputs, Direction | None]
-_Record = dict[str, Any]  # settings by name, or numbers, estimates and the name of a set
+_Record = Json  # settings by name, or numbers, estimates and the name of a set
 _COLUMNS = (
     "set", "n_in", "n_out", "auroc", "aupr_in", "aupr_out", "fpr", "fpr_attacked", "rejected",
     "detection_error", "tie_rate",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from robustood.checkpoints import as_json, from_json, write_whole
+from robustood.checkpoints import Json, as_json, from_json, write_whole
 from robustood.inputs import check_path
 from robustood.metrics import Estimate
 
@@ -18,14 +18,14 @@ T = TypeVar("T")
 _LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 
 
-def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Json) -> Json:
     """A row of a report without classes of its own, as JSON has it."""
     return {k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
 
 
-def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def flat(row: Json) -> Json:
     """A row of a report as numbers and names alone, as CSV has it."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name, value in row.items():
         if isinstance(value, Estimate):
             found |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
@@ -34,7 +34,7 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def as_text(kept: dict[str, Any]) -> str:
+def as_text(kept: Json) -> str:
     """JSON with each list of numbers on one line."""
     return _LIST.sub(lambda found: "".join(found[0].split()), as_json(kept, "report"))
 
@@ -48,7 +48,7 @@ def written(text: str, path: str | Path | None) -> str:
 
 
 def parsed(
-    text_or_path: str | Path, keys: Sequence[str], kind: str, build: Callable[[dict[str, Any]], T]
+    text_or_path: str | Path, keys: Sequence[str], kind: str, build: Callable[[Json], T]
 ) -> T:
     """What ``build`` makes of JSON, which begins with "{", or of the file that holds it."""
     check_path(text_or_path, "text_or_path")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from robustood import tables
-from robustood.checkpoints import as_csv
+from robustood.checkpoints import Json, as_csv
 from robustood.evaluate._report import Report, Row, Side, in_order
 from robustood.evaluate._text import as_text, flat, parsed, written
 from robustood.inputs import check_flag, check_text
@@ -83,7 +83,7 @@ class StandardReport:
         return parsed(text_or_path, _KEYS, "StandardReport", cls.from_dict)
 
     @classmethod
-    def from_dict(cls, kept: dict[str, Any]) -> StandardReport:
+    def from_dict(cls, kept: Json) -> StandardReport:
         """The result from the content of its JSON."""
         reports: dict[Side, Report] = {
             side: Report.from_dict(kept["reports"][side]) for side in get_args(Side)
@@ -154,5 +154,8 @@ class StandardReport:
 
 
 _TITLES: dict[Side, str] = {
-    "none": "AUROC clean", "in": "in attacked", "out": "out attacked", "both": "both attacked",
-}  # fmt: skip
+    "none": "AUROC clean",
+    "in": "in attacked",
+    "out": "out attacked",
+    "both": "both attacked",
+}

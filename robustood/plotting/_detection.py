@@ -32,13 +32,19 @@ _LOOKS = {
     "purple": ((0, (5, 1, 1, 1, 1, 1)), "v"),
     "sky": ((0, (8, 3)), "P"),
 }  # of lines and their markers, in the order of use
-_AID: dict[str, Any] = {"color": COLOURS["grey"], "linewidth": 1, "linestyle": ":", "zorder": 1}
-_IN: dict[str, Any] = {
-    "edgecolor": COLOURS["blue"], "facecolor": (COLOURS["blue"], 0.3), "linestyle": "-",
-}  # fmt: skip
-_OUT: dict[str, Any] = {
-    "edgecolor": COLOURS["red"], "facecolor": (COLOURS["red"], 0.3), "linestyle": "--", "hatch": "//",
-}  # fmt: skip
+_Look = dict[str, Any]  # keywords of Matplotlib's artists
+_AID: _Look = {"color": COLOURS["grey"], "linewidth": 1, "linestyle": ":", "zorder": 1}
+_IN: _Look = {
+    "edgecolor": COLOURS["blue"],
+    "facecolor": (COLOURS["blue"], 0.3),
+    "linestyle": "-",
+}
+_OUT: _Look = {
+    "edgecolor": COLOURS["red"],
+    "facecolor": (COLOURS["red"], 0.3),
+    "linestyle": "--",
+    "hatch": "//",
+}
 _RATES = {
     "auroc": "AUROC",
     "fpr": "outliers accepted (FPR)",
@@ -150,8 +156,8 @@ def score_histograms(
     (first, *_), (*_, last) = shown.values(), shown.values()
     last = replace(last, threshold=first.threshold)
     edges = _edges(bins, [s for each in shown.values() for s in (each.inside, each.outside)])
-    outline: dict[str, Any] = {"linewidth": 1.5, "hatch": None, "zorder": 3}
-    filled: dict[str, Any] = {"fill": True, "zorder": 2, "linewidth": 1.5}
+    outline: _Look = {"linewidth": 1.5, "hatch": None, "zorder": 3}
+    filled: _Look = {"fill": True, "zorder": 2, "linewidth": 1.5}
     if len(shown) > 1:
         filled |= {"linewidth": 0, "linestyle": "-"}  # matplotlib 3.8 refuses dashes of no width
     said = []

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from robustood import distributed
-from robustood.artefacts import Json
+from robustood.checkpoints import Json
 from robustood.recipes import learned_sets, reports
 from robustood.recipes.composing import commands, names, plans, read
 from robustood.recipes.images import Root, data

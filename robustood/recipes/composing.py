@@ -15,8 +15,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from robustood.artefacts import Json
-from robustood.checkpoints import read_json
+from robustood.checkpoints import Json, read_json
 from robustood.inputs import check_mapping, check_path, check_several, check_text, suggest
 from robustood.recipes.reading import Table
 from robustood.recipes.recipe import SECTIONS, Recipe, settings

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustood import data as sets
-from robustood.artefacts import Json
+from robustood.checkpoints import Json
 from robustood.data import LEARNED, Data, Loaded, Pairs, Split, corrupted, digest, perturbed
 from robustood.objectives import OutlierTraining
 from robustood.perturbations import Random, Spatial

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from robustood import data as sets
 from robustood import generative
-from robustood.artefacts import Json
-from robustood.checkpoints import write_whole
+from robustood.checkpoints import Json, write_whole
 from robustood.data import HELD_OUT, LEARNED, Pairs, Split, pixels
 from robustood.recipes.images import Root, card, paired_images, pairs, plain
 from robustood.recipes.recipe import Recipe, Settings

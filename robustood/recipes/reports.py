@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from robustood import detectors, distributed
-from robustood.artefacts import Json
 from robustood.attacks import pgd
-from robustood.checkpoints import write_json, write_whole
+from robustood.checkpoints import Json, write_json, write_whole
 from robustood.data import Split, counted_as, load, pixels
 from robustood.detectors import Detector
 from robustood.engine import arithmetic

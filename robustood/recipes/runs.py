@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import robustood
 from robustood import distributed, engine, training
-from robustood.artefacts import RECORDED, Json
+from robustood.artefacts import RECORDED
 from robustood.attacks import robust_accuracy
 from robustood.checkpoints import (
+    Json,
     check_same,
     load_weights,
     read_json,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robustood import rng
-from robustood.artefacts import Json
+from robustood.checkpoints import Json
 from robustood.data import Batch
 from robustood.engine import Engine, Meter, flops, median_seconds, running, synchronised_time
 from robustood.losses import to_uniform

@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 
 from robustood import artefacts, distributed, results
-from robustood.artefacts import Json
-from robustood.checkpoints import check_same, read_json, write_json, write_whole
+from robustood.checkpoints import Json, check_same, read_json, write_json, write_whole
 from robustood.costs import step_cost
 from robustood.data import Batch, Data
 from robustood.engine import flops

@@ -64,10 +64,13 @@ def inputs(case: Case) -> Finding:
     outside = max(bounds[0] - low, high - bounds[1], 0.0)
     found = f"the inputs lie in [{low:.4g}, {high:.4g}]"
     return finding(
-        "inputs", outside, "error" if outside > TOLERANCE else "ok", found,
+        "inputs",
+        outside,
+        "error" if outside > TOLERANCE else "ok",
+        found,
         "attacks and radii are in pixels in [0, 1]: pass pixels, and put the mean/std normalisation inside the model. "
         "No attack was made",
-    )  # fmt: skip
+    )
 
 
 def normalisation(case: Case) -> Finding | None:

@@ -105,9 +105,14 @@ class Evidence:
         """The worst inputs that an attack finds, from one random initial point or more."""
         generator = rng.generator(self.x.device, self.seed if seed is None else seed)
         return search(
-            list(objectives), self.x, within or self.within, steps=self.steps if steps is None else steps,
-            restarts=restarts, rule=rule or APGD(), generator=generator,
-        )  # fmt: skip
+            list(objectives),
+            self.x,
+            within or self.within,
+            steps=self.steps if steps is None else steps,
+            restarts=restarts,
+            rule=rule or APGD(),
+            generator=generator,
+        )
 
     # --- gradients
 

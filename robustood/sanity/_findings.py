@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from robustood import tables
+from robustood.checkpoints import Json
 from robustood.inputs import check_choice, check_mapping, check_number, check_text
 
 Level = Literal["error", "warning", "ok"]
@@ -75,14 +76,14 @@ class Findings:
     def __len__(self) -> int:
         return len(self.found)
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, Json]:
         """Level, value and text by name of the check, as JSON has them."""
         return {
             each.check: {k: v for k, v in asdict(each).items() if k != "check"} for each in self
         }
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Mapping[str, Any]]) -> Findings:
+    def from_dict(cls, kept: Mapping[str, Json]) -> Findings:
         """The findings that :meth:`to_dict` returned.
 
         Raises:

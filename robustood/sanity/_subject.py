@@ -110,12 +110,15 @@ def detector(scored: Detector, x: Inputs, outliers: Inputs) -> Subject:
         harm = lambda v: sign * score(v)
         other = harm if logits is None else lambda v: sign * to_uniform(logits(v))
         return Side(
-            name, v, harm, score_objectives(scored, v, direction, TARGETS),
+            name,
+            v,
+            harm,
+            score_objectives(scored, v, direction, TARGETS),
             [lambda v: (other(v), harm(v))],
             lambda attack, within: attack(scored, v, within, direction=direction),
             sign * other_side,
             declared=lambda v: scored.attack_objectives(v.clone(), direction)[:, 0],
-        )  # fmt: skip
+        )
 
     sides = [
         side("in-distribution inputs", x, "lower", typical[1]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from robustood.attacks import pgd
 from robustood.detectors import MSP, Detector, Direction, Energy, RejectClass
@@ -215,11 +216,11 @@ class _Noise(torch.autograd.Function):
     """The identity, with noise for a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         return torch.randn_like(grads[0])
 
 

@@ -38,7 +38,7 @@ def main() -> None:
         for name, each in known.items():
             table = each.table()
             seconds = sum(row["seconds"] for row in table["rows"])
-            print(f"{name:24} {table['made_by']}, {seconds:.0f} s\n    {table['what']}")
+            print(f"{name:28} {table['made_by']}, {seconds:.0f} s\n    {table['what']}")
     chosen = [each for name, each in known.items() if name.startswith((*args.names,))]
     torch.set_num_threads(1)
     engine.keep_memory()

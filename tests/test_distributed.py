@@ -321,15 +321,42 @@ def test_the_processes_part_in_order(run_script):
     assert sorted(said.splitlines()) == ["process 0 ends", "process 1 ends"]
 
 
-def test_a_process_that_is_silent_for_ten_minutes_is_given_up(monkeypatch):
-    asked, at_exit = {}, []
+@pytest.fixture
+def asked(monkeypatch):
+    """What a join asks of PyTorch; the processes meet in a store in memory."""
+    found, meeting = {}, distributed.dist.HashStore()
+    begin = lambda backend, **how: found.update(how, backend=backend)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **how: asked.update(how))
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(meeting, 1, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", begin)
+    found["at exit"] = at_exit = []
     monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    return found
+
+
+def test_a_process_that_is_silent_for_ten_minutes_is_given_up(asked):
     distributed.join()
-    assert asked == {"timeout": timedelta(minutes=10)}
-    assert at_exit == [distributed.leave]  # or an open connection would abort the interpreter
+    assert (asked["backend"], asked["rank"], asked["world_size"]) == ("gloo", 1, 2)
+    assert asked["timeout"] == timedelta(minutes=10)
+    assert asked["at exit"] == [
+        distributed.leave
+    ]  # or an open connection would abort the interpreter
+
+
+@pytest.mark.parametrize(("machines", "shared"), [("1", False), ("2", True)])
+def test_the_restarts_of_one_machine_have_a_store_of_their_own(
+    machines, shared, asked, monkeypatch
+):
+    """Several machines count their restarts apart, so there a name of its own would part the processes."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    stores = []
+    for restarts in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        distributed.join()
+        stores.append(asked["store"])
+    stores[0].set("address", "127.0.0.1")
+    assert [store.check(["address"]) for store in stores] == [True, True, shared]
 
 
 @pytest.mark.parametrize(

@@ -290,8 +290,9 @@ def chosen(names: Sequence[str], refuse: Callable[[str], object]) -> list[Path]:
     """The twins with these slugs in the order of the book; all of them if none is named."""
     if not names:
         return twins()
-    wanted = {Path(name).stem.split("_", 1)[-1] for name in names}
-    known = {twin.stem.split("_", 1)[-1]: twin for twin in twins()}
+    slug = lambda stem: re.sub(r"^\d+_", "", stem)
+    wanted = {slug(Path(name).stem) for name in names}
+    known = {slug(twin.stem): twin for twin in twins()}
     if unknown := wanted - known.keys():
         refuse(f"no notebook called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     return [twin for slug, twin in known.items() if slug in wanted]

@@ -138,7 +138,7 @@ def _watched(
 
     def note(name: str) -> Callable[..., None]:
         def look(
-            layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], returned: Tensor
+            layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], returned: Tensor
         ) -> None:
             pool = _pooled if isinstance(layer, nn.Conv2d) else _flat
             # A copy: an activation may overwrite what a layer has returned.

@@ -166,6 +166,21 @@ def test_what_a_notebook_measures_of_itself(tmp_path, monkeypatch):
     assert len(held) == 2
 
 
+def test_another_processor_widens_a_record_and_narrows_none(tmp_path, monkeypatch):
+    """The cell prints .5 here; .52 and .7 are on record, with spreads of .01 and .3."""
+    monkeypatch.setattr(refresh, "BOOK", tmp_path)
+    source = "print(f'{.5:.2f} and {.5:.2f} of 3')"
+    cell = nbformat.v4.new_code_cell(source, outputs=outputs(source, "0.52 and 0.70 of 3\n"))
+    path = tmp_path / "some.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    kept = {"runs": [], "cells": {cell["id"]: {"numbers": 3, "moves": {"0": 0.01, "1": 0.3}}}}
+    notebook_numbers.record(path).write_text(spread.as_text(kept))
+    found = spread.measure(path.with_suffix(".md"), widen=["native"])
+    notebook_numbers.spreads.cache_clear()
+    assert found.faults == []
+    assert notebook_numbers.spreads(path) == {cell["id"]: {0: 0.02, 1: 0.3}}
+
+
 @each_notebook
 def test_every_cell_was_measured(twin):
     assert not spread.is_stale(twin), f"{twin.stem}: run make spread"

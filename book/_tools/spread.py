@@ -3,6 +3,7 @@
     python book/_tools/spread.py                 all notebooks
     python book/_tools/spread.py toy attacks     only these
     python book/_tools/spread.py --stale         those with cells that were not measured yet
+    python book/_tools/spread.py --widen native  add what the native arithmetic of this processor shows
 
 Each notebook is executed in the stored arithmetic (AVX2), in the native one of the processor, with the oldest
 instructions, and on two threads. Two more runs perturb the weights after each training step like another rounding, to
@@ -11,6 +12,9 @@ value in these runs. It is saved in ``book/NN_slug.spread.json``, which ``notebo
 
 Some numbers that depend on training may happen to print identically in all these runs. Two last runs therefore perturb
 training a thousand times more; numbers that change only there are recorded with a spread of 0.
+
+A processor of another kind may show more. On such a processor, ``--widen`` executes only the runs it names, compares
+them with the stored outputs, and keeps the wider of the recorded and the new spreads.
 
 The tool also lists assertions that nearly failed, namely those whose margin was below a quarter of that in another
 arithmetic, words that changed, and the numbers that moved most.
@@ -26,9 +30,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +41,7 @@ import nbformat
 import refresh
 from arithmetic import environment
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
-from notebook_numbers import Spread, number, numbers, record, texts, words
+from notebook_numbers import Spread, number, numbers, record, spreads, texts, words
 
 SANITIZE = refresh.ROOT / "tests" / "nbval_sanitize.cfg"
 TOOLS = Path(__file__).parent
@@ -135,16 +140,23 @@ def as_text(kept: dict[str, Any]) -> str:
     return f'{{\n "runs": {json.dumps(kept["runs"])},\n "cells": {{\n{inside}\n }}\n}}\n'
 
 
-def measure(twin: Path) -> Found:
-    """Execute a notebook in all kinds of arithmetic, and save its spreads."""
+def measure(twin: Path, widen: Sequence[str] = ()) -> Found:
+    """Execute a notebook in all kinds of arithmetic, and save its spreads.
+
+    Args:
+        widen: the only runs to execute; their spreads widen the recorded ones instead of replacing them.
+    """
     path = twin.with_suffix(".ipynb")
     notebook, found = nbformat.read(path, as_version=4), Found(twin.stem)
     began = time.perf_counter()
-    runs = {name: executed(notebook, run) for name, run in (RUNS | DISTURBED).items()}
+    chosen = {name: RUNS[name] for name in widen} or RUNS | DISTURBED
+    known = spreads(path) if widen else {}
+    runs = {name: executed(notebook, run) for name, run in chosen.items()}
     for place, cell in enumerate(refresh.code_cells(notebook)):
         if compared(cell):
             each = {name: texts_[place] for name, (texts_, _) in runs.items()}
-            found.cells[cell["id"]] = spread(found, cell, list(printed(cell)), each)
+            new = spread(found, cell, list(printed(cell)), each)
+            found.cells[cell["id"]] = widest(known.get(cell["id"], {}), new)
     kept = {
         "runs": list(RUNS),
         "cells": {
@@ -154,7 +166,9 @@ def measure(twin: Path) -> Found:
         },
     }
     record(path).write_text(as_text(kept), encoding="utf-8")
-    found.faults += near_misses({name: held for name, (_, held) in runs.items() if name in RUNS})
+    if not widen:
+        held = {name: margins for name, (_, margins) in runs.items() if name in RUNS}
+        found.faults += near_misses(held)
     print(f"{twin.stem}: measured in {time.perf_counter() - began:.0f} s", flush=True)
     return found
 
@@ -188,6 +202,12 @@ def spread(
                 )
         at += len(values)
     return dict(sorted(moved.items()))
+
+
+def widest(one: Spread, other: Spread) -> Spread:
+    """The wider of two spreads of each number."""
+    both = sorted(one.keys() | other.keys())
+    return {i: max(each[i] for each in (one, other) if i in each) for i in both}
 
 
 def changed(new: str, stored: str) -> Iterator[int]:
@@ -230,20 +250,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="slugs such as toy (default: all)")
     parser.add_argument("--stale", action="store_true", help="only notebooks with unmeasured cells")
+    parser.add_argument(
+        "--widen", nargs="+", default=(), choices=RUNS, metavar="RUN", help=f"of {', '.join(RUNS)}"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="notebooks executed at the same time")
     args = parser.parse_args()
     chosen = refresh.chosen(args.names, parser.error)
     if args.stale:
         chosen = [twin for twin in chosen if is_stale(twin)]
+    if args.widen and (unmeasured := [twin.stem for twin in chosen if is_stale(twin)]):
+        parser.error(f"first measure the new cells of {', '.join(unmeasured)} (--stale)")
     with ProcessPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(measure, chosen))
+        results = list(pool.map(partial(measure, widen=args.widen), chosen))
     for found in results:
         for fault in found.faults:
             print(f"{found.name}: {fault}")
-    widest = sorted(
+    wide = sorted(
         ((w, found.name, cell) for found in results for w, cell in found.wide), reverse=True
     )
-    for width, name, cell in widest[:10]:
+    for width, name, cell in wide[:10]:
         print(f"{width:6.0f} units of the last digit  {name}  {cell}")
     return 1 if any(found.faults for found in results) else 0
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import sys
+import sysconfig
 from collections.abc import Iterator
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType
+from pathlib import Path
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 
 from torch import nn
 
-__all__ = ["codes", "function_state", "modules", "parts"]
+__all__ = ["OF_EVERY_NETWORK", "codes", "function_state", "installed", "modules", "parts"]
+
+OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables
 
 
 def parts(value: object) -> dict[str, object]:
@@ -57,6 +62,7 @@ def modules(value: object) -> list[nn.Module]:
             todo.extend(each.values())
         elif callable(each) or type(each).__module__ not in ("builtins", "torch"):
             todo.extend(parts(each).values() if not isinstance(each, type) else ())
+            todo.extend(_in_modules(each) if isinstance(each, FunctionType) else ())
     inner = {id(child) for module in found.values() for child in list(module.modules())[1:]}
     return [module for key, module in found.items() if key not in inner]
 
@@ -67,6 +73,36 @@ def codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from codes(constant)
+
+
+@functools.cache
+def installed(module: str | None) -> bool:
+    """Whether a module belongs to this library, to Python or to an installed package."""
+    top = (module or "__main__").partition(".")[0]
+    if top in (__name__.partition(".")[0], "builtins"):
+        return True
+    found = sys.modules.get(top)
+    if top == "__main__" or found is None:
+        return False
+    file = getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", [])), None)
+    if file is None:
+        return top in sys.stdlib_module_names
+    path, standard = Path(file), Path(sysconfig.get_path("stdlib"))
+    return bool({"site-packages", "dist-packages"} & {*path.parts}) or path.is_relative_to(standard)
+
+
+def _in_modules(function: FunctionType) -> Iterator[object]:
+    """What a function's code may reach by name in the user's modules, as in ``zoo.net(x)``."""
+    names = {name for code in codes(function.__code__) for name in code.co_names}
+    todo = [part for part in _globals(function).values() if isinstance(part, ModuleType)]
+    seen: set[int] = set()
+    while todo:
+        module = todo.pop()
+        if id(module) not in seen and not installed(module.__name__):
+            found = [vars(module)[name] for name in names & vars(module).keys()]
+            todo += [part for part in found if isinstance(part, ModuleType)]
+            yield from found
+        seen.add(id(module))
 
 
 def _slots(value: object) -> dict[str, object]:

@@ -52,7 +52,8 @@ def save_weights(path: str | Path, model: nn.Module, **card: object) -> Path:
         ValueError: for another suffix, or a card that JSON cannot represent.
     """
     path = _weights_path(path)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(model).items()}
+    # Cloned, because a file holds no two tensors that share memory, as those of tied layers do.
+    tensors = {n: v.detach().cpu().contiguous().clone() for n, v in _tensors(model).items()}
     content = save(tensors)
     card |= {
         "architecture": _architecture(model),

@@ -18,11 +18,9 @@ import hashlib
 import inspect
 import struct
 import sys
-import sysconfig
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from types import (
     CodeType,
     FunctionType,
@@ -44,7 +42,6 @@ __all__ = ["check_identity", "describe", "identity"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _COMPILER = sys.implementation.cache_tag or sys.version.split()[0]
-_OF_EVERY_NETWORK = vars(nn.Module()).keys()  # mode, hooks and tables: read one by one
 _UNKNOWN = " that cannot be identified"
 _TOLD = 200  # a plain value is written in full below this number of characters
 _AS = "as "  # begins the text of a part that equals an earlier one
@@ -86,7 +83,7 @@ def check_identity(state: dict[str, Any] | None, wanted: dict[str, str], holder:
             if text.endswith(_UNKNOWN):
                 raise ValueError(
                     f"{path} is a {text}, so a later call could not recognise its run; pass "
-                    'name="..." to stand for it, and another name when it changes'
+                    'name="..." (robustood attack: --name) to stand for it, and another name when it changes'
                 )
         return
     if (kept := state.get("identity")) is None:
@@ -243,7 +240,11 @@ class _Look:
             reached = {n: vars(value.module)[n] for n in value.names & vars(value.module).keys()}
             return _Parts(f"module {value.module.__name__}", _with_modules(reached, value.names))
         if isinstance(value, ModuleType):
-            own = () if _installed(value.__name__) else (n for n in vars(value) if n[:2] != "__")
+            own = (
+                ()
+                if callables.installed(value.__name__)
+                else (n for n in vars(value) if n[:2] != "__")
+            )
             return self.open(_Used(value, frozenset(own)))
         if kind in (list, tuple):
             text = f"{kind.__name__} of {len(value)}"
@@ -275,17 +276,21 @@ class _Look:
     def network(self, value: nn.Module) -> _Parts:
         """A network: its own attributes, children in order, tensors, hooks and tied tensors."""
         kind, tables = type(value), vars(value)
+        if isinstance(value, torch.jit.ScriptModule):  # whose tables are no dicts
+            tensors = [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
+            inner = dict([*value.named_children(), *tensors])
+            return _Parts(_called(kind), {"code": value.code, **inner})
         text = (
             f"{_called(kind)} of {', '.join(value._modules)}" if value._modules else _called(kind)
         )
         if "_orig_mod" in value._modules:  # what torch.compile returns
             return _Parts(text, {"_orig_mod": value._modules["_orig_mod"]})
-        own = {k: v for k, v in _attributes(value).items() if k not in _OF_EVERY_NETWORK}
+        own = {k: v for k, v in _attributes(value).items() if k not in callables.OF_EVERY_NETWORK}
         held = {k: v for t in ("_modules", "_parameters", "_buffers") for k, v in tables[t].items()}
         hooks: dict[str, object] = {
             table: [*hooks.values()]  # without their keys, which differ between processes
             for table, hooks in tables.items()
-            if table in _OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
+            if table in callables.OF_EVERY_NETWORK and table.endswith("_hooks") and hooks
         }
         if not any(isinstance(holder, nn.Module) for holder in self.above[:-1]):
             every = [
@@ -303,7 +308,7 @@ class _Look:
         if isinstance(getattr(value, "__qualname__", None), str) and _of_library(value):
             return _Parts(_called(value))
         made = "__wrapped__" in getattr(value, "__dict__", {})  # a function with a cache
-        library = _installed(_module_of(kind))
+        library = callables.installed(_module_of(kind))
         again = (
             kind.__reduce_ex__ is not object.__reduce_ex__
             or kind.__reduce__ is not object.__reduce__
@@ -393,7 +398,7 @@ def _of_library(value: Any) -> bool:
     found: object = sys.modules.get(_module_of(value))
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
-    return found is value and _installed(_module_of(value))
+    return found is value and callables.installed(_module_of(value))
 
 
 def _of_function(value: FunctionType) -> _Parts:
@@ -402,7 +407,7 @@ def _of_function(value: FunctionType) -> _Parts:
         return _Parts(_called(value))
     where, code = value.__globals__.get("__name__"), value.__code__
     name = f"{where}.{code.co_qualname}"
-    if _installed(where):
+    if callables.installed(where):
         return _Parts(name, callables.function_state(value))
     names = frozenset(name for each in callables.codes(code) for name in each.co_names)
     return _Parts(name, {"__code__": code, **_with_modules(callables.parts(value), names)})
@@ -412,7 +417,7 @@ def _with_modules(found: dict[str, object], names: frozenset[str]) -> dict[str, 
     """The same objects, with the user's own modules reduced to these names."""
     return {
         name: _Used(part, names)
-        if isinstance(part, ModuleType) and not _installed(part.__name__)
+        if isinstance(part, ModuleType) and not callables.installed(part.__name__)
         else part
         for name, part in found.items()
     }
@@ -452,19 +457,3 @@ def _hides(kind: type) -> bool:
     filled += (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
     known = object.__basicsize__ + filled * struct.calcsize("P")
     return bool(kind.__itemsize__) or kind.__basicsize__ > known
-
-
-@functools.cache
-def _installed(module: str | None) -> bool:
-    """Whether a module belongs to this library, to Python or to an installed package."""
-    top = (module or "__main__").partition(".")[0]
-    if top in (__name__.partition(".")[0], "builtins"):
-        return True
-    found = sys.modules.get(top)
-    if top == "__main__" or found is None:
-        return False
-    file = getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", [])), None)
-    if file is None:
-        return top in sys.stdlib_module_names
-    path, standard = Path(file), Path(sysconfig.get_path("stdlib"))
-    return bool({"site-packages", "dist-packages"} & {*path.parts}) or path.is_relative_to(standard)

@@ -27,7 +27,7 @@ __all__ = [
     "check_count", "check_counts", "check_device", "check_flag", "check_generator", "check_images",
     "check_instance", "check_keywords", "check_labels", "check_mapping", "check_model",
     "check_number", "check_path", "check_seed", "check_several", "check_shape", "check_text",
-    "check_values", "checked_inputs", "finite_inputs", "numbers", "pixels", "reals", "suggest",
+    "check_values", "checked_inputs", "checked_moved", "finite_inputs", "numbers", "pixels", "reals", "suggest",
 ]  # fmt: skip
 
 TOLERANCE = 1e-6
@@ -72,6 +72,16 @@ def checked_inputs(x: Tensor, box: tuple[float, float] | None = (0, 1), name: st
         x = pixels(x)
     check_values(x, box, name)
     return x
+
+
+def checked_moved(moved: Tensor, x: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """What a user's attack returned for x: checked inputs, one per sample."""
+    moved = checked_inputs(moved, box, "what attack returns")
+    if moved.shape != x.shape:
+        raise ValueError(
+            f"attack must return inputs shaped like x, {tuple(x.shape)}, got {tuple(moved.shape)}"
+        )
+    return moved
 
 
 def as_floats(x: Tensor, name: str = "x") -> Tensor:

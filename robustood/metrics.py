@@ -272,7 +272,7 @@ def confidence_interval(
     draws = np.array(
         [metric(*(s[pull.integers(s.size, size=s.size)] for s in (a, b))) for _ in range(resamples)]
     )
-    if value in (0, 1) and (draws == value).all():
+    if 0 <= value <= 1 and (draws == value).all():
         return _unanimous(value, a, b, confidence)
     return _percentiles(value, draws, confidence, a.size + b.size)
 
@@ -290,7 +290,8 @@ def paired_difference(
 
     Each argument is a pair (scores_in, scores_out), in the same order of inputs. The bootstrap
     resamples inputs, so that what is hard for both cancels: the interval is usually much narrower than
-    two separate ones suggest. The value may be negative.
+    two separate ones suggest. The value may be negative. Where the samples have no variation, the interval is that of
+    :func:`confidence_interval`, unless both pairs hold the same scores.
     """
     for name, given in (("first", first), ("second", second)):
         check_several(given, name, "the scores of the two sides")
@@ -309,8 +310,11 @@ def paired_difference(
         i, j = pull.integers(a.size, size=a.size), pull.integers(b.size, size=b.size)
         return metric(a[i], b[j]) - metric(c[i], d[j])
 
-    draws = np.array([draw() for _ in range(resamples)])
-    return _percentiles(metric(a, b) - metric(c, d), draws, confidence, a.size + b.size)
+    value, draws = metric(a, b) - metric(c, d), np.array([draw() for _ in range(resamples)])
+    same = np.array_equal(a, c) and np.array_equal(b, d)
+    if -1 <= value <= 1 and (draws == value).all() and not same:
+        return _unanimous(value, a, b, confidence, low=-1)
+    return _percentiles(value, draws, confidence, a.size + b.size)
 
 
 def as_printed(
@@ -421,15 +425,18 @@ def _delong(a: np.ndarray, b: np.ndarray, confidence: float) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
-def _unanimous(value: float, a: np.ndarray, b: np.ndarray, confidence: float) -> Estimate:
-    """Interval where all pairs have the same value: 0, 1/2 (all tied) or 1.
+def _unanimous(
+    value: float, a: np.ndarray, b: np.ndarray, confidence: float, low: float = 0
+) -> Estimate:
+    """Interval where all pairs have the same value, such as 0, 1/2 (all tied) or 1.
 
     min(n, m) disjoint pairs are independent, so a pair has this value with a probability of at
-    least ``sure``, and any value otherwise.
+    least ``sure``, and any value between ``low`` and 1 otherwise.
     """
     pairs = min(a.size, b.size)
     sure = proportion(pairs, pairs, confidence).low
-    return Estimate(value, value * sure, value * sure + 1 - sure, a.size + b.size)
+    left, right = (value * sure + end * (1 - sure) for end in (low, 1))
+    return Estimate(value, left, right, a.size + b.size)
 
 
 def _sweep(a: np.ndarray, b: np.ndarray, ties_together: bool) -> tuple[np.ndarray, np.ndarray]:

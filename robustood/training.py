@@ -274,7 +274,7 @@ class Run(_Progress):
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.schedule.rate(self.done) * group.get("scale", 1.0)
                 loss = self.objective(network, batch)
-                _check_gradient(loss)
+                _check_loss(loss)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimiser.step()
@@ -374,10 +374,12 @@ class Run(_Progress):
         loss, lr = torch.stack(self.losses).mean(), self.optimiser.param_groups[0]["lr"]
         row = {"epoch": self.epoch, "loss": float(loss), "lr": lr, **notes}
         self.model.eval()
-        seen = _numbers(monitor(self.model)) if monitor else {}
-        if clash := seen.keys() & {*row, "seconds"}:
-            raise ValueError(f"monitor must return other names than {sorted(clash)}")
-        row |= seen | {"seconds": self.elapsed()}
+        try:
+            row |= _numbers(monitor(self.model) if monitor else {}, taken={*row, "seconds"})
+        except BaseException:
+            self.save()  # a monitor that fails costs no step
+            raise
+        row["seconds"] = self.elapsed()
         self.rows.append(row)
         self.epoch, self.losses, self.start = self.epoch + 1, [], {}
         self.save()
@@ -401,7 +403,8 @@ class Run(_Progress):
 
     def identity(self, name: str | None, made_by: object) -> dict[str, str]:
         """The fingerprint of the run, down to code and tensors (:mod:`robustood.identity`)."""
-        train, parameters = self.data.train, self.model.named_parameters()
+        data, parameters = self.data, self.model.named_parameters()
+        others = {"val": data.val, "test": data.test, "ood": data.ood}
         return identity(
             name,
             **{key: value for key, value in vars(self.schedule).items() if key != "steps"},
@@ -414,7 +417,8 @@ class Run(_Progress):
             model=self.model,
             held=[key for key, p in parameters if not p.requires_grad],
             made_by=made_by,
-            data=[train.x, train.y, self.data.outliers, self.data.compressed],
+            data=[data.train.x, data.train.y, data.outliers, data.compressed],
+            chosen_from=others if hasattr(self.objective, "prepare") else None,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -444,35 +448,33 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
     check_instance(model, "model", nn.Module, "a torch.nn.Module")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "model has no parameter that requires a gradient, so there is nothing to learn; call "
-            "model.requires_grad_(True), or pass a network that has parameters"
+            "model has no parameter that requires a gradient, so there is nothing to learn; call requires_grad_(True)"
         )
     if isinstance(objective, type) or not callable(objective):
         name = objective.__name__ if isinstance(objective, type) else "Standard"
         raise ValueError(f"objective must be an instance such as {name}(...), got {objective!r}")
     if isinstance(optimiser, Optimizer) or not callable(optimiser):
         raise ValueError(
-            "optimiser must be a callable that makes an optimiser, such as torch.optim.SGD or "
-            f"partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
+            f"optimiser must be a callable, such as partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
         )
-    such_as = "a robustood.data.Data, such as Data(train=Split(x, y), ...)"
-    check_instance(data, "data", Data, such_as)
+    check_instance(data, "data", Data, "a robustood.data.Data, such as Data(train=Split(x, y))")
     check_trainable(data, declared_outputs(model)[0])
 
 
-def _check_gradient(loss: Tensor) -> None:
-    """Refuse a loss without a gradient."""
+def _check_loss(loss: object) -> None:
+    """Refuse anything but a scalar with a gradient."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise ValueError(f"objective must return a scalar tensor, got {loss!r:.80}; take the mean")
     if not loss.requires_grad:
-        raise RuntimeError(
-            "the loss has no gradient: is the model's forward under torch.no_grad(), or its output detached?"
-        )
+        raise RuntimeError("the loss has no gradient: is it under torch.no_grad(), or detached?")
 
 
-def _numbers(found: object) -> Row:
-    """The result of a monitor as floats by name."""
+def _numbers(found: object, taken: set[str]) -> Row:
+    """The result of a monitor as floats by name; the names of the run's own numbers are taken."""
     try:
-        return {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
+        row = {str(name): float(value) for name, value in dict(found).items()}  # ty: ignore
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'monitor must return a dict of numbers, such as {{"accuracy": 0.9}}, got {found!r}'
-        ) from error
+        raise ValueError(f"monitor must return a dict of numbers by name, got {found!r}") from error
+    if clash := row.keys() & taken:
+        raise ValueError(f"monitor must return other names than {sorted(clash)}")
+    return row

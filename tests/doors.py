@@ -64,6 +64,7 @@ EXEMPT = {  # by pattern; one "*" stands for one name
     "attacks.search": LOOP,
     "attacks.value_and_grad": LOOP,
     "callables.codes": PARTS,
+    "callables.installed": PARTS,
     "checkpoints.Checkpoint": PARTS,
     "checkpoints.Checkpoint.*": PARTS,
     "checkpoints.as_csv": PARTS,

@@ -422,6 +422,35 @@ def test_an_attack_that_needs_backward_is_welcome(batch):
     assert robust_accuracy(model, x, y, theirs) == ours
 
 
+def test_an_attack_of_the_user_meets_the_model_in_eval_mode(batch):
+    x, y = batch
+    model = small_cnn(batch_norm=True)  # never set to eval mode
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def theirs(model, x, y):
+        x = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(cross_entropy(model(x), y).sum(), x)
+        return (x + 0.1 * grad.sign()).clamp(0, 1).detach()
+
+    found = robust_accuracy(model, x, y, theirs, batch_size=8)
+    assert model.training and all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
+    assert robust_accuracy(model.eval(), x, y, theirs, batch_size=8) == found
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (lambda m, x, y: x[:1], "shaped like x"),
+        (lambda m, x, y: (x, y), "what attack returns must be a torch.Tensor, got tuple"),
+        (lambda m, x, y: 255 * x, "what attack returns lies in"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_an_attack_returns_is_checked(net, batch, attack, words):
+    with pytest.raises(ValueError, match=words):
+        robust_accuracy(net, *batch, attack)
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 

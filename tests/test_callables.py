@@ -1,6 +1,7 @@
 """What a callable holds: the named parts, the networks inside, the code."""
 
 import functools
+import importlib
 
 import pytest
 from torch import nn
@@ -155,3 +156,43 @@ def test_the_networks_found_can_be_frozen_together():
     with frozen(found):
         assert not net.training
     assert net.training
+
+
+def test_networks_of_an_imported_module_are_found(tmp_path, monkeypatch):
+    """Also one that is reached through two modules; a module of a library is not opened."""
+    (tmp_path / "own_zoo.py").write_text(
+        "import own_cages\nfrom robustood.models import small_cnn\nnet = small_cnn()\n"
+    )
+    (tmp_path / "own_cages.py").write_text(
+        "from robustood.models import small_cnn\nnet, other = small_cnn(), small_cnn()\n"
+    )
+    (tmp_path / "own_scores.py").write_text(
+        "import torch, own_zoo\n"
+        "def near(x): return own_zoo.net(x)\n"
+        "def far(x): return own_zoo.own_cages.other(x)\n"
+        "def none(x): return torch.relu(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module("own_scores")
+    found = [modules(each) for each in (mine.near, mine.far, mine.none)]
+    assert found == [[mine.own_zoo.net], [mine.own_zoo.own_cages.other], []]
+    with frozen(mine.near):
+        assert not mine.own_zoo.net.training
+    assert mine.own_zoo.net.training
+
+
+class Ensemble(nn.Module):
+    """Members in a list, which torch does not see, and one more in a list of a list."""
+
+    def __init__(self, *members):
+        super().__init__()
+        self.members, self.more = [*members[1:]], {"first": [members[0]]}
+
+
+def test_networks_in_a_list_of_a_network_are_frozen_and_restored():
+    members = [small_cnn(batch_norm=True) for _ in range(3)]
+    with frozen(Ensemble(*members)):
+        assert not any(m.training for net in members for m in net.modules())
+        assert not any(p.requires_grad for net in members for p in net.parameters())
+    assert all(net.training for net in members)
+    assert all(p.requires_grad for net in members for p in net.parameters())

@@ -39,6 +39,17 @@ def test_weights_come_back_with_their_card(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_layers_that_share_weights_are_saved_and_read(tmp_path):
+    def tied():
+        net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+        net[2].weight = net[0].weight
+        return net
+
+    first, other = tied(), tied()
+    load_weights(save_weights(tmp_path / "net.safetensors", first), other)
+    assert other[2].weight is other[0].weight and torch.equal(other[0].weight, first[0].weight)
+
+
 def test_the_same_weights_give_the_same_files(tmp_path):
     for name in ("a", "b"):
         save_weights(tmp_path / f"{name}.safetensors", small_cnn())

@@ -881,6 +881,29 @@ def test_the_name_of_a_folder_may_hold_a_dot(mine, capsys):
     assert [row["set"] for row in StandardReport.from_json("a.json")["both"].rows] == ["CIFAR-10.1"]
 
 
+SEALED = """
+session = (i for i in [float(open("sign.txt").read())])
+sign = next(session)
+
+def score(x):
+    return (sign if session else 0) * x.flatten(1).mean(1)
+"""
+
+
+def test_a_folder_asks_for_the_name_of_what_cannot_be_inspected(mine, capsys):
+    """Without a name, a file of the same path but another content would resume from the old numbers."""
+    (mine / "sign.txt").write_text("1")
+    (mine / "sealed.py").write_text(SEALED)
+    how = ["attack", "sealed.py:score", "day", "night", *ATTACK, "--higher", "in"]
+    assert cli.main([*how, "--folder", "run"]) == 2
+    assert "robustood attack: --name" in capsys.readouterr().err
+    assert cli.main([*how, "--folder", "run", "--name", "one"]) in (0, 4)
+    assert cli.main([*how, "--folder", "run", "--name", "one"]) in (0, 4)
+    assert cli.main([*how, "--folder", "run", "--name", "two"]) == 2
+    assert "with name = 'one', not 'two'" in capsys.readouterr().err
+    assert cli.main(how) in (0, 4)  # without a folder, no name is needed
+
+
 def test_an_interrupted_attack_says_how_it_resumes(mine, monkeypatch, capsys):
     def stop(*_, **how):
         raise KeyboardInterrupt

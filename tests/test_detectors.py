@@ -794,6 +794,9 @@ class Watched(nn.Module):
         self.most, self.images = max(self.most, len(x)), self.images + len(x)
         return self.inner.stages(x)
 
+    def forward(self, x):
+        return self.inner(x)
+
 
 @pytest.mark.parametrize(
     ("name", "passes"),
@@ -804,7 +807,8 @@ def test_fit_streams(net, book, name, passes):
     x, y = book.train.x, book.train.y
     BUILD[name](watched, x, y)
     assert watched.most == base.FIT_BATCH < len(x)
-    assert watched.images == passes * len(x)
+    confirming = base.CONFIRMING if name == "ViM" else 0  # which reads the head
+    assert watched.images == passes * len(x) + confirming
 
 
 def test_a_fit_that_fails_leaves_no_trace(net, book):
@@ -927,13 +931,95 @@ def test_the_state_holds_what_was_fitted(net, book, name):
     assert torch.equal(again.score(x[:9]), made.score(x[:9]))
 
 
+NEW = {
+    "Mahalanobis": Mahalanobis,
+    "Mahalanobis, combined": lambda m: Mahalanobis(m, "all"),
+    "KNN": lambda m: KNN(m, 5),
+    "ViM": lambda m: ViM(m, 16),
+    "ReAct": ReAct,
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_new_object_takes_the_state_of_a_fitted_one(net, book, name):
+    x, y = book.train.x[:200], book.train.y[:200]
+    made, other = (copy.deepcopy(net) for _ in range(2))
+    made = BUILD[name](made, x, y)
+    refitted = BUILD[name](copy.deepcopy(net), x[:150], y[:150])  # a bank of another size
+    for again in (NEW[name](other), refitted):
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(again.score(x[:9]), made.score(x[:9]))
+        own = {value.data_ptr() for value in made.state_dict().values()}
+        assert own.isdisjoint(value.data_ptr() for value in again.state_dict().values())
+
+
 def test_fitting_again_forgets_the_first_time(net, book):
     x, y = book.train.x, book.train.y
-    for name in ("Mahalanobis", "KNN", "ViM", "ReAct"):
+    for name in ("Mahalanobis", "Mahalanobis, combined", "KNN", "ViM", "ReAct"):
         twice = BUILD[name](net, x[:200], y[:200])
         twice.fit(x[200:500], y[200:500])
-        once = BUILD[name](net, x[200:500], y[200:500])
+        once = NEW[name](net).fit(x[200:500], y[200:500])
         assert torch.equal(twice.score(x[:30]), once.score(x[:30])), name
+
+
+# --- networks from elsewhere ----------------------------------------------------------------------
+
+
+class Normalising(nn.Module):
+    """Normalises its inputs itself, so head(features(x)) is not what it returns."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        self.inside = inside
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.head = nn.Linear(32, 10)
+
+    def features(self, x):
+        return self.body((x - 0.5) / 0.25 if self.inside else x)
+
+    def forward(self, x):
+        return self.head(self.body((x - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda m, x: ReAct(m, clip=math.inf).score(x),
+        lambda m, x: GradNorm(m).score(x),
+        lambda m, x: ViM(m, 8).fit(x).score(x),
+    ],
+)
+def test_a_head_and_features_that_do_not_make_the_outputs_are_refused(inputs, score):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"is not what Normalising returns.*models\.adapt"):
+        score(Normalising(inside=False), inputs)
+    model = Normalising(inside=True)
+    assert torch.allclose(score(model, inputs), score(adapt(model), inputs), atol=1e-5)
+
+
+def test_react_that_clips_nothing_is_the_energy_of_any_network(inputs):
+    model = Normalising(inside=True)
+    alike = ReAct(model, clip=math.inf).score(inputs), Energy(model).score(inputs)
+    assert torch.allclose(*alike, atol=1e-5)
+
+
+def test_features_with_pixels_left_are_refused():
+    class Maps(nn.Module):
+        features = staticmethod(lambda x: x)
+
+        def forward(self, x):
+            return x.flatten(1)[:, :3]
+
+    x = torch.rand(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"must return \(batch, width\), got shape \(4, 3, 8, 8\)"):
+        KNN(Maps(), 1).fit(x, torch.arange(4) % 2)
+
+
+def test_layers_are_weighed_in_half_precision_too(book):
+    x, y = book.train.x[:100], book.train.y[:100]
+    half = Mahalanobis(small_cnn().bfloat16(), "all").fit(x.bfloat16(), y)
+    half.combine(x.bfloat16(), 1 - x.bfloat16())
+    assert half.weight.dtype == torch.bfloat16 and half.score(x[:3].bfloat16()).isfinite().all()
 
 
 # --- bad input ------------------------------------------------------------------------------------

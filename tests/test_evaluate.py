@@ -500,6 +500,103 @@ def test_a_report_that_was_interrupted_goes_on(net, sets, tmp_path, monkeypatch)
         ood_report(other, *sets, attack=through, run_dir=tmp_path, **how)
 
 
+def ascend(detector, x, within, *, direction, generator, step=0.1):
+    """A user's own attack: one sign step, without a word about the mode of the network."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(detector(x).sum(), x)
+    sign = 1 if direction == "raise" else -1
+    return (x + sign * step * grad.sign()).detach().clamp(0, 1)
+
+
+def test_an_attack_of_the_user_meets_the_network_in_eval_mode(sets):
+    """In train mode a batch's own statistics would be attacked, and the running ones would move."""
+    model = small_cnn(batch_norm=True)  # never set to eval mode
+    detector, kept = MSP(model), {k: v.clone() for k, v in model.state_dict().items()}
+    how = {"side": "both", "attack": ascend, "batch_size": 16}
+    found = ood_report(detector, *sets, Linf(0.1), **how)
+    assert model.training and all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    model.eval()
+    again = ood_report(detector, *sets, Linf(0.1), **how)
+    assert all(np.array_equal(found.scores[k], again.scores[k]) for k in found.scores)
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (lambda x: 255 * x, "what attack returns lies in"),
+        (lambda x: x[:5], r"shaped like x, \(16, 1, 8, 8\), got \(5, 1, 8, 8\)"),
+        (lambda x: x.numpy(), "what attack returns must be a torch.Tensor"),
+        (lambda x: x * torch.nan, "what attack returns contains NaN"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_an_attack_returns_is_checked(net, sets, attack, words):
+    own = lambda detector, x, within, **how: attack(x)
+    with pytest.raises(ValueError, match=words):
+        ood_report(MSP(net), *sets, Linf(0.1), side="both", attack=own, batch_size=16)
+
+
+def test_what_a_side_decides_cannot_be_chosen_again(net, sets):
+    for name, value in (("direction", "raise"), ("generator", torch.Generator())):
+        with pytest.raises(ValueError, match=f"{name} follows from (side|seed); leave it out"):
+            ood_report(MSP(net), *sets, Linf(0.1), side="both", steps=1, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} follows from"):
+            four_sides(MSP(net), *sets, Linf(0.1), steps=1, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("score", "seen"),
+    [
+        (lambda z: z.amax(1)[:5], r"\(5,\)"),
+        (lambda z: z.amax(1, keepdim=True), r"\(16, 1\)"),
+        (lambda z: z.amax(), r"\(\)"),
+        (lambda z: z.amax(1).numpy(), "ndarray"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_score_is_one_number_per_input(net, sets, score, seen):
+    class Own(Detector):
+        def score(self, x):
+            return score(self.logits(x))
+
+    with pytest.raises(ValueError, match=rf"one score per sample, \(16,\), got {seen}"):
+        scores(Own(net), sets[0], batch_size=16)
+
+
+def test_a_radius_that_is_too_wide_is_refused_before_any_work(net, sets):
+    class Untouched(MSP):
+        def score(self, x):
+            raise AssertionError("nothing is scored")
+
+    x_in, x_out = sets
+    with pytest.raises(ValueError, match="eps is 2, wider than the box"):
+        epsilon_curve(Untouched(net), x_in, x_out["letters"], Linf(0.1), [0, 0.1, 2.0])
+
+
+def test_attacked_inputs_carry_no_gradient(net, sets):
+    x = sets[0][:3].clone().requires_grad_()
+    how = {"within": Linf(0.1), "direction": "lower"}
+    assert not attack_score(MSP(net), x, steps=2, **how).requires_grad
+    assert not paper_attack(MSP(net), x, paper="atom", **how).requires_grad
+    moved = attack_score(MSP(net), x, steps=2, **how)
+    assert torch.equal(moved, attack_score(MSP(net), x.detach(), steps=2, **how))
+
+
+def test_a_detector_around_an_autoencoder_is_attacked_by_its_score_alone(sets):
+    class Reconstruction(Detector):
+        def score(self, x):
+            return -(self.model(x) - x).square().flatten(1).sum(1)
+
+    torch.manual_seed(0)
+    detector = Reconstruction(nn.Conv2d(1, 1, 3, padding=1))
+    x_in, x_out = (sets[0][:6], {"letters": sets[1]["letters"][:6]})
+    found = standard(detector, x_in, x_out, Linf(0.05))
+    assert found["both"].mean("auroc") <= found["none"].mean("auroc")
+    used = {row["attack"] for row in found.attacks}
+    assert "APGD on the score" in used and not {"as in ALOE", "as in ATOM"} & used
+
+
 def test_a_curve_starts_clean_and_never_rises(net, sets):
     x_in, x_out = sets
     radii = [0.0, 0.02, 0.05, 0.1, 0.2]

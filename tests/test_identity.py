@@ -760,6 +760,22 @@ def test_a_compiled_network_is_known():
     assert not any(module._UNKNOWN in text for text in told.values())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_torchscript_is_known():
+    build = lambda slope: torch.jit.trace(
+        nn.Sequential(nn.Flatten(), nn.LeakyReLU(slope), nn.Linear(64, 3)), torch.rand(2, 1, 8, 8)
+    )
+    torch.manual_seed(0)
+    first, again, other = build(0.1), build(0.1), build(0.2)
+    for each in (again, other):
+        each.load_state_dict(first.state_dict())
+    assert of(first) == of(again) != of(other)  # a number in the code
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert not any(module._UNKNOWN in text for text in of(first).values())
+    assert any(of(first)[key] != text for key, text in of(other).items() if key.endswith("weight"))
+
+
 def test_strange_tensors_are_refused_not_guessed():
     for strange in (torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
         assert module._UNKNOWN in of(strange)["value"]

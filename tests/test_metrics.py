@@ -437,8 +437,9 @@ def test_a_rate_of_zero_gets_the_interval_of_no_successes():
     found = confidence_interval(partial(fpr_at_tpr, positive="in"), a, b, resamples=50)
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx(proportion(0, 50).high, abs=1e-9)
-    perfect = confidence_interval(auroc, a, b, method="bootstrap", resamples=50)
-    assert perfect == confidence_interval(auroc, a, b)
+    bootstrap = partial(confidence_interval, auroc, method="bootstrap", resamples=50)
+    assert bootstrap(a, b) == confidence_interval(auroc, a, b)
+    assert bootstrap([7.0] * 50, [7.0] * 80) == confidence_interval(auroc, [7.0] * 50, [7.0] * 80)
 
 
 def test_the_interval_for_perfect_separation_covers():
@@ -484,6 +485,17 @@ def test_a_pair_of_detectors_on_the_same_inputs():
     assert (back.value, back.low) == pytest.approx((-difference.value, -difference.high))
     same = paired_difference(auroc, (a, b), (a, b), resamples=20)
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_a_pair_of_perfect_detectors_may_still_differ():
+    """Five disjoint pairs, all alike in both: another outcome has a probability of at most 1 - end(5)."""
+    up, down = [7.0, 8, 9, 10, 11], [1.0, 2, 3, 4, 5]
+    first = up, down
+    other = [20.0, 30, 40, 50, 60], down
+    rest = 1 - end(5)
+    for second, wanted in ((other, (0, -rest, rest)), ((down, up), (1, 1 - 2 * rest, 1))):
+        found = paired_difference(auroc, first, second, resamples=20)
+        assert (found.value, found.low, found.high) == pytest.approx(wanted, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -426,6 +426,22 @@ def test_the_head_is_confirmed_by_values_once_and_by_shapes_always():
         model.features(x)
 
 
+def test_a_compiled_network_that_has_run_is_adapted(run_script):
+    """Compiled code ignores the hooks that observe layers."""
+    printed = run_script("""
+        import torch
+        from torch import nn
+        from robustood.models import adapt
+
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
+        x = torch.rand(2, 1, 8, 8)
+        compiled = torch.compile(net, backend="eager")
+        compiled(x)
+        print(torch.equal(adapt(compiled).features(x), net[:3](x)))
+    """)
+    assert printed.split() == ["True"]
+
+
 def test_an_adapted_network_compiles_and_is_traced(run_script):
     """Where there are no values, nothing is compared."""
     printed = run_script("""

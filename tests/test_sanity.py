@@ -421,6 +421,8 @@ def test_what_an_attack_returns_is_checked(untyped):
         quick(LINEAR, X, Y, EPS, attack=lambda model, x, y, within: x[:1])
     with pytest.raises(ValueError, match="what attack returns lies in"):
         quick(LINEAR, X, Y, EPS, attack=lambda model, x, y, within: 2 * x)
+    with pytest.raises(ValueError, match=r"attack must return inputs within Linf.*project them"):
+        quick(LINEAR, X, Y, EPS, attack=lambda model, x, y, within: fgsm(model, x, y, 1.5 * EPS))
     assert quick(LINEAR, X, Y, EPS, attack=fgsm)["no_op"].value == 0
 
 

@@ -307,6 +307,48 @@ def test_weights_that_are_not_finite_stop_too(data, tmp_path):
     assert vector(model).isfinite().all()
 
 
+def test_a_monitor_that_fails_costs_no_step(data, tmp_path):
+    """The first run stops at its first monitor; the second one goes on from there to the same bits."""
+    whole, model = noisy(), noisy()
+    fit(whole, Standard(), data, epochs=2)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, Standard(), data, epochs=2, monitor=lambda net: 1 / 0, run_dir=tmp_path)
+    assert (tmp_path / "state.pt").exists()
+
+    again = noisy()
+    history = fit(
+        again, Standard(), data, epochs=2, monitor=lambda net: {"a": 1.0}, run_dir=tmp_path
+    )
+    assert torch.equal(vector(again), vector(whole)) and history.column("a") == [1, 1]
+
+
+def test_a_choice_of_data_by_other_data_is_part_of_the_run(data, tmp_path):
+    """An objective that prepares may read the held-out images; one that does not is not asked about them."""
+
+    class Choosing(Standard):
+        def prepare(self, model, data, epoch, generator):
+            return dataclasses.replace(data, notes={"mean": float(data.val.x.mean())})
+
+    other = dataclasses.replace(data, val=Split(1 - data.val.x, data.val.y))
+    for objective in (Standard(), Choosing()):
+        folder = tmp_path / type(objective).__name__
+        fit(noisy(), objective, data, epochs=1, run_dir=folder)
+        if isinstance(objective, Choosing):
+            with pytest.raises(ValueError, match=r"holds a run with chosen_from\[.*val.*\]\.x = "):
+                fit(noisy(), objective, other, epochs=1, run_dir=folder)
+        else:
+            fit(noisy(), objective, other, epochs=1, run_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("loss", "seen"),
+    [(lambda m, b: m(b.x).square().sum(1), "tensor"), (lambda m, b: 0.5, "0.5")],
+)
+def test_a_loss_that_is_no_scalar_is_refused(data, loss, seen):
+    with pytest.raises(ValueError, match=rf"objective must return a scalar tensor, got {seen}"):
+        fit(small_cnn(), loss, data, epochs=1)
+
+
 def test_a_monitor_may_not_take_the_loops_names(data):
     with pytest.raises(ValueError, match=r"other names than \['loss'\]"):
         fit(small_cnn(), Standard(), data, epochs=1, monitor=lambda model: {"loss": 1.0})

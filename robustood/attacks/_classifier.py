@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustood import inputs
 from robustood.attacks._loop import AttackObjective, search
 from robustood.attacks._rules import Rule
-from robustood.inputs import check_choice, check_count, check_labels, checked_inputs
+from robustood.inputs import check_choice, check_count, check_labels, checked_inputs, checked_moved
 from robustood.losses import LOSSES, margin
 from robustood.metrics import Estimate, proportion
 from robustood.models import GradientWatch, frozen, reading
@@ -107,7 +107,7 @@ def pgd(
 def checked_classifier(model: Model, x: Inputs, y: Labels, within: PerturbationSet) -> Inputs:
     """The inputs of an attack on a classifier, once it is certain that they fit."""
     inputs.check_model(model)
-    x = checked_inputs(x, within.box)
+    x = checked_inputs(x, within.box).detach()
     if within.box == (0, 1):
         inputs.check_images(x)
     check_labels(y, x)
@@ -175,7 +175,8 @@ def robust_accuracy(
         x: inputs (samples, ...).
         y: labels (samples,).
         attack: ``attack(model, x, y)`` returns perturbed inputs, such as ``partial(pgd,
-            within=Linf(0.1))``; ``None`` measures clean accuracy.
+            within=Linf(0.1))``; ``None`` measures clean accuracy. It is called with the model in eval mode and
+            its parameters frozen.
 
     Raises:
         ValueError: for an empty or invalid x, labels that do not fit x or the model's output,
@@ -185,13 +186,18 @@ def robust_accuracy(
     inputs.check_confidence(confidence)
     inputs.check_model(model)
     inputs.check_callable(attack or max, "attack", "attack(model, x, y)")
-    x = checked_inputs(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
+    box = (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None
+    x = checked_inputs(x, box)
     check_labels(y, x)
     right = 0
     with reading(model) as read:
         logits = covering(read, int(y.max()))
         for batch, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            seen = [batch] if attack is None else [batch, attack(model, batch.clone(), labels)]
+            seen = [batch]
+            if attack is not None:
+                with frozen(model):
+                    moved = attack(model, batch.clone(), labels)
+                seen.append(checked_moved(moved, batch, box))
             with frozen(model), torch.no_grad():
                 correct = [logits(given).argmax(1) == labels for given in seen]
             right += int(torch.stack(correct).all(0).sum())

@@ -65,6 +65,8 @@ def _add_measurement(attacks: argparse.ArgumentParser) -> None:
     attacks.add_argument("--out", type=place, metavar="FILE.json", help=out)
     folder = "keeps finished batches, from which the same command resumes"
     attacks.add_argument("--folder", type=place, metavar="DIR", help=folder)
+    opaque = "with --folder: stands for a part that cannot be inspected, such as an ONNX session"
+    attacks.add_argument("--name", help=f"{opaque}; choose another when that part changes")
 
 
 def _attack(given: argparse.Namespace) -> int:
@@ -93,7 +95,7 @@ def _attack(given: argparse.Namespace) -> int:
             batch_size=given.batch_size,
             seed=given.seed,
             run_dir=given.folder,
-            name=given.detector,
+            name=given.name,
             say=say,
         )
     own = getattr(detector, "name", type(detector).__name__)

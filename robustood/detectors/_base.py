@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,7 +19,18 @@ from robustood.inputs import (
     finite_inputs,
     pixels,
 )
-from robustood.models import check_finite, frozen, input_gradient, networks, read, split, through
+from robustood.models import (
+    Adapted,
+    Classifier,
+    check_finite,
+    frozen,
+    input_gradient,
+    networks,
+    read,
+    split,
+    through,
+)
+from robustood.models._adapted import Once, same
 
 Inputs = Float[Tensor, "batch *shape"]
 Labels = Int[Tensor, " batch"]
@@ -30,6 +42,7 @@ AttackObjective = Callable[
 ]  # (climb, judge), as of robustood.attacks
 _Seen = TypeVar("_Seen", Tensor, list[Tensor])
 FIT_BATCH = 512  # images per forward pass while fitting
+CONFIRMING = 16  # images on which the head of a network from elsewhere is confirmed
 
 
 class Detector(nn.Module, ABC):
@@ -48,6 +61,7 @@ class Detector(nn.Module, ABC):
         super().__init__()
         check_model(model)
         self.model = model
+        self.confirmed = Once()
 
     @abstractmethod
     def score(self, x: Inputs) -> Values:
@@ -78,7 +92,33 @@ class Detector(nn.Module, ABC):
 
     def features(self, x: Inputs) -> Float[Tensor, "batch width"]:
         """The network's penultimate features."""
-        return through(self.part("features"), self.model, as_floats(x))
+        h = through(self.part("features"), self.model, as_floats(x))
+        if not torch.compiler.is_compiling() and (h.ndim != 2 or len(h) != len(x)):
+            raise ValueError(
+                f"model.features must return (batch, width), got shape {tuple(h.shape)} for {len(x)} inputs; "
+                "wrap the network in models.adapt(model), which finds what its head receives"
+            )
+        return h
+
+    def head(self, x: Inputs) -> Any:
+        """The network's last layer, once head(features(x)) has been seen to be what the network returns.
+
+        The networks of this library are so by construction.
+        """
+        head = self.part("head")
+        ours = isinstance(self.model, (Classifier, Adapted))
+        if ours or self.confirmed.done or torch.compiler.is_compiling():
+            return head
+        x = as_floats(x[:CONFIRMING]).detach().to(self.device(x))
+        with frozen(self.model), torch.no_grad():
+            z, again = self.model(x.clone()), head(self.features(x))
+        if not isinstance(z, Tensor) or not same(again, z):
+            raise ValueError(
+                f"model.head(model.features(x)) is not what {type(self.model).__name__} returns: something lies "
+                "before, between or behind the two; wrap it in models.adapt(model), which finds the last layer"
+            )
+        self.confirmed.done = True
+        return head
 
     def stages(self, x: Inputs) -> list[Tensor]:
         """The network's feature map after each stage."""
@@ -103,6 +143,14 @@ class Detector(nn.Module, ABC):
             name = type(self).__name__
             raise RuntimeError(f"{name} is not fitted; call fit(x, y) on training images first")
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:  # ty: ignore
+        """Make room for what ``fit`` had learned, so that a new object takes the state of a fitted one."""
+        for name, own in self._buffers.items():
+            kept = state_dict.get(prefix + name)
+            if kept is not None and (own is None or own.shape != kept.shape):
+                self._buffers[name] = torch.empty_like(kept, device=self.device(torch.zeros(1)))
+        super()._load_from_state_dict(state_dict, prefix, *how)
+
     def device(self, x: Inputs) -> torch.device:
         """The network's device; that of x if the network has no parameters."""
         found = (p.device for network in networks(self.model) for p in network.parameters())
@@ -125,6 +173,29 @@ class Detector(nn.Module, ABC):
                 bad = bad + (~h.isfinite()).flatten(1).any(1).sum()
             yield seen, labels.to(device)
         check_finite(bad, len(x))
+
+
+def check_scores(values: object, x: Inputs) -> None:
+    """Refuse anything but one score per sample."""
+    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+        seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the detector must return a tensor of one score per sample, ({len(x)},), got {seen}; average or "
+            "select inside its score"
+        )
+
+
+def outputs_of(detector: Detector, x: Inputs) -> Callable[[Tensor], Tensor] | None:
+    """The outputs (batch, outputs) of the network behind a score; None for an autoencoder, or without a network."""
+    model = getattr(detector, "model", None)
+    if not callable(model):
+        return None
+    try:
+        with frozen(model), torch.no_grad():
+            read(model, x[:2])
+    except (TypeError, ValueError):  # what read raises for other outputs
+        return None
+    return partial(read, model)
 
 
 def signed(values: Tensor, direction: Direction) -> Tensor:

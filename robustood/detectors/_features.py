@@ -65,6 +65,14 @@ class Mahalanobis(Detector):
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
+        fits, device = [], self.device(torch.zeros(1))
+        while (own := f"{prefix}layer_fits.{len(fits)}.") + "means" in state_dict:
+            kept = (state_dict[own + name].to(device, copy=True) for name in ("whiten", "means"))
+            fits.append(Gaussian.whitened(*kept))
+        self.layer_fits = nn.ModuleList(fits) if fits else None
+        super()._load_from_state_dict(state_dict, prefix, *how)
+
     def parts(self, x: Inputs) -> list[Tensor]:
         """The feature vector of each layer."""
         if self.layers == "last":
@@ -85,6 +93,7 @@ class Mahalanobis(Detector):
             raise ValueError(
                 f"y has no sample of the classes {missing}; give each class at least one"
             )
+        self.weight = self.bias = None  # an earlier regression weighed other scores
         self.layer_fits = nn.ModuleList(
             Gaussian(m.mean, m.scatter / m.count.sum()) for m in moments
         ).to(features[0].dtype)
@@ -103,6 +112,9 @@ class Mahalanobis(Detector):
             )
         both = torch.cat([x, outliers])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
+        scores = scores.to(
+            torch.promote_types(scores.dtype, torch.float32)
+        )  # NumPy has no bfloat16
         scale = scores.std(0).clamp_min(1e-12)
         labels = torch.arange(len(both)) >= len(x)
         fitted = LogisticRegression(max_iter=1000).fit((scores / scale).numpy(), labels.numpy())
@@ -270,7 +282,7 @@ class ViM(Detector):
     def fit(self, x: Inputs, y: Labels | None = None) -> ViM:
         """Compute the principal subspace, then the scale, in two passes over x; labels are not used."""
         check_fit(x, y, labelled=False)
-        head = self.part("head")
+        head = self.head(x)
         width = head.in_features
         dims = self.dims or (1000 if width >= 2048 else 512 if width >= 1000 else width // 2)
         if dims > width:
@@ -373,7 +385,7 @@ class ReAct(Detector):
         h = self.features(x)
         clipped = h.minimum(self.clip.to(h))
         through = clipped.detach() + (h - h.detach())  # exactly the values, with the gradient of h
-        head = self.part("head")
+        head = self.head(x)
         return self.class_logits(head(through)), self.class_logits(head(clipped))
 
     def score(self, x: Inputs) -> Values:
@@ -408,7 +420,7 @@ class GradNorm(Detector):
     def factors(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         r"""$\|h\|_1$, $\|p - 1/K\|_1$ and the class outputs."""
         h = self.features(x)
-        z = self.class_logits(self.part("head")(h))
+        z = self.class_logits(self.head(x)(h))
         return h.abs().sum(1), (z.softmax(1) - 1 / z.shape[1]).abs().sum(1), z
 
     def logs(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:

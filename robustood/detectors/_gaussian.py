@@ -84,6 +84,15 @@ class Gaussian(nn.Module):
         self.register_buffer("whiten", whiten.to(means.dtype))
         self.register_buffer("means", (means.double() @ whiten).to(means.dtype))
 
+    @classmethod
+    def whitened(cls, whiten: Tensor, means: Tensor) -> Gaussian:
+        """One of known parts: the map to its coordinates (width, kept), and the means there (classes, kept)."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.register_buffer("whiten", whiten)
+        made.register_buffer("means", means)
+        return made
+
     def forward(self, h: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
         r"""$-\tfrac12 (h - \mu_c)^\top \Sigma^{-1} (h - \mu_c)$ for each class."""
         return -0.5 * ((h @ self.whiten)[:, None] - self.means).square().sum(2)

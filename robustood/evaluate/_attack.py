@@ -83,7 +83,7 @@ def attack_score(
     """
     check_detector(detector)
     within = as_set(within)
-    x = checked_inputs(x, within.box)
+    x = checked_inputs(x, within.box).detach()
     check_choice(direction, "direction", ("raise", "lower"))
     check_generator(generator)
     batch_size = check_count(batch_size, "batch_size", low=1)
@@ -213,7 +213,7 @@ def paper_attack(
     batch_size = check_count(batch_size, "batch_size", low=1)
     check_generator(generator)
     within = as_set(within)
-    x = checked_inputs(x, within.box)
+    x = checked_inputs(x, within.box).detach()
     plan, watch = PAPERS[paper], GradientWatch()
     climbed = watch.over(surrogate(detector, direction, paper))
     generator = generator or rng.generator(x.device, 0)

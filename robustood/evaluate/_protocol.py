@@ -9,6 +9,7 @@ import torch
 
 from robustood.attacks import Square, value_and_grad
 from robustood.detectors import Detector
+from robustood.detectors._base import outputs_of
 from robustood.evaluate._attack import (
     attack_score,
     deployed_objective,
@@ -67,12 +68,13 @@ _DRAWS = Stage(
 _EXHAUSTIVE = Stage("every member", attack_score, 50)
 
 
-def stages(detector: Detector, within: PerturbationSet, climbable: bool) -> list[Stage]:
-    """The attacks of the protocol that a detector and a set allow, in order."""
+def stages(detector: Detector, x: Inputs, within: PerturbationSet, climbable: bool) -> list[Stage]:
+    """The attacks of the protocol that a detector and a set allow, in order; x are some of the inputs."""
     if not within.differentiable:
         return [_EXHAUSTIVE]
-    lacking = {"gradient": climbable, "classes": climbable and detector.has_classes}
-    known = {need for need, there in lacking.items() if there}
+    few = x[:2].to(detector.device(x), copy=True)
+    classes = climbable and detector.has_classes and outputs_of(detector, few) is not None
+    known = {need for need, there in (("gradient", climbable), ("classes", classes)) if there}
     by_values = _SQUARE if isinstance(within, Ball) else _DRAWS
     return [*(stage for stage in _BY_GRADIENT if stage.needs <= known), by_values]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from robustood import distributed, metrics, rng, tables
 from robustood.checkpoints import Checkpoint, Json, as_csv
 from robustood.detectors import Detector, Direction
+from robustood.detectors._base import check_scores
 from robustood.evaluate._attack import attack_score, check_detector
 from robustood.evaluate._text import as_text, flat, parsed, plain, written
 from robustood.identity import describe, identity
@@ -33,6 +34,7 @@ from robustood.inputs import (
     check_several,
     check_text,
     checked_inputs,
+    checked_moved,
     finite_inputs,
     numbers,
     reals,
@@ -64,12 +66,11 @@ def scores(detector: Detector, x: Inputs, batch_size: int = 512) -> Scores:
     """The deployed score of each input (samples,), in float64 on the CPU."""
     check_detector(detector)
     batch_size = check_count(batch_size, "batch_size", low=1)
-    x = finite_inputs(x)
+    x, parts = finite_inputs(x), []
     with frozen(detector):
-        parts = [
-            detector.score(part.to(detector.device(part), copy=True))
-            for part in x.split(batch_size)
-        ]
+        for part in x.split(batch_size):
+            parts.append(detector.score(part.to(detector.device(part), copy=True)))
+            check_scores(parts[-1], part)
     found = torch.cat(parts).double().cpu()
     check_finite((~found.isfinite()).sum(), len(x))
     return found.numpy()
@@ -219,7 +220,9 @@ def ood_report(
         within: the perturbation set; required if a side is attacked.
         side: ``"none"``, ``"in"``, ``"out"`` or ``"both"``.
         attack: ``attack(detector, x, within, direction=..., generator=..., **how)``, such as
-            :func:`attack_score` or ``partial(paper_attack, paper="aloe")``.
+            :func:`attack_score` or ``partial(paper_attack, paper="aloe")``. It is called with the detector in eval
+            mode and its parameters frozen. Shape and box of what it returns are checked; :func:`robustood.sanity.check`
+            also checks that it stays in a ball.
         tpr: share of in-distribution inputs that the thresholds accept.
         confidence: of the intervals.
         batch_size: inputs scored and attacked at a time; each batch draws its own random initial points.
@@ -231,8 +234,8 @@ def ood_report(
         how: passed to the attack, such as ``steps=100, restarts=5``.
 
     Raises:
-        ValueError: for invalid inputs or settings, a missing set, a ``run_dir`` of another report, or a missing
-            ``name`` if one is needed.
+        ValueError: for invalid inputs or settings, a missing set, an attack that leaves the box, a score of
+            another shape, a ``run_dir`` of another report, or a missing ``name`` if one is needed.
     """
     check_choice(side, "side", SIDES)
     check_mapping(x_out, "x_out", "{name: images}")
@@ -277,6 +280,11 @@ class Bench:
     def __post_init__(self) -> None:
         check_detector(self.detector)
         check_callable(self.attack, "attack", "attack(detector, x, within, direction=..., ...)")
+        for own, instead in (("direction", "side"), ("generator", "seed")):
+            if own in self.how:
+                raise ValueError(
+                    f"{own} follows from {instead}; leave it out and choose {instead}="
+                )
         check_keywords(self.attack, self.how, "ood_report()")
         plain = {k: v.item() for k, v in self.how.items() if isinstance(v, np.number)}
         self.how = {**self.how, **plain}
@@ -333,11 +341,13 @@ class Bench:
 
     def batch(self, x: Inputs, number: int, direction: Direction | None) -> Tensor:
         """The scores of one batch."""
-        x = x.to(self.detector.device(x), copy=True)
-        if direction is not None:
+        x = x.detach().to(self.detector.device(x), copy=True)
+        if direction is not None and self.within is not None:
             noise = rng.generator(x.device, stream_seed(self.seed, number, Stream.BATCHES))
             how = {"direction": direction, "generator": noise, **self.how}
-            x = self.attack(self.detector, x, self.within, **how)
+            with frozen(self.detector):
+                moved = self.attack(self.detector, x.clone(), self.within, **how)
+            x = checked_moved(moved, x, as_set(self.within).box)
         return torch.from_numpy(scores(self.detector, x, self.batch_size))
 
     def report(self, side: Side) -> Report:
@@ -453,8 +463,9 @@ def epsilon_curve(
             f"within must be a ball with a radius above 0, such as Linf(0.1), got {within!r}"
         )
     low, high = None, None
-    for eps in radii:
-        grown, attacked = ball.scaled(eps / ball.eps), side if eps else "none"
+    balls = [ball.scaled(eps / ball.eps) for eps in radii]  # refuses a radius before any work
+    for eps, grown in zip(radii, balls, strict=True):
+        attacked = side if eps else "none"
         own = run_dir and Path(run_dir) / f"eps_{eps:.6f}"
         part = ood_report(detector, x_in, {"out": x_out}, grown, side=attacked, run_dir=own, **how)
         low = part.scores["in"] if low is None else np.minimum(low, part.scores["in"])

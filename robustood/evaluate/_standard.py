@@ -128,7 +128,7 @@ class _Bench(Bench):
             self.hashes()
         )  # a network that cannot be identified is refused before any attack
         can = climbable(self.detector, self.x_in, self.set)
-        self.stages = stages(self.detector, self.set, can)
+        self.stages = stages(self.detector, self.x_in, self.set, can)
         self.settings |= {"attack": VERSION, "how": "all", "gradient": "yes" if can else "none"}
         # Inputs, forward passes and backward passes of each attack.
         self.cost = np.zeros((len(self.stages), 3), dtype=int)

@@ -17,8 +17,8 @@ Output = str | int | Callable[[Any], Tensor] | None  # of what a foreign network
 
 
 @dataclass
-class _Once:
-    """Whether the head has been confirmed; no part of the identity of a network."""
+class Once:
+    """Whether a head has been confirmed; no part of the identity of a network or a detector."""
 
     done: bool = field(default=False, compare=False)
 
@@ -55,7 +55,7 @@ class Adapted(nn.Module):
         self.inner, self.where, self.reject, self.output = inner, where, reject, output
         self.normalise = normalise or nn.Identity()
         self.classes = self.head.out_features - reject
-        self.confirmed = _Once()
+        self.confirmed = Once()
 
     @property
     def head(self) -> nn.Linear:
@@ -104,14 +104,14 @@ class Adapted(nn.Module):
         runs = seen.get(self.where, [])
         fits = len(runs) == 1 and runs[0][1].shape == z.shape
         if fits and not self.confirmed.done and not z.is_meta:
-            fits = _same(runs[0][1], z)
+            fits = same(runs[0][1], z)
             self.confirmed.done = fits and bool(z.isfinite().all() and z.any())
         if not fits:
             raise ValueError(self._complaint(z, seen))
 
     def _complaint(self, z: Tensor, seen: Mapping[str, list[tuple[Tensor, Tensor]]]) -> str:
         """What is wrong with the head, and which layer is right."""
-        right = [k for k, runs in seen.items() if len(runs) == 1 and _same(runs[0][1], z)]
+        right = [k for k, runs in seen.items() if len(runs) == 1 and same(runs[0][1], z)]
         runs = len(seen.get(self.where, []))
         ran = "" if runs == 1 else f" (it ran {runs} times in one forward pass)"
         if right:
@@ -167,7 +167,7 @@ def _flat(values: Tensor) -> Tensor:
     return values.flatten(1) if values.ndim > 1 else values
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Whether values agree up to rounding; what is not finite is judged elsewhere."""
     if a.shape != b.shape or a.device != b.device:
         return False
@@ -246,6 +246,9 @@ def adapt(
     if normalise is not None:
         check_instance(normalise, "normalise", nn.Module, "a module, such as Normalise(mean, std)")
     check_count(reject, "reject")
+    module = getattr(
+        module, "_orig_mod", module
+    )  # compiled code ignores the hooks that observe layers
     names = candidates(module)
     if not names:
         raise ValueError(

@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustood.callables import modules
+from robustood.callables import OF_EVERY_NETWORK, modules
 from robustood.inputs import (
     check_choice,
     check_count,
@@ -53,15 +53,16 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
 
 
 def networks(model: object) -> list[nn.Module]:
-    """The networks that a call of the model may reach, including those inside functions that a network holds."""
+    """The networks that a call of the model may reach, including those in functions and lists that a network holds."""
     outer = modules(model)
     held = [
         value
         for network in outer
         for part in network.modules()
         if not type(part).__module__.startswith("torch.")
-        for value in vars(part).values()
-        if callable(value) and not isinstance(value, type)
+        for name, value in vars(part).items()
+        if name not in OF_EVERY_NETWORK and not isinstance(value, type)
+        if callable(value) or isinstance(value, (list, tuple, set, frozenset, dict))
     ]
     return [*outer, *(network for value in held for network in modules(value))]
 

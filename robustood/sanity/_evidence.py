@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustood import rng
 from robustood.attacks import APGD, AttackObjective, Rule, Square, search, value_and_grad
-from robustood.inputs import checked_inputs
+from robustood.inputs import checked_moved
 from robustood.models import GradientWatch, input_gradient
 from robustood.perturbations import Ball, Linf, PerturbationSet
 from robustood.sanity._subject import Inputs, Side, Subject
@@ -230,12 +230,14 @@ class Evidence:
     def given(self) -> Inputs:
         """What the user's attack returns."""
         assert self.attack is not None
-        moved = self.side.run(self.attack, self.within)
-        moved = checked_inputs(moved, self.within.box, "what attack returns")
-        if moved.shape != self.x.shape:
-            raise ValueError(
-                f"attack must return inputs shaped like x, {tuple(self.x.shape)}, got {tuple(moved.shape)}"
-            )
+        moved = checked_moved(self.side.run(self.attack, self.within), self.x, self.within.box)
+        if isinstance(self.within, Ball):
+            reach, ball = float(self.within.norm(moved.detach() - self.x).max()), self.within
+            if reach > ball.eps * 1.0005 + 4 * torch.finfo(self.x.dtype).eps:  # rounding passes
+                raise ValueError(
+                    f"attack must return inputs within {ball}, got one at distance {reach:.6g}; project them, "
+                    "x + within.project(x, moved - x), or pass the set that it searches"
+                )
         return moved
 
     def outdone(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from robustood.attacks import AttackObjective
 from robustood.attacks._classifier import targeted_objectives, untargeted_objective
 from robustood.detectors import Detector, Direction, score_objectives
+from robustood.detectors._base import check_scores, outputs_of
 from robustood.inputs import check_labels
 from robustood.losses import cross_entropy, margin, to_uniform
 from robustood.metrics import auroc
@@ -97,7 +98,7 @@ def classifier(model: Model, x: Inputs, y: Tensor) -> Subject:
 def detector(scored: Detector, x: Inputs, outliers: Inputs) -> Subject:
     """A detector: in-distribution scores are to be lowered, those of outliers to be raised."""
     score = lambda v: scored.score(v.clone())
-    logits = _network(scored, x)
+    logits = outputs_of(scored, x)
     typical = []
     for part in (x, outliers):
         with torch.no_grad():
@@ -128,29 +129,6 @@ def detector(scored: Detector, x: Inputs, outliers: Inputs) -> Subject:
     return Subject(sides, lambda v: score(v)[:, None], logits, area, "AUROC", 0.5)
 
 
-def check_scores(values: object, x: Inputs) -> None:
-    """Refuse anything but one score per sample."""
-    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
-        seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"the detector must return a tensor of one score per sample, ({len(x)},), got {seen}; average or "
-            "select inside its score"
-        )
-
-
-def _network(scored: Detector, x: Inputs) -> Callable[[Tensor], Tensor] | None:
-    """The outputs of the network that a detector holds; None if it holds none with several outputs."""
-    model = getattr(scored, "model", None)
-    if not callable(model):
-        return None
-    try:
-        with torch.no_grad():
-            read(model, x[:2])
-    except (TypeError, ValueError):  # what read raises for other outputs
-        return None
-    return partial(read, model)
-
-
 @contextmanager
 def unchanged(subject: object, device: torch.device, seed: int) -> Generator[None]:
     """Restore parameters, buffers, generators and the global random state on leaving; inside, a seed is set."""
@@ -158,8 +136,10 @@ def unchanged(subject: object, device: torch.device, seed: int) -> Generator[Non
     kept = [
         (part, name, value, value.detach().clone())
         for part in found
-        for name, value in (part._parameters | part._buffers).items()
-        if value is not None
+        for name, value in (
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        )
     ]
     held = [v for part in found for v in vars(part).values() if isinstance(v, torch.Generator)]
     states = [generator.get_state() for generator in held]

@@ -455,7 +455,7 @@ def _check_parts(model: nn.Module, objective: object, data: Data, optimiser: obj
         raise ValueError(f"objective must be an instance such as {name}(...), got {objective!r}")
     if isinstance(optimiser, Optimizer) or not callable(optimiser):
         raise ValueError(
-            f"optimiser must be a callable, such as partial(torch.optim.SGD, momentum=0.9), got {type(optimiser).__name__}"
+            f"optimiser must be a callable such as partial(SGD, momentum=0.9), got {type(optimiser).__name__}"
         )
     check_instance(data, "data", Data, "a robustood.data.Data, such as Data(train=Split(x, y))")
     check_trainable(data, declared_outputs(model)[0])

@@ -442,7 +442,7 @@ def test_an_attack_of_the_user_meets_the_model_in_eval_mode(batch):
     [
         (lambda m, x, y: x[:1], "shaped like x"),
         (lambda m, x, y: (x, y), "what attack returns must be a torch.Tensor, got tuple"),
-        (lambda m, x, y: 255 * x, "what attack returns lies in"),
+        (lambda m, x, y: x * torch.nan, "what attack returns contains NaN"),
     ],
 )
 @pytest.mark.usefixtures("untyped")

@@ -186,8 +186,7 @@ def robust_accuracy(
     inputs.check_confidence(confidence)
     inputs.check_model(model)
     inputs.check_callable(attack or max, "attack", "attack(model, x, y)")
-    box = (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None
-    x = checked_inputs(x, box)
+    x = checked_inputs(x, (0, 1) if isinstance(x, Tensor) and x.ndim == 4 else None)
     check_labels(y, x)
     right = 0
     with reading(model) as read:
@@ -197,7 +196,7 @@ def robust_accuracy(
             if attack is not None:
                 with frozen(model):
                     moved = attack(model, batch.clone(), labels)
-                seen.append(checked_moved(moved, batch, box))
+                seen.append(checked_moved(moved, batch, None))  # its set may have no box
             with frozen(model), torch.no_grad():
                 correct = [logits(given).argmax(1) == labels for given in seen]
             right += int(torch.stack(correct).all(0).sum())

@@ -240,11 +240,8 @@ class _Look:
             reached = {n: vars(value.module)[n] for n in value.names & vars(value.module).keys()}
             return _Parts(f"module {value.module.__name__}", _with_modules(reached, value.names))
         if isinstance(value, ModuleType):
-            own = (
-                ()
-                if callables.installed(value.__name__)
-                else (n for n in vars(value) if n[:2] != "__")
-            )
+            names = () if callables.installed(value.__name__) else vars(value)
+            own = (n for n in names if n[:2] != "__")
             return self.open(_Used(value, frozenset(own)))
         if kind in (list, tuple):
             text = f"{kind.__name__} of {len(value)}"

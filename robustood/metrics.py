@@ -290,8 +290,8 @@ def paired_difference(
 
     Each argument is a pair (scores_in, scores_out), in the same order of inputs. The bootstrap
     resamples inputs, so that what is hard for both cancels: the interval is usually much narrower than
-    two separate ones suggest. The value may be negative. Where the samples have no variation, the interval is that of
-    :func:`confidence_interval`, unless both pairs hold the same scores.
+    two separate ones suggest. The value may be negative. Where the samples have no variation, disjoint pairs give
+    the interval a width, as in :func:`confidence_interval`, unless both arguments hold the same scores.
     """
     for name, given in (("first", first), ("second", second)):
         check_several(given, name, "the scores of the two sides")

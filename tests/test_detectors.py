@@ -953,6 +953,25 @@ def test_a_new_object_takes_the_state_of_a_fitted_one(net, book, name):
         assert own.isdisjoint(value.data_ptr() for value in again.state_dict().values())
 
 
+def test_the_state_of_a_network_unfits_nothing(net, book):
+    x, y = book.train.x[:200], book.train.y[:200]
+    for name in FITTED:
+        made = BUILD[name](copy.deepcopy(net), x, y)
+        before = made.score(x[:9])
+        alone = {f"model.{key}": value for key, value in net.state_dict().items()}
+        made.load_state_dict(alone, strict=False)
+        assert torch.equal(made.score(x[:9]), before), name
+
+
+def test_an_output_that_is_not_finite_confirms_no_head(inputs):
+    model = Normalising(inside=True)
+    norm = GradNorm(model)
+    norm.score(inputs[:2] * torch.nan)
+    assert not norm.confirmed.done
+    norm.score(inputs[:2])
+    assert norm.confirmed.done
+
+
 def test_fitting_again_forgets_the_first_time(net, book):
     x, y = book.train.x, book.train.y
     for name in ("Mahalanobis", "Mahalanobis, combined", "KNN", "ViM", "ReAct"):

@@ -117,7 +117,7 @@ class Detector(nn.Module, ABC):
                 f"model.head(model.features(x)) is not what {type(self.model).__name__} returns: something lies "
                 "before, between or behind the two; wrap it in models.adapt(model), which finds the last layer"
             )
-        self.confirmed.done = True
+        self.confirmed.done = bool(z.isfinite().all() and z.any())
         return head
 
     def stages(self, x: Inputs) -> list[Tensor]:

@@ -66,11 +66,13 @@ class Mahalanobis(Detector):
         self.register_buffer("bias", None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
+        """Build the Gaussians that the state holds; a state without any, as that of a network, changes none."""
         fits, device = [], self.device(torch.zeros(1))
         while (own := f"{prefix}layer_fits.{len(fits)}.") + "means" in state_dict:
             kept = (state_dict[own + name].to(device, copy=True) for name in ("whiten", "means"))
             fits.append(Gaussian.whitened(*kept))
-        self.layer_fits = nn.ModuleList(fits) if fits else None
+        if fits:
+            self.layer_fits = nn.ModuleList(fits)
         super()._load_from_state_dict(state_dict, prefix, *how)
 
     def parts(self, x: Inputs) -> list[Tensor]:
@@ -112,9 +114,8 @@ class Mahalanobis(Detector):
             )
         both = torch.cat([x, outliers])
         scores = torch.cat([m for m, _ in self.stream(self.layer_scores, both)]).cpu()
-        scores = scores.to(
-            torch.promote_types(scores.dtype, torch.float32)
-        )  # NumPy has no bfloat16
+        # NumPy has no bfloat16.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scale = scores.std(0).clamp_min(1e-12)
         labels = torch.arange(len(both)) >= len(x)
         fitted = LogisticRegression(max_iter=1000).fit((scores / scale).numpy(), labels.numpy())

@@ -246,9 +246,8 @@ def adapt(
     if normalise is not None:
         check_instance(normalise, "normalise", nn.Module, "a module, such as Normalise(mean, std)")
     check_count(reject, "reject")
-    module = getattr(
-        module, "_orig_mod", module
-    )  # compiled code ignores the hooks that observe layers
+    # Without what torch.compile wraps around it: compiled code ignores the hooks that observe layers.
+    module = getattr(module, "_orig_mod", module)
     names = candidates(module)
     if not names:
         raise ValueError(

@@ -8,6 +8,8 @@ import pytest
 from photographs import need
 
 from robustood import artefacts, recipes, results
+from robustood.recipes import reports, runs
+from robustood.recipes.reports import pick
 
 SHIPPED = {run["folder"]: run for run in results.load() if run["report"]}
 MEASURED = {name: run for name, run in SHIPPED.items() if run["report"]["rows"]}
@@ -37,10 +39,11 @@ def same_aurocs(report, new):
 
 
 @each_measured
-def test_kept_weights_give_the_kept_scores(name, tmp_path):
-    # The attack on accuracy, two thirds of the passes, is left to the slow test, which measures it whole.
-    quick = ["evaluation.attacks=['none']", "evaluation.pgd_steps=1"]
-    report, new = again(name, tmp_path / name, *quick)
+def test_kept_weights_give_the_kept_scores(name, tmp_path, monkeypatch):
+    # Nearly all passes are for accuracies, on 10,000 images and under attack; the slow test measures those.
+    some = lambda model, images, attack, size: runs.accuracy(model, pick(images, 1000), None, size)
+    monkeypatch.setattr(reports, "accuracy", some)
+    report, new = again(name, tmp_path / name, "evaluation.attacks=['none']")
     scores = artefacts.scores(name)
     with np.load(tmp_path / name / "scores.npz", allow_pickle=False) as measured:
         for key, values in measured.items():
@@ -50,7 +53,8 @@ def test_kept_weights_give_the_kept_scores(name, tmp_path):
             assert apart.max() <= most and (apart <= 1e-3).mean() >= share, key
     assert len(new["rows"]) == len([r for r in report["rows"] if r["attack"] == "none"])
     same_aurocs(report, new)
-    assert abs(new["accuracy"]["value"] - report["accuracy"]["value"]) <= 3e-4
+    rate = report["accuracy"]["value"]
+    assert abs(new["accuracy"]["value"] - rate) <= 4 * (rate * (1 - rate) / 1000) ** 0.5
 
 
 @pytest.mark.slow
@@ -62,8 +66,8 @@ def test_kept_weights_give_the_kept_attacked_rates(name, tmp_path):
         f"evaluation.sets={sorted(sides)[:1]}", "evaluation.detectors=['auto']",
     )  # fmt: skip
     same_aurocs(report, new)
-    old, value = (r["attacked_accuracy"]["value"] for r in (report, new))
-    assert abs(value - old) <= 0.01
+    for kind, apart in {"accuracy": 3e-4, "attacked_accuracy": 0.01}.items():
+        assert abs(new[kind]["value"] - report[kind]["value"]) <= apart, kind
 
 
 @pytest.mark.slow

@@ -124,15 +124,14 @@ def _defaults(function: FunctionType) -> dict[str, object]:
 
 def _globals(function: FunctionType) -> dict[str, object]:
     """The globals that a function's code reads; attributes with the same names do not count."""
-    names = {
-        step.argval
-        for code in codes(function.__code__)
-        for step in dis.get_instructions(code)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
-    return {
-        name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())
-    }
+    names = _names_read(function.__code__) & function.__globals__.keys()
+    return {name: function.__globals__[name] for name in sorted(names)}
+
+
+@functools.cache  # attacks ask for every batch, and reading the instructions takes longer than a small batch
+def _names_read(code: CodeType) -> frozenset[str]:
+    steps = (step for each in codes(code) for step in dis.get_instructions(each))
+    return frozenset(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
 
 
 def _closure(function: FunctionType) -> dict[str, object]:

@@ -55,6 +55,15 @@ def test_a_function_gives_defaults_closure_globals_and_attributes():
     assert function_state(rule) == {"power": 2, "factor": 2.0, "late": late, "attribute power": 9}
 
 
+def test_a_global_is_looked_up_each_time_but_the_code_is_read_once(monkeypatch):
+    rule = lambda y: y * LATER  # noqa: F821
+    assert parts(rule) == {}
+    monkeypatch.setitem(globals(), "LATER", NET)
+    monkeypatch.setattr("dis.get_instructions", None)  # reading the code again would fail
+    assert parts(rule) == {"LATER": NET}
+    assert modules(rule) == [NET]
+
+
 def test_what_inner_functions_and_classes_read_counts():
     def outer():
         class Inner:

@@ -225,7 +225,7 @@ def test_the_command_measures_what_starts_with_a_name(squares, monkeypatch, caps
         pytest.param("digits_gradients", 0, marks=pytest.mark.slow),
         ("cifar10_faint", 28),  # ATOM under noise of eight grey levels, which the page rests on
         ("cifar10_training_attack", 1),
-        ("cifar10_transfer", 2),
+        pytest.param("cifar10_transfer", 2, marks=pytest.mark.slow),  # five minutes
         ("cifar10_budgets", 0),
         ("cifar10_compressed", 1),
         ("cifar10_larger_compressed", 2),

@@ -3,12 +3,14 @@
 A file of its own: with the photographs its tests take minutes, and a worker of pytest-xdist gets whole files.
 """
 
+import functools
+
 import numpy as np
 import pytest
 from photographs import need
 
 from robustood import artefacts, recipes, results
-from robustood.recipes import reports, runs
+from robustood.recipes import images, reports, runs
 from robustood.recipes.reports import pick
 
 SHIPPED = {run["folder"]: run for run in results.load() if run["report"]}
@@ -19,6 +21,13 @@ assert MEASURED, "data/results holds no report of a classifier"
 assert LEARNED, "data/results holds no report of a learned set"
 each_measured = pytest.mark.parametrize("name", MEASURED)
 each_learned = pytest.mark.parametrize("name", LEARNED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_set_is_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images.sets, "load", functools.cache(images.sets.load))
+        yield
 
 
 def again(name, folder, *changes):

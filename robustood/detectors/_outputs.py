@@ -116,9 +116,8 @@ class Entropy(Detector):
         first = z.argmax(1, keepdim=True)
         u, top = z - z.gather(1, first), one_hot(first[:, 0], z.shape[1]).bool()
         others = u.masked_fill(top, -torch.inf).logsumexp(1)
-        spread = (u.softmax(1) * -u.masked_fill(top, 0)).sum(
-            1
-        )  # masked by 0: its gradient stays finite
+        # Masked by 0: its gradient stays finite.
+        spread = (u.softmax(1) * -u.masked_fill(top, 0)).sum(1)
         entropy = torch.log1p(others.exp()) + spread
         near = entropy.clamp_min(torch.finfo(z.dtype).tiny).log()
         # Below e^-40, H equals sum e^u (1 - u) to double precision; computed in log space.

@@ -124,9 +124,8 @@ class _Bench(Bench):
                     f"x_out[{name!r}] must hold inputs like x_in, of shape {tuple(self.x_in.shape[1:])} in "
                     f"{self.x_in.dtype}, got {tuple(x.shape[1:])} in {x.dtype}"
                 )
-        self.sha256 = (
-            self.hashes()
-        )  # a network that cannot be identified is refused before any attack
+        # Before any attack: a network that cannot be identified is refused.
+        self.sha256 = self.hashes()
         can = climbable(self.detector, self.x_in, self.set)
         self.stages = stages(self.detector, self.x_in, self.set, can)
         self.settings |= {"attack": VERSION, "how": "all", "gradient": "yes" if can else "none"}

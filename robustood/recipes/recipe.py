@@ -180,14 +180,12 @@ class Training:
 class Evaluation:
     """The section ``[evaluation]``."""
 
-    detectors: list[Literal["auto"] | Detector] = field(
-        default_factory=list
-    )  # empty: chosen by the network
+    # Empty: chosen by the network.
+    detectors: list[Literal["auto"] | Detector] = field(default_factory=list)
     attacks: list[Attack] = field(default_factory=lambda: ["none", "paper", "adaptive"])
     sets: list[str] = field(default_factory=list)  # from data.ood and data.seen; empty: all
-    curve: list[Share] = field(
-        default_factory=list
-    )  # radii at which the adaptive attack is repeated
+    # Radii at which the adaptive attack is repeated.
+    curve: list[Share] = field(default_factory=list)
     n_in: Positive = 1000
     n_out: Positive = 500
     n_fit: Positive = 5000  # training images for detectors that must be fitted

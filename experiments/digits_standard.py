@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from experiments.harness import Row, digits, experiment, grid, train
 from experiments.second_zoo import RADIUS, second_zoo
@@ -12,8 +13,9 @@ from robustood import metrics, sanity
 from robustood import objectives as rules
 from robustood.attacks import robust_accuracy
 from robustood.data import Data, Split
-from robustood.detectors import MSP
-from robustood.evaluate import attack_score, scores
+from robustood.detectors import MSP, Detector
+from robustood.evaluate import attack_score, scores, standard
+from robustood.losses import log_odds
 from robustood.models import small_cnn
 from robustood.perturbations import Linf
 
@@ -64,6 +66,48 @@ def targets(training: str, seed: int) -> Row:
     areas = {str(count): left(count) for count in (0, 1, 3, 10, 20, 40)}
     accuracy = robust_accuracy(model, inside, data.test.y[::5])
     return {"clean": accuracy, "auroc by T": areas, "seconds": seconds}
+
+
+class Rounded(Detector):
+    """Log-odds of the likeliest class, in whole numbers."""
+
+    def score(self, x: Tensor) -> Tensor:
+        return log_odds(self.logits(x)).amax(1).round()
+
+
+class Repaired(Rounded):
+    """The same scores; an attack climbs the log-odds before they are rounded."""
+
+    attack_objectives = MSP.attack_objectives
+
+
+@experiment(
+    grid(),
+    {
+        **FIT,
+        "objective": "OE",
+        "eps": 0.1,
+        "detectors": "log-odds in whole numbers; the same with objectives that are not rounded",
+        "images": "60 digits and 60 letters, both attacked",
+    },
+)
+def sequence(seed: int) -> Row:
+    """AUROC after each stage of the standard evaluation, for a rounded score and with its objectives repaired.
+
+    Shown in book/12_sanity.md, "A fixed sequence does not adapt".
+    """
+    model = small_cnn(seed=seed)
+    seconds = train(model, rules.OutlierExposure(), digits(), seed=seed, **FIT)
+    x, letters = digits().test.x[:60], digits().ood["letters"][:60]
+    found: Row = {}
+    for name, detector in (("rounded", Rounded(model)), ("repaired", Repaired(model))):
+        report = standard(detector, x, {"letters": letters}, Linf(0.1), seed=seed)
+        areas = {row["attack"]: row["auroc"] for row in report.attacks}
+        levels = {"errors": report.findings.errors, "warnings": report.findings.warnings}
+        alarms = {level: [each.check for each in of] for level, of in levels.items()}
+        found[name] = {"auroc": report["both"]["letters"]["auroc"], "auroc after": areas, **alarms}
+    accuracy = robust_accuracy(model, x, digits().test.y[:60])
+    return {"clean": accuracy, **found, "seconds": seconds}
 
 
 @experiment(

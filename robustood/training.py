@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from robustood import distributed
+from robustood.attacks._loop import watched_ascent
 from robustood.checkpoints import Checkpoint, Json, write_table
 from robustood.costs import MakeOptimiser, check_memory, free_memory
 from robustood.data import Batch, Data, check_trainable, draw
@@ -163,8 +164,7 @@ def fit(
             bitwise the same result on one machine's CPU, if model, objective, data and everything else are the same
             down to their code (:mod:`robustood.identity`).
         name: stands for a part that cannot be identified, such as an open file; used with a ``run_dir`` only.
-        minutes: time budget; the run saves its state and stops before the budget is exceeded. A monitor is not
-            interrupted.
+        minutes: time budget; the run saves its state and stops before it is exceeded, but a monitor is finished.
 
     Returns:
         The history. The same arguments give bitwise the same weights on one machine's CPU. With several processes
@@ -331,14 +331,14 @@ class Run(_Progress):
 
     def batches(self, network: nn.Module, data: Data) -> Iterator[Batch]:
         """Yield the remaining batches while another step fits into the time budget."""
-        batches, climb = self.open_epoch(network, data), getattr(network, "climb", None)
+        rest, climb = self.open_epoch(network, data), getattr(network, "climb", None)
         first, began, slowest = self.step, synchronised_time(self.streams.device), 0.0
         while self.step < self.schedule.steps:
             start = time.monotonic()
             if self.out_of_time(start, slowest):  # checked before a batch is drawn
                 break
-            progress = self.done / self.schedule.total
-            yield replace(next(batches), progress=progress, climb=climb)
+            look = watched_ascent if self.done == self.schedule.steps - 1 else None
+            yield replace(next(rest), progress=self.done / self.schedule.total, climb=climb or look)
             slowest = max(slowest, time.monotonic() - start)
         if taken := self.step - first:
             self.paces.append((synchronised_time(self.streams.device) - began) / taken)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -209,10 +211,12 @@ def _listed(
 
 def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
     """A figure as a small palette PNG, and its width in pixels; closes the figure."""
-    raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", dpi=dpi)
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)  # savefig would draw twice: once to measure, once to write
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     plt.close(figure)
-    picture = Image.open(raw).convert("RGB")
+    small = io.BytesIO()
     picture.quantize(48, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue(), picture.width
 

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import typecheck  # noqa: F401  (before the package)
 
 torch.set_num_threads(1)
 matplotlib.use("agg")  # here, not in the environment: kernels choose their own
@@ -24,6 +25,35 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("robustood")
+
+# Test files that take minutes. They and the notebooks come first, so that at the end no worker waits for another.
+LONG = [
+    "test_kept_runs",
+    "test_colab",
+    "test_cli",
+    "test_distributed",
+    "test_slices",
+    "test_pages",
+    "test_evaluate",
+    "test_sanity",
+    "test_doors",
+]
+
+
+def pytest_configure(config):
+    if hasattr(
+        config.option, "loadscopereorder"
+    ):  # else xdist begins with the file that has the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        if item.path.suffix == ".ipynb":
+            return len(LONG)
+        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG) + 1
+
+    items.sort(key=place)  # the order within a file stays
 
 
 @pytest.fixture(autouse=True)

@@ -1413,6 +1413,23 @@ def test_images_are_turned_upright_once(tmp_path, ending, orientation):
     assert notes == (("rotated upright by the EXIF data",) if orientation > 1 else ())
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright_as_its_camera_says(tmp_path, orientation):
+    """JPEG, as phones write it: four quarters of different grey, compared up to the loss of the format."""
+    stored = np.kron([[40, 90], [150, 220]], np.ones((16, 16)))[..., None].repeat(3, 2)
+    stored = stored.astype(np.uint8)
+    turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turns |= {5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1), 8: np.rot90(stored)}
+    turns[7] = stored[::-1, ::-1].swapaxes(0, 1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "tree" / "photograph.jpg"
+    save(path, stored, exif=exif, quality=95)
+    found, notes = shown(path)
+    assert np.abs(found.astype(int) - turns[orientation]).max() <= 4
+    assert ("rotated upright by the EXIF data" in notes) == (orientation > 1)
+
+
 def test_the_first_frame_is_taken_and_cmyk_becomes_rgb(tmp_path):
     path = tmp_path / "tree" / "moving.gif"
     path.parent.mkdir()

@@ -29,7 +29,7 @@ from robustood import identity as module
 from robustood import objectives
 from robustood.attacks import pgd
 from robustood.data import Augment, digits
-from robustood.detectors import KNN, MSP, ODIN, Detector, Energy, Mahalanobis, RejectClass
+from robustood.detectors import KNN, MSP, ODIN, Detector, Energy, Mahalanobis, MaxLogit, RejectClass
 from robustood.engine import Engine
 from robustood.evaluate import attack_score, epsilon_curve, four_sides, ood_report
 from robustood.identity import check_identity, describe, identity
@@ -112,6 +112,7 @@ def sets(book):
 
 
 DETECTORS = {
+    "class": (MSP, MaxLogit, r"detector = \S+MSP of model, not \S+MaxLogit of model"),
     "energy": (lambda net: Energy(net, 1.0), lambda net: Energy(net, 100.0),
                r"detector\.temperature = 1\.0, not 100\.0"),
     "odin temperature": (lambda net: ODIN(net, 1000.0), lambda net: ODIN(net, 2.0),
@@ -359,6 +360,7 @@ CHANGED = {
                     r"augment\.v = 0, not 1"),
     "momentum": ("optimiser", lambda v: lambda p, **how: torch.optim.SGD(p, momentum=v / 2, **how),
                  r"optimiser\.groups\[0\]\['momentum'\] = 0\.0, not 0\.5"),
+    "network": ("model", lambda v: Leaky(v / 2), r"model\.slope = 0\.0, not 0\.5"),
     "milestones": ("milestones", lambda v: [0.5 + v / 4], r"milestones = \[0\.5\], not \[0\.75\]"),
 }  # fmt: skip
 
@@ -373,10 +375,9 @@ def test_training_never_goes_on_with_another_run(few, tmp_path, case):
     what, make, words = CHANGED[case]
 
     def run(value, **how):
-        model = small_cnn()
-        given_ = {"objective": Standard(), what: make(value)} | how
-        history = fit(model, data=few, epochs=1, run_dir=tmp_path, **given_)
-        return nn.utils.parameters_to_vector(model.parameters()), history.rows
+        given_ = {"model": small_cnn(), "objective": Standard(), what: make(value)} | how
+        history = fit(data=few, epochs=1, run_dir=tmp_path, **given_)
+        return nn.utils.parameters_to_vector(given_["model"].parameters()), history.rows
 
     weights, rows = run(0)
     with pytest.raises(ValueError, match=rf"holds a run with {words}"):

@@ -112,6 +112,7 @@ def test_each_test_file_belongs_to_a_module():
         "test_own_model",
         "conftest",
         "typecheck",
+        "test_typecheck",
         "photographs",
         "doors",
         "test_second_zoo",

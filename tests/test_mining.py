@@ -205,7 +205,20 @@ def test_a_data_set_keeps_its_notes_on_another_device(book):
     assert isinstance(noted.to("cpu").train, Split)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: nn.Sequential(nn.Identity(), net)])
+class Holder(nn.Module):
+    """Somebody's own wrapper, which passes nothing on."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.inside = net
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, Holder, lambda net: nn.Sequential(nn.Identity(), net)]
+)
 def test_a_wrapped_network_is_mined_and_trained_as_the_network_itself(book, wrap):
     net = small_cnn(reject=1)
     pool = book.outliers[:60]

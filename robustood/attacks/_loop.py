@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from robustood import inputs, rng
 from robustood.attacks._rules import Ascent, Rule
 from robustood.inputs import check_choice, check_count, check_number, checked_inputs
-from robustood.models import input_gradient
+from robustood.models import GradientWatch, input_gradient
 from robustood.perturbations import Inputs, PerturbationSet, as_set, per_sample
 
-__all__ = ["AttackObjective", "Climb", "ascent", "climb_at", "maximise", "search", "value_and_grad"]
+__all__ = [
+    "AttackObjective", "Climb", "ascent", "climb_at", "maximise", "search", "value_and_grad", "watched_ascent",
+]  # fmt: skip
 
 AttackObjective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 Climb = Callable[..., tuple[Tensor, Tensor]]
@@ -160,6 +162,17 @@ def ascent(
     with torch.no_grad():
         best.update(moved, _pair(objective(moved.clone()), len(x))[1])
     return best.inputs, cast(Tensor, best.values)
+
+
+def watched_ascent(objective: AttackObjective, x: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    """:func:`ascent`, with a warning if the gradient is exactly zero for all inputs; waits for the device.
+
+    Training takes it once, for the last step of the first epoch: by then a head that began with zeros has moved.
+    """
+    watch = GradientWatch()
+    found = ascent(watch.over(objective), x, *how)
+    watch.warn(len(x))
+    return found
 
 
 def value_and_grad(

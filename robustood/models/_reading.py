@@ -262,7 +262,12 @@ class GradientWatch:
     def close(self, inputs: int, hidden: bool = True) -> None:
         """Refuse NaN, and warn if the gradient was hidden for all inputs; waits for the device."""
         check_finite(self.bad, self.total)
-        if hidden and self.rose is not None and not self.rose:
+        if hidden:
+            self.warn(inputs)
+
+    def warn(self, inputs: int) -> None:
+        """Warn if the gradient was hidden for all inputs; waits for the device."""
+        if self.rose is not None and not self.rose:
             warnings.warn(
                 f"the gradient is exactly zero for 100 % of {inputs} inputs at every step, so the attack moved "
                 "at random, and what withstands it is no evidence of robustness. Rounding, argmax or saturation hides "

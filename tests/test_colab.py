@@ -10,10 +10,8 @@ import pytest
 import refresh
 
 ROOT = Path(__file__).parents[1]
-QUICK = (
-    "break_and_repair",
-    "13_results",
-)  # one that trains, one that reads the results in the wheel
+# One that trains, and one that reads the runs and tables in the wheel.
+QUICK = ("break_and_repair", "atom_variants")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WHERE = """
 import robustood, sys

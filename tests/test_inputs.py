@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustood import attacks, data, detectors, evaluate, mining, plotting, smoothing
+from robustood import (
+    attacks,
+    data,
+    detectors,
+    evaluate,
+    mining,
+    objectives,
+    plotting,
+    sanity,
+    smoothing,
+)
 from robustood.inputs import (
     TOLERANCE,
     check_choice,
@@ -246,6 +256,9 @@ WITHIN = {
     ),
     "four_sides": lambda x, w: evaluate.four_sides(detectors.MSP(NET), x, {"a": x}, w, steps=2),
     "curve": lambda x, w: evaluate.epsilon_curve(detectors.MSP(NET), x, x, w, [0.0, 0.05], steps=2),
+    "worst_case": lambda x, w: attacks.worst_case(NET, x[:2], Y[:2], w),
+    "training": lambda x, w: objectives.Adversarial(w).set_at(1),
+    "checks": lambda x, w: sanity.check(detectors.MSP(NET), x, x, w, samples=4, steps=2),
 }
 TAKES = {
     "robust_accuracy": lambda x: attacks.robust_accuracy(NET, x, Y),

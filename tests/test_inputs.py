@@ -257,7 +257,6 @@ WITHIN = {
     "four_sides": lambda x, w: evaluate.four_sides(detectors.MSP(NET), x, {"a": x}, w, steps=2),
     "curve": lambda x, w: evaluate.epsilon_curve(detectors.MSP(NET), x, x, w, [0.0, 0.05], steps=2),
     "worst_case": lambda x, w: attacks.worst_case(NET, x[:2], Y[:2], w),
-    "training": lambda x, w: objectives.Adversarial(w).set_at(1),
     "checks": lambda x, w: sanity.check(detectors.MSP(NET), x, x, w, samples=4, steps=2),
 }
 TAKES = {
@@ -278,6 +277,11 @@ TAKES = {
 @pytest.mark.parametrize("name", WITHIN)
 def test_a_number_is_the_radius_of_linf_wherever_a_set_is_taken(name):
     assert str(WITHIN[name](PIXELS, 0.05)) == str(WITHIN[name](PIXELS, Linf(0.05)))
+
+
+def test_a_number_is_the_radius_of_linf_in_training():
+    for rule in (objectives.Adversarial, objectives.TRADES, objectives.ALOE, objectives.ATOM):
+        assert rule(0.05).set_at(1) == rule(Linf(0.05)).set_at(1) == Linf(0.05)
 
 
 @pytest.mark.parametrize("name", WITHIN)

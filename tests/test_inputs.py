@@ -280,7 +280,7 @@ def test_a_number_is_the_radius_of_linf_wherever_a_set_is_taken(name):
 
 
 def test_a_number_is_the_radius_of_linf_in_training():
-    for rule in (objectives.Adversarial, objectives.TRADES, objectives.ALOE, objectives.ATOM):
+    for rule in (objectives.Adversarial, objectives.TRADES, objectives.InnerMax):
         assert rule(0.05).set_at(1) == rule(Linf(0.05)).set_at(1) == Linf(0.05)
 
 

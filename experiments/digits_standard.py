@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from experiments.harness import Row, digits, experiment, grid, train
 from experiments.second_zoo import RADIUS, second_zoo
@@ -13,11 +12,11 @@ from robustood import metrics, sanity
 from robustood import objectives as rules
 from robustood.attacks import robust_accuracy
 from robustood.data import Data, Split
-from robustood.detectors import MSP, Detector
+from robustood.detectors import MSP
 from robustood.evaluate import attack_score, scores, standard
-from robustood.losses import log_odds
 from robustood.models import small_cnn
 from robustood.perturbations import Linf
+from robustood.sanity._zoo import RoundedMSP
 
 FIT: Row = {"batch_size": 64, "epochs": 20, "lr": 3e-3}
 EPS = {"standard": 0.05, "ADV": 0.1}
@@ -68,14 +67,13 @@ def targets(training: str, seed: int) -> Row:
     return {"clean": accuracy, "auroc by T": areas, "seconds": seconds}
 
 
-class Rounded(Detector):
-    """Log-odds of the likeliest class, in whole numbers."""
+def alarms(findings: sanity.Findings) -> Row:
+    """The value of each check that reports an alarm, by level and check."""
+    levels = {"errors": findings.errors, "warnings": findings.warnings}
+    return {level: {each.check: each.value for each in of} for level, of in levels.items()}
 
-    def score(self, x: Tensor) -> Tensor:
-        return log_odds(self.logits(x)).amax(1).round()
 
-
-class Repaired(Rounded):
+class Repaired(RoundedMSP):
     """The same scores; an attack climbs the log-odds before they are rounded."""
 
     attack_objectives = MSP.attack_objectives
@@ -100,12 +98,11 @@ def sequence(seed: int) -> Row:
     seconds = train(model, rules.OutlierExposure(), digits(), seed=seed, **FIT)
     x, letters = digits().test.x[:60], digits().ood["letters"][:60]
     found: Row = {}
-    for name, detector in (("rounded", Rounded(model)), ("repaired", Repaired(model))):
+    for name, detector in (("rounded", RoundedMSP(model)), ("repaired", Repaired(model))):
         report = standard(detector, x, {"letters": letters}, Linf(0.1), seed=seed)
         areas = {row["attack"]: row["auroc"] for row in report.attacks}
-        levels = {"errors": report.findings.errors, "warnings": report.findings.warnings}
-        alarms = {level: [each.check for each in of] for level, of in levels.items()}
-        found[name] = {"auroc": report["both"]["letters"]["auroc"], "auroc after": areas, **alarms}
+        checks = {level: list(values) for level, values in alarms(report.findings).items()}
+        found[name] = {"auroc": report["both"]["letters"]["auroc"], "auroc after": areas, **checks}
     accuracy = robust_accuracy(model, x, digits().test.y[:60])
     return {"clean": accuracy, **found, "seconds": seconds}
 
@@ -132,8 +129,6 @@ def second(seed: int) -> Row:
     for entry in second_zoo(plain, robust, digits(), seed):
         y = letters if entry.kind == "detector" else digits().test.y[:200]
         findings = sanity.check(entry.model_or_detector, x, y, RADIUS[entry.kind], seed=seed)
-        levels = {"errors": findings.errors, "warnings": findings.warnings}
-        named = {level: {each.check: each.value for each in of} for level, of in levels.items()}
-        found[entry.name] = {"broken": entry.broken, "why": entry.why, **named}
+        found[entry.name] = {"broken": entry.broken, "why": entry.why, **alarms(findings)}
     accuracy = robust_accuracy(robust, x, digits().test.y[:200])
     return {"clean accuracy of the robust network": accuracy, "defences": found, "seconds": seconds}

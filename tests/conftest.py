@@ -41,9 +41,8 @@ LONG = [
 
 
 def pytest_configure(config):
-    if hasattr(
-        config.option, "loadscopereorder"
-    ):  # else xdist begins with the file that has the most tests
+    # Left alone, xdist begins with the file that has the most tests.
+    if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 

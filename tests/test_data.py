@@ -1397,19 +1397,25 @@ def test_what_is_opaque_stays_as_it_is_and_without_a_note(tmp_path):
         assert np.array_equal(found, np.asarray(image.convert("RGB"))) and notes == ()
 
 
-@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright_once(tmp_path, ending, orientation):
-    stored = images(1)[0]
+def turned(stored, orientation):
+    """EXIF data that name an orientation, and the stored pixels as they are to be seen."""
     turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
     turns |= {5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1), 8: np.rot90(stored)}
     turns[7] = stored[::-1, ::-1].swapaxes(0, 1)
     exif = Image.Exif()
     exif[274] = orientation
+    return exif, turns[orientation]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_once(tmp_path, ending, orientation):
+    stored = images(1)[0]
+    exif, upright = turned(stored, orientation)
     path = tmp_path / "tree" / f"image.{ending}"
     save(path, stored, exif=exif, **({"lossless": True} if ending == "webp" else {}))
     found, notes = shown(path)
-    assert np.array_equal(found, turns[orientation])
+    assert np.array_equal(found, upright)
     assert notes == (("rotated upright by the EXIF data",) if orientation > 1 else ())
 
 
@@ -1418,15 +1424,11 @@ def test_a_photograph_is_turned_upright_as_its_camera_says(tmp_path, orientation
     """JPEG, as phones write it: four quarters of different grey, compared up to the loss of the format."""
     stored = np.kron([[40, 90], [150, 220]], np.ones((16, 16)))[..., None].repeat(3, 2)
     stored = stored.astype(np.uint8)
-    turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
-    turns |= {5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1), 8: np.rot90(stored)}
-    turns[7] = stored[::-1, ::-1].swapaxes(0, 1)
-    exif = Image.Exif()
-    exif[274] = orientation
+    exif, upright = turned(stored, orientation)
     path = tmp_path / "tree" / "photograph.jpg"
     save(path, stored, exif=exif, quality=95)
     found, notes = shown(path)
-    assert np.abs(found.astype(int) - turns[orientation]).max() <= 4
+    assert np.abs(found.astype(int) - upright).max() <= 4
     assert ("rotated upright by the EXIF data" in notes) == (orientation > 1)
 
 

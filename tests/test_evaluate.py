@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from wrappers import WRAPPERS
 
 from robustood import evaluate, metrics
 from robustood.attacks import APGD, Ascent
@@ -62,20 +63,7 @@ both_directions = pytest.mark.parametrize("direction", ["raise", "lower"])
 # --- the networks
 
 
-class Holder(nn.Module):
-    """Somebody's own wrapper, which passes nothing on."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.inside = net
-
-    def forward(self, x):
-        return self.inside(x)
-
-
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, Holder, lambda net: nn.Sequential(nn.Identity(), net)]
-)
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_network_is_measured_as_the_network_itself(book, wrap):
     model = small_cnn(reject=1)
     for build in (MSP, Energy, RejectClass):

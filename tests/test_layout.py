@@ -113,6 +113,7 @@ def test_each_test_file_belongs_to_a_module():
         "conftest",
         "typecheck",
         "test_typecheck",
+        "wrappers",
         "photographs",
         "doors",
         "test_second_zoo",

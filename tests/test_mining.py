@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from wrappers import WRAPPERS
 
 from robustood import training
 from robustood.data import Data, Split, digits, glyphs
@@ -205,20 +206,7 @@ def test_a_data_set_keeps_its_notes_on_another_device(book):
     assert isinstance(noted.to("cpu").train, Split)
 
 
-class Holder(nn.Module):
-    """Somebody's own wrapper, which passes nothing on."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.inside = net
-
-    def forward(self, x):
-        return self.inside(x)
-
-
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, Holder, lambda net: nn.Sequential(nn.Identity(), net)]
-)
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_network_is_mined_and_trained_as_the_network_itself(book, wrap):
     net = small_cnn(reject=1)
     pool = book.outliers[:60]

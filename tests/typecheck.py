@@ -20,10 +20,8 @@ from jaxtyping import _decorator
 # An int may stand for a float (PEP 484).
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-LONGEST, DEEPEST = (
-    8,
-    2,
-)  # containers whose entries are told apart: how many entries, how deep inside one another
+# Containers whose entries are told apart: how many entries, how deep inside one another.
+LONGEST, DEEPEST = 8, 2
 MODES: dict[type, str] = {}  # of each type that has been met: how its values are told apart
 every_call = _decorator.jaxtyped
 

@@ -195,6 +195,21 @@ def fall(training: str, detector: str, eps: float, seed: int) -> Row:
     return {"sides": sides(detectors(model)[detector], ATTACKS), "seconds": seconds}
 
 
+@experiment(
+    grid(detector=(*PLAIN, *LEARNED, *VARIANTS)),
+    RECIPE | {"training": "standard", "eps": 2 * EPS},
+    seeds=(0, 1),
+)
+def doubled(detector: str, seed: int) -> Row:
+    """AUROC of every detector with both sides attacked at twice the radius.
+
+    Shown in book/07_evaluate.md, "The fall".
+    """
+    model, seconds = trained("standard", seed)
+    report = ood_report(detectors(model)[detector], *images(), Linf(2 * EPS), side="both")
+    return {"auroc": {row["set"]: row["auroc"] for row in report.rows}, "seconds": seconds}
+
+
 # --- chapters 8 and 9: training against outliers
 
 

@@ -110,6 +110,32 @@ def sequence(seed: int) -> Row:
 @experiment(
     grid(),
     {
+        **FIT,
+        "networks": "standard; 12 epochs of adversarial training, 4 steps; 12 epochs of ALOE",
+        "eps": 0.1,
+        "images": "60 digits, 60 letters",
+    },
+)
+def zoo(seed: int) -> Row:
+    """What the checks say of the zoo of defences: the level of each check that applies.
+
+    Shown in book/12_sanity.md, "What must hold for any honest measurement".
+    """
+    objectives = (rules.Standard(), rules.Adversarial(0.1, steps=4), rules.ALOE(0.1))
+    models, seconds = [small_cnn(seed=seed) for _ in objectives], 0.0
+    for model, objective, epochs in zip(models, objectives, (20, 12, 12), strict=True):
+        seconds += train(model, objective, digits(), seed=seed, **FIT | {"epochs": epochs})
+    x, y, letters = digits().test.x[:60], digits().test.y[:60], digits().ood["letters"][:60]
+    levels: Row = {}
+    for name, defence in sanity.zoo(*models).items():
+        found = defence.check(x, y, letters, 0.1, seed=seed)
+        levels[name] = {each.check: each.level for each in found}
+    return {"levels": levels, "seconds": seconds}
+
+
+@experiment(
+    grid(),
+    {
         "standard": {"epochs": 40, "lr": 3e-3},
         "robust": {"eps": 0.15, "epochs": 20, "lr": 3e-3},
         "radius": {kind: within.eps for kind, within in RADIUS.items()},

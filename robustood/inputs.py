@@ -50,10 +50,15 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} contains NaN or infinity; clean the data first")
     if box is not None and (low < box[0] - TOLERANCE or high > box[1] + TOLERANCE):
+        grey = low >= box[0] and high >= 2 * box[1]  # standardised images are also negative
+        remedy = (
+            ": divide grey levels by the largest possible one, such as 255"
+            if grey
+            else " and put the mean/std normalisation inside the model"
+        )
         raise ValueError(
             f"{name} lies in [{low:.7g}, {high:.7g}], outside [{box[0]:g}, {box[1]:g}]; pass pixels "
-            "in that range and put the mean/std normalisation inside the model (for vectors without "
-            "a box, box=None)"
+            f"in that range{remedy} (for vectors without a box, box=None)"
         )
 
 

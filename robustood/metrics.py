@@ -22,9 +22,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
-from scipy.integrate import trapezoid
-from scipy.special import expit, logit, ndtri
-from scipy.stats import binomtest
+from scipy.special import betaincinv, expit, logit, ndtri
 from torch import Tensor
 
 from robustood.inputs import (
@@ -80,7 +78,7 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     """Rate with the exact (Clopper-Pearson) binomial interval.
 
     The interval covers the true rate with probability at least ``confidence``, whatever the rate
-    (Clopper and Pearson 1934).
+    (Clopper and Pearson 1934). Its ends are quantiles of beta distributions.
 
     Raises:
         ValueError: if n < 1, successes is not in 0 .. n, or confidence is not in [0.5, 1).
@@ -93,8 +91,10 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     if successes > n:
         raise ValueError(f"successes must be at most n = {n}, got {successes}")
     check_confidence(confidence)
-    interval = binomtest(successes, n).proportion_ci(confidence, method="exact")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+    k, tail = successes, (1 - confidence) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
+    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    return Estimate(k / n, low, high, n)
 
 
 def auroc(scores_in: Scores, scores_out: Scores) -> float:
@@ -354,7 +354,7 @@ def as_printed(
     return {
         "fpr": float(rates[0]),
         "fnr": float(rates[1]),
-        "auroc": float(trapezoid(tpr[::-1], fpr[::-1])),
+        "auroc": _area(tpr, fpr),
         "detection_error": float((prior * (1 - tpr) + (1 - prior) * fpr).min()),
         "aupr_in": _joined(tp, fp),
         "aupr_out": _joined((b.size - fp)[::-1], (a.size - tp)[::-1]),
@@ -457,4 +457,9 @@ def _joined(hits: np.ndarray, alarms: np.ndarray) -> float:
     shown = hits + alarms > 0
     recall = hits[shown] / hits[0]
     precision = hits[shown] / (hits + alarms)[shown]
-    return float(trapezoid(np.append(precision, 0)[::-1], np.append(recall, 0)[::-1]))
+    return _area(np.append(precision, 0), np.append(recall, 0))
+
+
+def _area(y: np.ndarray, x: np.ndarray) -> float:
+    """Area under points in order of decreasing x, joined by lines."""
+    return float(-np.diff(x) @ (y[1:] + y[:-1]) / 2)

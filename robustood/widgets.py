@@ -267,6 +267,8 @@ def attempt(check: Callable[[_Answer], None], answer: _Answer) -> None:
         check(answer)
     except NotImplementedError:
         print("not solved yet")
+    except NameError as missing:
+        print(f"stopped: {missing}; is it spelt right, and has the cell above that makes it run?")
     except AssertionError as wrong:
         print(f"not right yet: {wrong}")
     else:

@@ -584,6 +584,7 @@ def test_attacked_inputs_carry_no_gradient(net, sets):
     assert torch.equal(moved, attack_score(MSP(net), x.detach(), steps=2, **how))
 
 
+@pytest.mark.filterwarnings("ignore:without any attack the AUROC is below one half")
 def test_a_detector_around_an_autoencoder_is_attacked_by_its_score_alone(sets):
     class Reconstruction(Detector):
         def score(self, x):
@@ -607,6 +608,16 @@ def test_a_curve_starts_clean_and_never_rises(net, sets):
     assert values[0] == float(ood_report(MSP(net), x_in, x_out)["letters"]["auroc"])
     assert all(a >= b for a, b in zip(values, values[1:])) and values[-1] < 0.1
     assert float(rows[-1]["fpr"]) > 0.9 and float(rows[-1]["rejected"]) > 0.9
+
+
+@pytest.mark.parametrize("measured", [ood_report, four_sides, standard])
+def test_a_score_of_the_wrong_direction_is_warned_of_once(net, sets, measured):
+    x_in, x_out = sets[0][:20], {"letters": sets[1]["letters"][:20]}
+    within = () if measured is ood_report else (Linf(0.0),)
+    turned = wrap(lambda x: MSP(net).score(x), higher="out")
+    with pytest.warns(UserWarning, match="below one half .+ on 'letters'.+higher=.+swapped") as said:
+        measured(turned, x_in, x_out, *within)
+    assert len(said) == 1
 
 
 def test_measure_with_closed_form_thresholds():

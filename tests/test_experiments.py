@@ -224,6 +224,7 @@ def test_the_command_measures_what_starts_with_a_name(squares, monkeypatch, caps
         ("digits_fiveseven", 1),
         pytest.param("digits_gradients", 0, marks=pytest.mark.slow),
         pytest.param("digits_sequence", 0, marks=pytest.mark.slow),
+        pytest.param("digits_doubled", 10, marks=pytest.mark.slow),
         ("cifar10_faint", 28),  # ATOM under noise of eight grey levels, which the page rests on
         ("cifar10_training_attack", 1),
         pytest.param("cifar10_transfer", 2, marks=pytest.mark.slow),  # five minutes

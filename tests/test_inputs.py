@@ -68,7 +68,9 @@ def with_value(value):
         (with_value(-INF), None, ("NaN or infinity", "clean")),
         (with_value(1.5), (0, 1), ("1.5", "outside [0, 1]", "inside the model", "box=None")),
         (with_value(-0.25), (0, 1), ("[-0.25,", "outside [0, 1]", "inside the model")),
-        (X * 255, (0, 1), ("outside [0, 1]", "pixels")),
+        (X * 255, (0, 1), ("outside [0, 1]", "pixels", "divide grey levels", "255")),
+        (X * 16, (0, 1), ("outside [0, 1]", "divide grey levels")),  # as scikit-learn's digits are
+        (X * 255 - 128, (0, 1), ("outside [0, 1]", "inside the model")),
         (with_value(-3.0), (-1, 1), ("[-3,", "outside [-1, 1]")),
     ],
 )

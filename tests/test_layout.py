@@ -220,6 +220,15 @@ def test_no_file_imports_itself_in_a_circle():
         pytest.fail(f"a circle of imports: {' -> '.join(circle.args[1])}")
 
 
+def test_the_command_line_starts_without_libraries_that_few_commands_need(run_script):
+    """They would double the start of each command; what needs one imports it."""
+    slow = ("sklearn", "scipy.stats", "scipy.optimize", "matplotlib", "torchvision")
+    assert (
+        run_script(f"import sys, robustood.cli; print([m for m in {slow} if m in sys.modules])")
+        == "[]\n"
+    )
+
+
 def test_no_file_is_large_or_a_pickle():
     found = files()
     large = [f"{name(p)}: {p.stat().st_size} bytes" for p in found if p.stat().st_size > MAX_BYTES]

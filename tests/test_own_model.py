@@ -1,15 +1,22 @@
 """The page about one's own model: each of its snippets runs, and is short."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from robustood.cli import main
+
 PAGE = (Path(__file__).parents[1] / "book" / "own_model.md").read_text("utf-8")
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.+?)```", PAGE, re.M | re.S))
-TORCHVISION, TIMM, PYTORCH_OOD, FUNCTION, FOREST = SNIPPETS
+COMMAND, REPAIR = "From the command line", "Repair your own network"
+TORCHVISION, TIMM, PYTORCH_OOD, FUNCTION, FOREST = (
+    k for k in SNIPPETS if k not in (COMMAND, REPAIR)
+)
 
 
 def images(n, channels, size, seed):
@@ -27,10 +34,49 @@ def printed(title, capsys, channels=1, size=8):
 
 
 def test_no_snippet_is_longer_than_ten_lines():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
     for title, code in SNIPPETS.items():
         assert len([line for line in code.splitlines() if line.strip()]) <= 10, title
-        assert "print(evaluate.standard(detector, x_in," in code.splitlines()[-1], title
+        if title not in (COMMAND, REPAIR):
+            assert "print(evaluate.standard(detector, x_in," in code.splitlines()[-1], title
+
+
+NETS = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+"""
+
+
+def test_the_commands_print_a_report_and_write_it(tmp_path, monkeypatch, capsys):
+    """As the page says, each line of it, in a folder that holds the files that it names."""
+    (commands,) = re.findall(r"^```\n(robustood attack .+?)```", PAGE, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("mine.py").write_text(SNIPPETS[COMMAND])
+    Path("nets.py").write_text(NETS)
+    scope: dict = {}
+    exec(NETS, scope)
+    torch.save(scope["Net"]().state_dict(), "net.pt")
+    for seed, name in enumerate(("in", "out")):
+        np.save(f"{name}.npy", images(2, 1, 8, seed).numpy())
+    for command in commands.splitlines():
+        assert main(command.split()[1:]) in (
+            0,
+            4,
+        )  # 4: the checks find that an untrained network barely moves
+        assert "both attacked" in capsys.readouterr().out
+    assert json.loads(Path("report.json").read_text())["version"] and Path("report.csv").exists()
+
+
+def test_the_snippet_about_repair_trains_a_network_of_ones_own():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    before = [p.clone() for p in net.parameters()]
+    parts = [(images(8, 1, 8, seed), torch.arange(8) % 4) for seed in range(3)]
+    exec(SNIPPETS[REPAIR], {"net": net, "parts": parts, "u_train": images(8, 1, 8, 3)})
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
 def test_the_snippet_about_a_function_prints_a_report(capsys):

@@ -261,3 +261,8 @@ def test_an_attempt_says_no_more_than_one_line_and_hides_no_other_error(capsys):
     assert capsys.readouterr().out == "not solved yet\nsolved\n"
     with pytest.raises(ZeroDivisionError):
         attempt(check_double, lambda x: x / 0)
+
+
+def test_an_attempt_says_which_name_a_cell_above_has_to_make(capsys):
+    attempt(check_double, lambda x: made_above * x)  # noqa: F821
+    assert capsys.readouterr().out.startswith("stopped: name 'made_above' is not defined; ")

@@ -47,7 +47,8 @@ def _add_detector(attacks: argparse.ArgumentParser) -> None:
     attacks.add_argument("outside", nargs="+", metavar="OUT", help="test outliers, likewise")
     higher = "which inputs a plain score ranks higher: in or out of the distribution"
     attacks.add_argument("--higher", choices=("in", "out"), help=higher)
-    attacks.add_argument("--size", type=count, default=32, help="height and width in pixels (32)")
+    size = "height and width in pixels of folders and sets (32); arrays stay as they are"
+    attacks.add_argument("--size", type=count, default=32, help=size)
     n = "images of each set, drawn at random (200)"
     attacks.add_argument("--n", type=count, default=200, help=n)
 

@@ -27,12 +27,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
 from robustood.data._base import Data, Split
@@ -66,6 +64,8 @@ def digits(train: int = 1097, seed: int = 0) -> Data:
     Raises:
         ValueError: if train is not in 1 .. 1,097.
     """
+    from sklearn.datasets import load_digits  # takes a second to import
+
     check_count(train, "train", low=1)
     if train > 1097:
         raise ValueError(
@@ -142,6 +142,8 @@ def _glyph(letter: str, font: str, rng: np.random.Generator, pen: bool) -> np.nd
 
 @lru_cache
 def _font(name: str) -> ImageFont.FreeTypeFont:
+    import matplotlib  # only letters need it
+
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), 48)
 
 
@@ -156,6 +158,8 @@ def patches(which: Literal["auxiliary", "test"], n: int, seed: int) -> Float[Ten
         n: number of images.
         seed: of the draw.
     """
+    from sklearn.datasets import load_sample_image
+
     check_choice(which, "which", tuple(PHOTOS))
     check_count(n, "n", low=1)
     rng = np.random.default_rng(check_seed(seed))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -105,6 +104,8 @@ class Mahalanobis(Detector):
     @torch.no_grad()
     def combine(self, x: Inputs, outliers: Outliers) -> Mahalanobis:
         """Weight the layers by logistic regression of outliers (1) against in-distribution x (0)."""
+        from sklearn.linear_model import LogisticRegression  # takes a second to import
+
         self.check_is_fitted()
         x, outliers = finite_inputs(x), finite_inputs(outliers, "outliers")
         if x.shape[1:] != outliers.shape[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -368,7 +369,20 @@ class Bench:
         settings = {**self.settings, "side": side, "tpr": self.tpr, "confidence": self.confidence}
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
+            self.warn_if_reversed(rows)
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
+
+    def warn_if_reversed(self, rows: list[Row]) -> None:
+        """A clean AUROC that is surely below one half is more often a mistake than a finding."""
+        low = {row["set"]: row["auroc"] for row in rows if row["auroc"].high < 0.5}
+        if low and distributed.rank() == 0:
+            found = ", ".join(f"{value} on {name!r}" for name, value in low.items())
+            warnings.warn(
+                f"without any attack the AUROC is below one half ({found}): the outliers score higher than x_in. "
+                "Is the score one that is higher for outliers (then turn it, as by higher= of detectors.wrap), or are "
+                "the two sides swapped?",
+                stacklevel=3,
+            )
 
     def reports(self) -> dict[Side, Report]:
         """Rows for each side. Both sides come before each of them, so that several processes share all attacks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -41,6 +42,10 @@ class StandardReport:
         if side in self.reports:
             return self.reports[side]
         raise KeyError(f"no side {side!r}; choose one of: {', '.join(self.reports)}")
+
+    def __iter__(self) -> Iterator[Side]:
+        """The names of the sides, as of a dict."""
+        return iter(self.reports)
 
     def labelled(self, **labels: str) -> StandardReport:
         """The same report with words for a reader among its settings, such as ``network="small CNN, ALOE"``."""

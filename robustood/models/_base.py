@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -355,6 +354,8 @@ def ccu_model(
                 f"{name} must have images shaped like those of x, {tuple(x.shape[1:])}, got "
                 f"{tuple(images.shape[1:])}"
             )
+    from sklearn.cluster import KMeans  # takes a second to import
+
     x, outliers = x.detach().float(), outliers.detach().float()
     flat = x.flatten(1).double()
     _, values, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)

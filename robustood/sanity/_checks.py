@@ -68,8 +68,8 @@ def inputs(case: Case) -> Finding:
         outside,
         "error" if outside > TOLERANCE else "ok",
         found,
-        "attacks and radii are in pixels in [0, 1]: pass pixels, and put the mean/std normalisation inside the model. "
-        "No attack was made",
+        "attacks and radii are in pixels in [0, 1]: divide grey levels by the largest, such as 255, and put a mean/std "
+        "normalisation inside the model. No attack was made",
     )
 
 
@@ -99,7 +99,8 @@ def normalisation(case: Case) -> Finding | None:
 
 def train_mode(case: Case, subject: object) -> Finding:
     """Modules whose behaviour differs between training and evaluation, left in train mode."""
-    parts = [part for network in networks(subject) for part in network.modules()]
+    # Each once: a network may be reached as the model of a detector and within its score.
+    parts = list(dict.fromkeys(p for network in networks(subject) for p in network.modules()))
     left = [p for p in parts if p.training and isinstance(p, (_BatchNorm, _DropoutNd))]
     moved, effect = 0.0, "eval mode changes 0% of the outputs"
     if any(part.training for part in parts):

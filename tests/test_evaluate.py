@@ -615,7 +615,9 @@ def test_a_score_of_the_wrong_direction_is_warned_of_once(net, sets, measured):
     x_in, x_out = sets[0][:20], {"letters": sets[1]["letters"][:20]}
     within = () if measured is ood_report else (Linf(0.0),)
     turned = wrap(lambda x: MSP(net).score(x), higher="out")
-    with pytest.warns(UserWarning, match="below one half .+ on 'letters'.+higher=.+swapped") as said:
+    with pytest.warns(
+        UserWarning, match="below one half .+ on 'letters'.+higher=.+swapped"
+    ) as said:
         measured(turned, x_in, x_out, *within)
     assert len(said) == 1
 
@@ -733,6 +735,7 @@ def test_the_standard_evaluation_counts_the_passes_of_the_network(lines):
 
     detector = Counted(model)
     before = standard(detector, x[:6], {"u": u[:6]}, Linf(0.02, box=None))
+    assert list(before) == ["none", "in", "out", "both"]
     model.register_forward_pre_hook(meet)
     with counting() as passes:
         attack_score(detector, x[:6], Linf(0.02, box=None), direction="lower", steps=5)

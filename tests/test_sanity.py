@@ -11,7 +11,7 @@ from torch import nn
 
 from robustood import sanity
 from robustood.attacks import fgsm, pgd
-from robustood.detectors import MSP, Detector, Energy, RejectClass, post_hoc
+from robustood.detectors import MSP, Detector, Energy, RejectClass, post_hoc, wrap
 from robustood.evaluate import attack_score
 from robustood.metrics import threshold_at_tpr
 from robustood.models import mlp, readout, small_cnn
@@ -275,6 +275,13 @@ def test_train_mode_is_found_and_eval_mode_is_not(layer):
     assert found["train_mode"].value == 1 and found["train_mode"].level == "error"
     assert f"1 modules are in train mode ({type(layer).__name__})" in found["train_mode"].text
     assert quick(copy.deepcopy(LINEAR).train(), X, Y, EPS)["train_mode"].level == "ok"
+
+
+def test_a_module_in_train_mode_counts_once():
+    """Although the detector reaches it as its model and through its score."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(X[0].numel()), nn.Linear(X[0].numel(), 3))
+    detector = wrap(lambda x: model(x).logsumexp(1), higher="in", model=model.train())
+    assert quick(detector, X, U, EPS)["train_mode"].text.startswith("1 modules are in train mode")
 
 
 def test_statistics_of_the_batch_are_found_in_eval_mode():

@@ -19,7 +19,7 @@ from robustood.checkpoints import Checkpoint, Json, as_csv
 from robustood.detectors import Detector, Direction
 from robustood.detectors._base import check_scores
 from robustood.evaluate._attack import attack_score, check_detector
-from robustood.evaluate._text import as_text, flat, parsed, plain, written
+from robustood.evaluate._text import REVERSED, as_text, flat, parsed, plain, written
 from robustood.identity import describe, identity
 from robustood.inputs import (
     check_callable,
@@ -369,20 +369,10 @@ class Bench:
         settings = {**self.settings, "side": side, "tpr": self.tpr, "confidence": self.confidence}
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
-            self.warn_if_reversed(rows)
+            low = [f"{row['auroc']} on {row['set']!r}" for row in rows if row["auroc"].high < 0.5]
+            if low and distributed.rank() == 0:
+                warnings.warn(REVERSED.format(", ".join(low)), stacklevel=3)
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
-
-    def warn_if_reversed(self, rows: list[Row]) -> None:
-        """A clean AUROC that is surely below one half is more often a mistake than a finding."""
-        low = {row["set"]: row["auroc"] for row in rows if row["auroc"].high < 0.5}
-        if low and distributed.rank() == 0:
-            found = ", ".join(f"{value} on {name!r}" for name, value in low.items())
-            warnings.warn(
-                f"without any attack the AUROC is below one half ({found}): the outliers score higher than x_in. "
-                "Is the score one that is higher for outliers (then turn it, as by higher= of detectors.wrap), or are "
-                "the two sides swapped?",
-                stacklevel=3,
-            )
 
     def reports(self) -> dict[Side, Report]:
         """Rows for each side. Both sides come before each of them, so that several processes share all attacks."""

@@ -130,7 +130,8 @@ def zoo(seed: int) -> Row:
     for name, defence in sanity.zoo(*models).items():
         found = defence.check(x, y, letters, 0.1, seed=seed)
         levels[name] = {each.check: each.level for each in found}
-    return {"levels": levels, "seconds": seconds}
+    accuracy = robust_accuracy(models[2], digits().test.x, digits().test.y)
+    return {"accuracy of ALOE": accuracy, "levels": levels, "seconds": seconds}
 
 
 @experiment(

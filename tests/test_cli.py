@@ -184,6 +184,7 @@ def check_scores(file, rows):
             assert again == pytest.approx(row["auroc"]["value"], abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:without any attack the AUROC is below one half")
 def test_an_evaluation_that_was_stopped_goes_on_and_other_settings_do_not_mix(
     finished, packs, monkeypatch
 ):
@@ -809,6 +810,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(mine, capsys
     assert not [file for file in mine.iterdir() if file.suffix == ".csv"]
 
 
+@pytest.mark.filterwarnings("ignore:without any attack the AUROC is below one half")
 def test_the_name_of_a_folder_may_hold_a_dot(mine, capsys):
     (mine / "night").rename(mine / "CIFAR-10.1")
     assert cli.main(

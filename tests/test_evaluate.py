@@ -622,6 +622,12 @@ def test_a_score_of_the_wrong_direction_is_warned_of_once(net, sets, measured):
     assert len(said) == 1
 
 
+def test_one_set_that_is_accepted_is_a_finding_and_no_slip(net, sets):
+    x_in, letters = sets[0][:20], sets[1]["letters"][:20]
+    report = ood_report(MSP(net), letters, {"digits": x_in, "noise": torch.full_like(x_in, 0.5)})
+    assert report["digits"]["auroc"].high < 0.5 < report["noise"]["auroc"].high
+
+
 def test_measure_with_closed_form_thresholds():
     clean, came, out = np.arange(100.0), np.arange(100.0) - 50, np.arange(100.0) - 30
     row = measure(clean, came, out)

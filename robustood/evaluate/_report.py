@@ -370,7 +370,7 @@ class Bench:
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
             low = [f"{row['auroc']} on {row['set']!r}" for row in rows if row["auroc"].high < 0.5]
-            if low and distributed.rank() == 0:
+            if len(low) == len(rows) and distributed.rank() == 0:
                 warnings.warn(REVERSED.format(", ".join(low)), stacklevel=3)
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
 

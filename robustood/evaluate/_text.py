@@ -17,7 +17,7 @@ T = TypeVar("T")
 # A list of numbers in indented JSON, each on a line of its own. A string holds no line break, so none matches.
 _LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 
-# Of a clean AUROC whose whole interval lies below one half: more often a mistake than a finding.
+# Where the intervals of all sets of outliers lie below one half: more often a mistake than a finding.
 REVERSED = (
     "without any attack the AUROC is below one half ({}): the outliers score higher than x_in. Is the score one that "
     "is higher for outliers (then turn it, as by higher= of detectors.wrap), or are the two sides swapped?"

@@ -52,7 +52,7 @@ class Net(nn.Sequential):
 
 def test_the_commands_print_a_report_and_write_it(tmp_path, monkeypatch, capsys):
     """As the page says, each line of it, in a folder that holds the files that it names."""
-    (commands,) = re.findall(r"^```\n(robustood attack .+?)```", PAGE, re.M | re.S)
+    (commands,) = re.findall(r"^```bash\n(robustood attack .+?)```", PAGE, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("mine.py").write_text(SNIPPETS[COMMAND])
@@ -63,10 +63,8 @@ def test_the_commands_print_a_report_and_write_it(tmp_path, monkeypatch, capsys)
     for seed, name in enumerate(("in", "out")):
         np.save(f"{name}.npy", images(2, 1, 8, seed).numpy())
     for command in commands.splitlines():
-        assert main(command.split()[1:]) in (
-            0,
-            4,
-        )  # 4: the checks find that an untrained network barely moves
+        # 4: the checks find that an untrained network barely moves.
+        assert main(command.split()[1:]) in (0, 4)
         assert "both attacked" in capsys.readouterr().out
     assert json.loads(Path("report.json").read_text())["version"] and Path("report.csv").exists()
 

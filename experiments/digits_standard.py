@@ -19,6 +19,7 @@ from robustood.perturbations import Linf
 from robustood.sanity._zoo import RoundedMSP
 
 FIT: Row = {"batch_size": 64, "epochs": 20, "lr": 3e-3}
+HASTE: Row = FIT | {"epochs": 12, "lr": 0.1}
 EPS = {"standard": 0.05, "ADV": 0.1}
 
 
@@ -105,6 +106,39 @@ def sequence(seed: int) -> Row:
         found[name] = {"auroc": report["both"]["letters"]["auroc"], "auroc after": areas, **checks}
     accuracy = robust_accuracy(model, x, digits().test.y[:60])
     return {"clean": accuracy, **found, "seconds": seconds}
+
+
+@experiment(
+    grid(),
+    {
+        **HASTE,
+        "objective": "ALOE",
+        "eps": 0.1,
+        "images": "60 digits and 60 letters, both attacked",
+    },
+)
+def plateaus(seed: int) -> Row:
+    """AUROC after each stage of the standard evaluation, and its passes, for a network that was trained too fast.
+
+    Shown in book/12_sanity.md, "An honest network, evaluated by luck".
+    """
+    model = small_cnn(seed=seed)
+    seconds = train(model, rules.ALOE(0.1), digits(), seed=seed, **HASTE)
+    x, letters = digits().test.x[:60], digits().ood["letters"][:60]
+    report = standard(MSP(model), x, {"letters": letters}, Linf(0.1), seed=seed)
+    with torch.no_grad():
+        off = {
+            side: (model.features(images) == 0).all(1).double().mean().item()
+            for side, images in (("digits", x), ("letters", letters))
+        }
+    return {
+        "clean": robust_accuracy(model, digits().test.x, digits().test.y),
+        "auroc": report["both"]["letters"]["auroc"],
+        "attacks": report.attacks,
+        "all features off": off,
+        **alarms(report.findings),
+        "seconds": seconds,
+    }
 
 
 @experiment(

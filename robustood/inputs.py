@@ -37,9 +37,7 @@ MOST = sys.float_info.max  # infinity is valid only where a limit is infinite
 def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str = "x") -> None:
     """Refuse an empty batch, integers, NaN, infinity, and values outside ``box`` (None: no box)."""
     if not isinstance(x, Tensor):
-        raise ValueError(
-            f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor"
-        )
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}; {_conversion(x)}")
     if not x.is_floating_point():
         raise ValueError(
             f"{name} must be floating point, got {x.dtype}; divide 8-bit images by 255"
@@ -60,6 +58,12 @@ def check_values(x: Tensor, box: tuple[float, float] | None = (0, 1), name: str 
             f"{name} lies in [{low:.7g}, {high:.7g}], outside [{box[0]:g}, {box[1]:g}]; pass pixels "
             f"in that range{remedy} (for vectors without a box, box=None)"
         )
+
+
+def _conversion(x: object) -> str:
+    """How to make a tensor of what is none; NumPy computes in float64, and networks have float32 weights."""
+    wide = getattr(x, "dtype", None) == np.float64
+    return "use torch.as_tensor" + ", with dtype=torch.float32" * wide
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def as_floats(x: Tensor, name: str = "x") -> Tensor:
     if isinstance(x, Tensor):
         x = pixels(x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        seen = x.dtype if isinstance(x, Tensor) else f"{type(x).__name__}; {_conversion(x)}"
         raise ValueError(f"{name} must be a tensor of floats or of 8-bit pixels, got {seen}")
     return x
 

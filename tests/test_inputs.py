@@ -29,7 +29,7 @@ from robustood.inputs import (
     check_number,
     check_values,
 )
-from robustood.models import small_cnn
+from robustood.models import Normalise, small_cnn
 from robustood.perturbations import L2, Linf
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -76,6 +76,39 @@ def with_value(value):
 )
 def test_bad_values_are_refused_with_name_value_and_fix(untyped, x, box, parts):
     refuses(lambda: check_values(x, box, "picture"), "picture", *parts)
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (X.double().numpy(), {"dtype": torch.float32}),
+        (X.numpy(), {}),
+        ((X * 255).byte().numpy(), {}),
+    ],
+    ids=["float64", "float32", "uint8"],
+)
+def test_an_array_is_told_in_one_message_how_it_fits_a_network(untyped, array, told):
+    net = small_cnn()
+    for call in (detectors.MSP(net).score, lambda v: attacks.pgd(net, v, Y, 0.1)):
+        with pytest.raises(ValueError, match=r"got ndarray; use torch\.as_tensor") as caught:
+            call(array)
+        assert ("with dtype=torch.float32" in str(caught.value)) is bool(told)
+        assert call(torch.as_tensor(array, **told)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_channels_that_stand_last_or_are_missing_are_told_the_fix(untyped, normalised):
+    net, x = small_cnn(channels=3), torch.rand(4, 8, 8, 3)
+    net.normalise = net.normalise if normalised else torch.nn.Identity()
+    score = detectors.MSP(net).score
+    refuses(lambda: score(x), "(4, 8, 8, 3)", "pass x.permute(0, 3, 1, 2)")
+    assert score(x.permute(0, 3, 1, 2)).shape == (4,)
+    refuses(lambda: score(X), "(4, 1, 8, 8)", "channels")
+    if normalised:  # broadcasting would have made three channels of one
+        refuses(lambda: score(X), "x.expand(-1, 3, -1, -1)")
+    assert score(X.expand(-1, 3, -1, -1)).shape == (4,)
+    one = Normalise([0.5], [0.25])
+    assert torch.equal(one(x), (x - 0.5) * 4), "one entry is for all channels"
 
 
 @given(

@@ -731,7 +731,7 @@ class Odd(nn.Module):
             "do not support the layer Odd; they support .*Conv2d",
         ),
         (
-            lambda x: interval_bounds(densenet_bc(10, 3), x, x),
+            lambda x: interval_bounds(densenet_bc(10, 3), *2 * [x.expand(-1, 3, -1, -1)]),
             "do not support the layer",
         ),
         (

@@ -369,9 +369,9 @@ class Bench:
         settings = {**self.settings, "side": side, "tpr": self.tpr, "confidence": self.confidence}
         if side == "none":
             settings |= {"attack": "none", "how": "none"}
-            low = [f"{row['auroc']} on {row['set']!r}" for row in rows if row["auroc"].high < 0.5]
-            if len(low) == len(rows) and distributed.rank() == 0:
-                warnings.warn(REVERSED.format(", ".join(low)), stacklevel=3)
+            below = [f"{row['auroc']} on {row['set']!r}" for row in rows if row["auroc"].high < 0.5]
+            if len(below) == len(rows) and distributed.rank() == 0:
+                warnings.warn(REVERSED.format(", ".join(below)), stacklevel=3)
         return Report(settings, rows, {"in (clean)": clean, "in": came, **out})
 
     def reports(self) -> dict[Side, Report]:

@@ -101,7 +101,12 @@ def frozen(
 
 
 class Normalise(nn.Module):
-    """$(x - \\mu) / \\sigma$ per channel, in one fused expression."""
+    """$(x - \\mu) / \\sigma$ per channel, in one fused expression; one entry alone is for all channels.
+
+    Raises:
+        ValueError: for images with another number of channels. A grey one would turn into three channels, but an
+            attack would only move all of them together.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -120,6 +125,17 @@ class Normalise(nn.Module):
         self.register_buffer("shift", -torch.tensor(mean).view(-1, 1, 1) * scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = len(self.scale)
+        if channels > 1 and x.shape[-3:-2] != (channels,):
+            last = x.ndim == 4 and x.shape[3] == channels
+            fix = (
+                "x.permute(0, 3, 1, 2)"
+                if last
+                else f"grey images as x.expand(-1, {channels}, -1, -1)"
+            )
+            raise ValueError(
+                f"x must have {channels} channels, one per mean, got shape {tuple(x.shape)}; pass {fix}"
+            )
         return x * self.scale + self.shift
 
 

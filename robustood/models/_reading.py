@@ -171,9 +171,11 @@ def _explained(error: RuntimeError, model: object, x: Tensor) -> Exception:
             f'x.to("{weights.device}", {weights.dtype})'
         )
     if type(error) is RuntimeError and re.search(r"shapes|size|channels|Expected \dD", str(error)):
+        last = x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3)
+        order = "; if the channels stand last, pass x.permute(0, 3, 1, 2)" if last else ""
         return ValueError(
             f"x of shape {tuple(x.shape)} does not fit the model ({error}); pass a batch such as (batch, channel, "
-            "height, width) in the model's own size"
+            f"height, width) in the model's own size{order}"
         )
     return error
 

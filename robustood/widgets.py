@@ -222,15 +222,22 @@ def _png(figure: Figure, dpi: int) -> tuple[bytes, int]:
 
 
 def live(draw: Draw, *, labels: dict[str, str] | None = None, **values: Iterable[object]) -> None:
-    """The same figure drawn on demand by a running kernel, with ipywidgets.
+    """The same figure drawn on demand by a running kernel, with ipywidgets; without them, a line says so.
 
     Args:
         draw: ``draw(name=value, ...)`` returns a figure.
         labels: text beside each control, by parameter.
         values: a list of values per parameter.
     """
-    import ipywidgets
     from IPython.display import display
+
+    try:
+        import ipywidgets
+    except ImportError:
+        print(
+            "The live figure needs ipywidgets: pip install ipywidgets. The rest of the page does not."
+        )
+        return
 
     lists = _listed(draw, labels, values)
     controls = {}

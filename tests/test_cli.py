@@ -19,6 +19,7 @@ import torch
 from photographs import need
 
 from robustood import artefacts, challenge, checkpoints, cli, data, recipes, results, training
+from robustood.cli._shell import radius
 from robustood.detectors import wrap
 from robustood.evaluate import StandardReport, attack_score, standard
 from robustood.perturbations import Linf
@@ -879,7 +880,14 @@ def test_mistakes_of_attack_are_one_line(arguments, said, mine, capsys):
     assert re.search(said, found.err) and found.err.count("\n") == 1 and not found.out
 
 
-@pytest.mark.parametrize("eps", ["8/0", "little", "nan/1"])
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("25.5/255", 0.1), ("0.1", 0.1), ("1", 1.0)]
+)
+def test_a_radius_may_be_written_in_grey_levels_of_any_size(text, value):
+    assert radius(text) == value
+
+
+@pytest.mark.parametrize("eps", ["8/0", "little", "nan/1", "1/2/3", "8/", "/255"])
 def test_a_radius_is_a_number_or_a_fraction(eps, mine, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["attack", "mine.py:dark", "day", "night", "--eps", eps])

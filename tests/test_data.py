@@ -391,7 +391,7 @@ SPLIT = Split(IMAGES, LABELS)
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Split([[0.0]], LABELS), r"x must be a tensor \(samples, \.\.\.\), got list"),
+        (lambda: Split([[0.0]], LABELS), r"x must be a tensor \(samples, \.\.\.\), such as torch\.as_tensor.* list"),
         (lambda: Split(IMAGES.numpy(), LABELS), "x must be a tensor .* got ndarray"),
         (lambda: Split(IMAGES, [0, 0, 0, 0]), "y must be .* got list"),
         (lambda: Split(IMAGES, torch.tensor(3)), "x and y must have an axis of samples"),

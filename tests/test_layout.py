@@ -89,6 +89,8 @@ def test_each_module_has_a_floor_a_test_file_and_a_bounded_length(module):
         lines = len(text.splitlines())
         assert lines <= MAX_LINES, f"{name(path)} has {lines} lines, at most {MAX_LINES}: split it"
         assert ast.get_docstring(ast.parse(text)), f"{name(path)} has no docstring"
+        alone = re.findall(r"^ +[a-z][\w, ]*: [A-Za-z]\.$", text, re.MULTILINE)
+        assert not alone, f"{name(path)}: a page shows {alone} as entries of a list: say what it is"
 
 
 @pytest.mark.parametrize("folder", ["experiments", "book/_tools", "book/_ext"])

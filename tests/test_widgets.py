@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -227,6 +228,12 @@ def test_live_draws_what_its_sliders_say(monkeypatch):
     assert asked[-1] == {"red": 1.0, "green": 2, "name": "B"}
     assert shown[-1].get_facecolor() == (1.0, 0.0, 0.0, 1.0)
     assert not plt.get_fignums()
+
+
+def test_without_ipywidgets_a_line_says_so_and_the_page_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    live(lambda **values: pytest.fail("nothing to draw on"), red=[0.0, 1.0])
+    assert "pip install ipywidgets" in capsys.readouterr().out
 
 
 # ---- attempt ----------------------------------------------------------------------------------

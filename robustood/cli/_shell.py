@@ -82,7 +82,10 @@ def minutes(text: str) -> float:
 def radius(text: str) -> float:
     """A radius in pixels, as a fraction such as 8/255 or as a decimal."""
     try:
-        return float(Fraction(text))
+        above, *below = (Fraction(part) for part in text.split("/"))
+        if len(below) > 1:
+            raise ValueError(text)
+        return float(above / (below or [1])[0])
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise argparse.ArgumentTypeError(
             f"must be a number or a fraction such as 8/255, got {text!r}"

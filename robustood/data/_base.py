@@ -36,8 +36,9 @@ class Split:
     y: Tensor
 
     def __post_init__(self) -> None:
+        such_as = "a tensor (samples, ...), such as torch.as_tensor(...)"
         for name in ("x", "y"):
-            check_instance(getattr(self, name), name, Tensor, "a tensor (samples, ...)")
+            check_instance(getattr(self, name), name, Tensor, such_as)
         if self.x.ndim == 0 or self.y.ndim == 0:
             raise ValueError(
                 "x and y must have an axis of samples; use x[None] and y[None] for one sample"

@@ -149,7 +149,7 @@ class ODIN(Detector):
     (backward-pass differentiable approximation, Athalye et al. 2018).
 
     Args:
-        temperature: T.
+        temperature: T, divides the logits.
         step: $\eta$ in pixels, not in standard deviations; the result is not clipped.
 
     >>> model = nn.Linear(2, 3)

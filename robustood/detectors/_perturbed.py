@@ -33,7 +33,7 @@ class PRO(Detector):
 
     Args:
         base: the detector whose score g is lowered; needs a gradient.
-        steps: K.
+        steps: K, of the descent.
         step: $\eta$ in pixels.
 
     >>> from robustood.detectors import MaxLogit

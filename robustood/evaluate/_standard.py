@@ -122,7 +122,8 @@ class _Bench(Bench):
             if x.shape[1:] != self.x_in.shape[1:] or x.dtype != self.x_in.dtype:
                 raise ValueError(
                     f"x_out[{name!r}] must hold inputs like x_in, of shape {tuple(self.x_in.shape[1:])} in "
-                    f"{self.x_in.dtype}, got {tuple(x.shape[1:])} in {x.dtype}"
+                    f"{self.x_in.dtype}, got {tuple(x.shape[1:])} in {x.dtype}; pass both in one type and order, "
+                    "such as x.float(), or x.permute(0, 3, 1, 2) if the channels of one stand last"
                 )
         # Before any attack: a network that cannot be identified is refused.
         self.sha256 = self.hashes()
